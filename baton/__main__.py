@@ -1,0 +1,62 @@
+"""The ``baton`` command. ``generate``, ``chat``, ``top`` and ``health`` need only the client; the commands that run
+a cluster come from the fleet, where it is installed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+
+from baton import __version__
+from baton.cli import chat, exits, generate, health, top
+
+_FLEET_VERBS = ("up", "down", "status", "demo")
+_NEEDS_FLEET = "The commands that run a cluster (up, down, status, demo) need baton-serve."
+_EXIT_CODES = (
+    "Exit codes: 0 done, 1 failed, 2 wrong command line or request, 3 not reachable or cannot serve now, "
+    "4 the deadline passed, 130 interrupted."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # before its first channel: its remarks are not for people
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    has_fleet = _is_installed("fleet.cli")
+    if not has_fleet and arguments and arguments[0] in _FLEET_VERBS:
+        print(f"baton: `baton {arguments[0]}` needs baton-serve: pip install baton-serve", file=sys.stderr)
+        return exits.USAGE
+    parser = _parser(has_fleet)
+    parsed = parser.parse_args(arguments)  # argparse itself exits with 2 on a usage error
+    code: int = parsed.run(parsed)
+    return code
+
+
+def _parser(has_fleet: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="baton",
+        description="Baton: gRPC inference with disaggregated prefill and decode.",
+        epilog=_EXIT_CODES if has_fleet else f"{_NEEDS_FLEET} {_EXIT_CODES}",
+    )
+    parser.add_argument("--version", action="version", version=f"baton {__version__}")
+    subparsers = parser.add_subparsers(metavar="command", required=True, title="commands")
+    for command in (generate, chat, top, health):
+        command.add_command(subparsers)
+    if has_fleet:
+        # By name, so that the client's package never depends on the server's.
+        importlib.import_module("fleet.cli").add_commands(subparsers)
+    return parser
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its package is missing
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""Every way a Baton call fails, as one small family of exceptions.
+
+An error has a reason (the machine's word), a message (what happened and what to do), metadata fit to
+be shown to the caller, and the gRPC status it maps to. ``baton/status.py`` carries them over the wire
+and back. Messages and metadata never contain prompt or output text.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+class Reason(enum.Enum):
+    """Machine-readable reasons; the names and metadata are documented in ``errors.proto``."""
+
+    INVALID_REQUEST = "INVALID_REQUEST"
+    PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
+    MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
+    QUEUE_FULL = "QUEUE_FULL"
+    NO_WORKER = "NO_WORKER"
+    ATTEMPTS_EXHAUSTED = "ATTEMPTS_EXHAUSTED"
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    DRAINING = "DRAINING"
+    TICKET_REFUSED = "TICKET_REFUSED"
+    ENGINE_FAILED = "ENGINE_FAILED"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    INTERNAL = "INTERNAL"
+
+
+class StatusName(enum.Enum):
+    """The gRPC status codes Baton uses, by name, so that nothing here imports grpc."""
+
+    INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    NOT_FOUND = "NOT_FOUND"
+    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
+    UNAVAILABLE = "UNAVAILABLE"
+    ABORTED = "ABORTED"
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    FAILED_PRECONDITION = "FAILED_PRECONDITION"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    INTERNAL = "INTERNAL"
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """One broken rule of a request: which field, and what it should be."""
+
+    field: str
+    description: str
+
+
+class BatonError(Exception):
+    """A failed call. ``status`` says what the caller may do; ``reason`` says why."""
+
+    def __init__(
+        self,
+        reason: Reason,
+        status: StatusName,
+        message: str,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        violations: Sequence[FieldViolation] = (),
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.status = status
+        self.message = message
+        self.metadata: dict[str, str] = dict(metadata or {})
+        self.violations: tuple[FieldViolation, ...] = tuple(violations)
+        self.retry_after_s = retry_after_s
+
+    def __repr__(self) -> str:
+        return f"<BatonError {self.status.value}/{self.reason.value}: {self.message}>"
+
+
+def invalid_request(violations: Sequence[FieldViolation]) -> BatonError:
+    first = violations[0]
+    more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
+    return BatonError(
+        Reason.INVALID_REQUEST,
+        StatusName.INVALID_ARGUMENT,
+        f"{first.field}: {first.description}{more}",
+        violations=violations,
+    )
+
+
+def prompt_too_long(
+    prompt_token_count: int, max_prompt_token_count: int, *, is_lower_bound: bool = False
+) -> BatonError:
+    """``is_lower_bound``: the prompt was so long that nobody counted it to the end."""
+    count = f"at least {prompt_token_count}" if is_lower_bound else str(prompt_token_count)
+    description = (
+        f"has {count} tokens; at most {max_prompt_token_count} fit the model's context "
+        "with one token of output. Shorten the prompt."
+    )
+    return BatonError(
+        Reason.PROMPT_TOO_LONG,
+        StatusName.INVALID_ARGUMENT,
+        f"prompt: {description}",
+        metadata={
+            "prompt_token_count": str(prompt_token_count),
+            "max_prompt_token_count": str(max_prompt_token_count),
+        },
+        violations=[FieldViolation("prompt", description)],
+    )
+
+
+def model_not_found(model: str, available: Sequence[str]) -> BatonError:
+    names = ", ".join(available)
+    return BatonError(
+        Reason.MODEL_NOT_FOUND,
+        StatusName.NOT_FOUND,
+        f"model {model!r} is not served here; served: {names}",
+        metadata={"model": model, "available": names},
+    )
+
+
+def queue_full(queued_count: int, queue_limit: int, retry_after_s: float) -> BatonError:
+    return BatonError(
+        Reason.QUEUE_FULL,
+        StatusName.RESOURCE_EXHAUSTED,
+        f"{queued_count} requests are waiting already (limit {queue_limit}); retry in about {retry_after_s:.1f} s",
+        metadata={"queued_count": str(queued_count), "queue_limit": str(queue_limit)},
+        retry_after_s=retry_after_s,
+    )
+
+
+def no_worker(role: str, worker_count: int) -> BatonError:
+    return BatonError(
+        Reason.NO_WORKER,
+        StatusName.UNAVAILABLE,
+        f"no {role} worker is ready; the fleet restarts lost workers, so retry shortly",
+        metadata={"role": role, "worker_count": str(worker_count)},
+        retry_after_s=1.0,
+    )
+
+
+def attempts_exhausted(attempt_count: int, emitted_token_count: int, phase: str, last: str) -> BatonError:
+    status = StatusName.UNAVAILABLE if emitted_token_count == 0 else StatusName.ABORTED
+    advice = "retry" if emitted_token_count == 0 else "start over"
+    return BatonError(
+        Reason.ATTEMPTS_EXHAUSTED,
+        status,
+        f"gave up after {attempt_count} attempts, in {phase}: {last}; {advice}",
+        metadata={
+            "attempt_count": str(attempt_count),
+            "emitted_token_count": str(emitted_token_count),
+            "phase": phase,
+        },
+    )
+
+
+def deadline_exceeded(phase: str, emitted_token_count: int) -> BatonError:
+    return BatonError(
+        Reason.DEADLINE_EXCEEDED,
+        StatusName.DEADLINE_EXCEEDED,
+        f"the deadline passed in phase {phase} after {emitted_token_count} tokens",
+        metadata={"phase": phase, "emitted_token_count": str(emitted_token_count)},
+    )
+
+
+def draining() -> BatonError:
+    return BatonError(Reason.DRAINING, StatusName.UNAVAILABLE, "this server is shutting down; retry elsewhere")
+
+
+def ticket_refused(check: str, detail: str = "") -> BatonError:
+    return BatonError(
+        Reason.TICKET_REFUSED,
+        StatusName.FAILED_PRECONDITION,
+        f"KV ticket refused: {check}{': ' + detail if detail else ''}",
+        metadata={"check": check},
+    )
+
+
+def engine_failed(worker_id: str, detail: str) -> BatonError:
+    return BatonError(
+        Reason.ENGINE_FAILED,
+        StatusName.UNAVAILABLE,
+        f"worker {worker_id}: {detail}",
+        metadata={"worker_id": worker_id},
+    )
+
+
+def unauthenticated() -> BatonError:
+    return BatonError(
+        Reason.UNAUTHENTICATED,
+        StatusName.UNAUTHENTICATED,
+        "this method is internal: present the cluster's secret",
+    )
+
+
+def internal(detail: str, generation_id: str = "") -> BatonError:
+    return BatonError(
+        Reason.INTERNAL,
+        StatusName.INTERNAL,
+        f"a bug in Baton: {detail}",
+        metadata={"generation_id": generation_id} if generation_id else {},
+    )

@@ -1,0 +1,153 @@
+"""The words between router and workers: a request is two legs, and these are what each is asked and answers.
+
+Engines speak the same events, so a decode's stream passes from engine to router unchanged.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from baton.request import EngineStop, LegFinish, Role, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillOrder:
+    """Compute this prompt and hold its KV for ``lease_s`` from the moment it is ready."""
+
+    leg_id: str
+    prompt_token_ids: tuple[int, ...] = field(repr=False)
+    sampling: Sampling
+    stop: EngineStop
+    """Of the whole answer: with ``max_token_count`` 1 the first token is the last and nothing is held."""
+    lease_s: float
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillReply:
+    """The first token and, unless it was also the last, a sealed ticket for the KV."""
+
+    first_token_id: int
+    finish: LegFinish | None
+    ticket: bytes = field(repr=False)
+    """Empty when ``finish`` is set."""
+    ticket_id: str
+    queue_s: float
+    compute_s: float
+    cached_token_count: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeOrder:
+    """Continue. With a ticket, ``prompt_token_ids`` is the prefilled prompt plus prefill's first token."""
+
+    leg_id: str
+    prompt_token_ids: tuple[int, ...] = field(repr=False)
+    sampling: Sampling
+    stop: EngineStop
+    ticket: bytes = field(default=b"", repr=False)
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KvAdopted:
+    """The KV is in place on the decode engine. Comes once, before the first ``Stepped``."""
+
+    wait_s: float
+    """From arrival to the start of the pull; without a ticket, the time in the engine's queue."""
+    transfer_s: float
+    """Pulling. 0 without a ticket or when all was in cache."""
+    decode_wait_s: float
+    """From KV in place to the start of the first decode step."""
+    transfer_bytes: int
+    descriptor_count: int
+    recomputed_token_count: int
+    """Prompt tokens computed here although their KV was to be pulled; 0 when all went well."""
+    prefill_s: float
+    """Time computing the prompt here when nothing was to be pulled; otherwise 0."""
+    cached_token_count: int
+    """Prompt tokens found in this engine's own prefix cache."""
+    first_step_s: float = 0.0
+    """From the start of the first decode step to this event's leaving: 0 where it is told at the step's start,
+    the step's time where it comes with the step's tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """Tokens of one or more engine steps, in order."""
+
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeDone:
+    """The last event of a decode."""
+
+    finish: LegFinish
+
+
+DecodeEvent = KvAdopted | Stepped | DecodeDone
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """Identity and limits of a worker process."""
+
+    worker_id: str
+    epoch: str
+    """New with each process start."""
+    role: Role
+    model: str
+    max_context_token_count: int
+    block_token_count: int
+    block_count: int
+    max_running_count: int
+    kv_bytes_per_token: int
+    engine: str
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """The load of a worker at one moment, as the worker itself counts."""
+
+    epoch: str
+    running_count: int
+    waiting_count: int
+    used_block_count: int
+    block_count: int
+    held_lease_count: int
+    is_draining: bool
+
+
+_TOKEN_BYTES = 4
+_UINT32 = next(code for code in "IL" if array(code).itemsize == _TOKEN_BYTES)
+
+
+def pack_token_ids(token_ids: Sequence[int]) -> bytes:
+    """Token ids as the wire carries them: little-endian uint32, four bytes each.
+
+    Raises ``ValueError`` for an id outside uint32.
+    """
+    try:
+        packed = array(_UINT32, token_ids)
+    except (OverflowError, TypeError) as error:
+        raise ValueError("a token id is not within 0 to 4294967295") from error
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_token_ids(data: bytes) -> tuple[int, ...]:
+    """The inverse of ``pack_token_ids``. Raises ``ValueError`` when ``data`` is not whole tokens."""
+    if len(data) % _TOKEN_BYTES:
+        raise ValueError(f"{len(data)} bytes are not a whole number of {_TOKEN_BYTES}-byte token ids")
+    packed = array(_UINT32)
+    packed.frombytes(data)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return tuple(packed)

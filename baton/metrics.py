@@ -1,0 +1,250 @@
+"""Every Prometheus name, label and bucket of Baton, in one file.
+
+Owns the instruments; never decides when to observe. The router's observations of a request come from its
+``Timeline`` in one call, ``RouterMetrics.request_ended``, so that response, log line and metrics agree.
+
+Labels are small closed sets (outcomes, phases, modes, check names of refused tickets) or worker ids, which
+the fleet's configuration bounds. No label ever carries text from a request.
+
+Standard terms: TTFT, time to first token; ITL, inter-token latency, per gap between messages of tokens; TPOT,
+time per output token after the first; E2E, receipt to last message.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from baton.errors import BatonError, Reason
+from baton.leg import WorkerLoad
+from baton.request import PlacementMode, Usage
+from baton.timeline import PHASES, PhaseDurations
+
+SECONDS_BUCKETS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0,
+)  # fmt: skip
+"""One scale for all phases, so that they can be stacked: a millisecond (a queue hop) to five minutes."""
+
+ITL_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+"""Finer around what a reader notices (50 ms) and wide enough to show a stall."""
+
+TOKEN_BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 131072)
+
+
+class Outcome(enum.Enum):
+    """How a request ended. accepted = sum over all outcomes: every request ends in exactly one."""
+
+    OK = "ok"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    REJECTED = "rejected"
+    """Before the queue: bad input, unknown model, queue full, draining."""
+    NO_WORKER = "no_worker"
+    FAILED = "failed"
+
+
+def outcome_of(error: BatonError) -> Outcome:
+    """The outcome that a failed request is counted under."""
+    match error.reason:
+        case Reason.DEADLINE_EXCEEDED:
+            return Outcome.DEADLINE
+        case Reason.NO_WORKER:
+            return Outcome.NO_WORKER
+        case (
+            Reason.INVALID_REQUEST
+            | Reason.PROMPT_TOO_LONG
+            | Reason.MODEL_NOT_FOUND
+            | Reason.QUEUE_FULL
+            | Reason.DRAINING
+            | Reason.UNAUTHENTICATED
+        ):
+            return Outcome.REJECTED
+        case _:
+            return Outcome.FAILED
+
+
+class RouterMetrics:
+    """What the router tells Prometheus."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter("baton_requests", "Requests that ended, by outcome.", ["outcome"], registry=registry)
+        self.placements = Counter(
+            "baton_placements", "Finished requests by placement.", ["mode", "reason"], registry=registry
+        )
+        self.lost_legs = Counter(
+            "baton_lost_legs", "Legs that failed and were retried or given up.", ["phase"], registry=registry
+        )
+        self.phase = Histogram(
+            "baton_phase_seconds",
+            "Time of a request in each phase; the phases sum to its end-to-end time.",
+            ["phase"],
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self.ttft = Histogram(
+            "baton_time_to_first_token_seconds",
+            "Receipt of a request to its first token leaving the router.",
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self.itl = Histogram(
+            "baton_inter_token_latency_seconds",
+            "Gap between successive messages that carried tokens.",
+            buckets=ITL_BUCKETS,
+            registry=registry,
+        )
+        self.tpot = Histogram(
+            "baton_time_per_output_token_seconds",
+            "(last token - first token) / (tokens - 1), per request.",
+            buckets=ITL_BUCKETS,
+            registry=registry,
+        )
+        self.e2e = Histogram(
+            "baton_end_to_end_seconds",
+            "Receipt of a request to its last message.",
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self.prompt_tokens = Counter("baton_prompt_tokens", "Prompt tokens of finished requests.", registry=registry)
+        self.cached_tokens = Counter(
+            "baton_cached_prompt_tokens", "Of those, found in the prefill's prefix cache.", registry=registry
+        )
+        self.output_tokens = Counter("baton_output_tokens", "Tokens sent to callers.", registry=registry)
+        self.prompt_length = Histogram(
+            "baton_prompt_length_tokens", "Prompt length.", buckets=TOKEN_BUCKETS, registry=registry
+        )
+        self.kv_bytes = Counter(
+            "baton_kv_transfer_bytes", "KV bytes moved from prefill to decode workers.", registry=registry
+        )
+        self.recomputed_tokens = Counter(
+            "baton_recomputed_tokens",
+            "Prompt tokens computed again because KV was not usable.",
+            registry=registry,
+        )
+        self.queued = Gauge("baton_queued_requests", "Waiting for admission or placement.", registry=registry)
+        self.in_flight = Gauge("baton_in_flight_requests", "Received and not yet ended.", registry=registry)
+        self.ready_workers = Gauge(
+            "baton_ready_workers", "Workers a request could be placed on.", ["role"], registry=registry
+        )
+        for outcome in Outcome:
+            self.requests.labels(outcome.value)
+        for phase in PHASES:
+            self.phase.labels(phase.value)
+
+    def request_ended(
+        self,
+        outcome: Outcome,
+        durations: PhaseDurations | None = None,
+        *,
+        usage: Usage | None = None,
+        kv_bytes: int = 0,
+        recomputed_token_count: int = 0,
+        mode: PlacementMode | None = None,
+        placement_reason: str = "",
+    ) -> None:
+        """Counts one ended request. ``durations`` and ``usage`` are observed for outcome OK only: a
+        cancelled request's partial phases would make the distributions lie."""
+        self.requests.labels(outcome.value).inc()
+        if outcome is not Outcome.OK or durations is None:
+            return
+        for phase in PHASES:
+            self.phase.labels(phase.value).observe(durations[phase])
+        self.e2e.observe(durations.total_s)
+        if durations.time_to_first_token_s is not None:
+            self.ttft.observe(durations.time_to_first_token_s)
+        if usage is not None:
+            self.prompt_tokens.inc(usage.prompt_token_count)
+            self.cached_tokens.inc(usage.cached_prompt_token_count)
+            self.prompt_length.observe(usage.prompt_token_count)
+            if usage.output_token_count > 1 and durations.time_to_first_token_s is not None:
+                after_first_s = durations.total_s - durations.time_to_first_token_s
+                self.tpot.observe(after_first_s / (usage.output_token_count - 1))
+        self.kv_bytes.inc(kv_bytes)
+        self.recomputed_tokens.inc(recomputed_token_count)
+        if mode is not None:
+            self.placements.labels(mode.value, placement_reason).inc()
+
+    def tokens_sent(self, token_count: int, gap_s: float | None) -> None:
+        """Counts a message of tokens; ``gap_s`` since the previous one, None for the first."""
+        self.output_tokens.inc(token_count)
+        if gap_s is not None:
+            self.itl.observe(gap_s)
+
+    def set_ready_workers(self, counts: Iterable[tuple[str, int]]) -> None:
+        for role, count in counts:
+            self.ready_workers.labels(role).set(count)
+
+
+class WorkerMetrics:
+    """What a worker tells Prometheus. One per process; ``worker_id`` labels the scrape target itself."""
+
+    def __init__(self, registry: CollectorRegistry, worker_id: str) -> None:
+        self._worker_id = worker_id
+        info = Gauge("baton_worker_info", "Always 1; names the worker.", ["worker_id"], registry=registry)
+        info.labels(worker_id).set(1)
+        self.legs = Counter(
+            "baton_worker_legs",
+            "Legs that ended, by phase and outcome.",
+            ["phase", "outcome"],
+            registry=registry,
+        )
+        self.leg_queue = Histogram(
+            "baton_worker_queue_seconds",
+            "Time of a leg in the engine's queue.",
+            ["phase"],
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self.prefill_compute = Histogram(
+            "baton_worker_prefill_compute_seconds",
+            "Computing a prompt, to its first token.",
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self.kv_transfer = Histogram(
+            "baton_worker_kv_transfer_seconds",
+            "Pulling one request's KV.",
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self.decode = Histogram(
+            "baton_worker_decode_seconds",
+            "One leg from its first step of decode to its end.",
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self.kv_bytes = Counter("baton_worker_kv_transfer_bytes", "KV bytes pulled.", registry=registry)
+        self.prefill_tokens = Counter("baton_worker_prefill_tokens", "Prompt tokens computed.", registry=registry)
+        self.decode_tokens = Counter("baton_worker_decode_tokens", "Tokens generated by decode.", registry=registry)
+        self.refused_tickets = Counter(
+            "baton_worker_refused_tickets",
+            "KV tickets refused, by failed check.",
+            ["check"],
+            registry=registry,
+        )
+        self.expired_leases = Counter(
+            "baton_worker_expired_leases", "Leases that ended by time, not by release.", registry=registry
+        )
+        self.failed_releases = Counter(
+            "baton_worker_failed_releases",
+            "Releases the engine did not take; its own backstop frees the KV.",
+            registry=registry,
+        )
+        self.held_leases = Gauge("baton_worker_held_leases", "Open leases.", registry=registry)
+        self.blocks_used = Gauge("baton_worker_kv_blocks_used", "KV blocks in use.", registry=registry)
+        self.blocks_total = Gauge("baton_worker_kv_blocks", "KV blocks in the pool.", registry=registry)
+        self.running = Gauge("baton_worker_running_requests", "Requests being computed.", registry=registry)
+        self.waiting = Gauge("baton_worker_waiting_requests", "Requests waiting in the engine.", registry=registry)
+
+    def set_load(self, load: WorkerLoad) -> None:
+        self.held_leases.set(load.held_lease_count)
+        self.blocks_used.set(load.used_block_count)
+        self.blocks_total.set(load.block_count)
+        self.running.set(load.running_count)
+        self.waiting.set(load.waiting_count)
+
+    def leg_ended(self, phase: str, outcome: Outcome) -> None:
+        """``phase`` is "prefill" or "decode"."""
+        self.legs.labels(phase, outcome.value).inc()

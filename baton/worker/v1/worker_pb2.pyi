@@ -1,0 +1,248 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class LegFinish(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LEG_FINISH_UNSPECIFIED: _ClassVar[LegFinish]
+    LEG_FINISH_STOP: _ClassVar[LegFinish]
+    LEG_FINISH_LENGTH: _ClassVar[LegFinish]
+LEG_FINISH_UNSPECIFIED: LegFinish
+LEG_FINISH_STOP: LegFinish
+LEG_FINISH_LENGTH: LegFinish
+
+class SamplingSpec(_message.Message):
+    __slots__ = ("temperature", "top_p", "top_k", "min_p", "seed")
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class StopSpec(_message.Message):
+    __slots__ = ("max_token_count", "stop_token_ids", "ignore_eos")
+    MAX_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    max_token_count: int
+    stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    ignore_eos: bool
+    def __init__(self, max_token_count: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ...) -> None: ...
+
+class PrefillRequest(_message.Message):
+    __slots__ = ("leg_id", "prompt_token_ids", "sampling", "stop", "lease_s", "priority")
+    LEG_ID_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    leg_id: str
+    prompt_token_ids: bytes
+    sampling: SamplingSpec
+    stop: StopSpec
+    lease_s: float
+    priority: int
+    def __init__(self, leg_id: _Optional[str] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingSpec, _Mapping]] = ..., stop: _Optional[_Union[StopSpec, _Mapping]] = ..., lease_s: _Optional[float] = ..., priority: _Optional[int] = ...) -> None: ...
+
+class PrefillResponse(_message.Message):
+    __slots__ = ("first_token_id", "finish", "ticket", "ticket_id", "queue_s", "compute_s", "cached_token_count", "kv_byte_count")
+    FIRST_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    TICKET_ID_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    first_token_id: int
+    finish: LegFinish
+    ticket: bytes
+    ticket_id: str
+    queue_s: float
+    compute_s: float
+    cached_token_count: int
+    kv_byte_count: int
+    def __init__(self, first_token_id: _Optional[int] = ..., finish: _Optional[_Union[LegFinish, str]] = ..., ticket: _Optional[bytes] = ..., ticket_id: _Optional[str] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., cached_token_count: _Optional[int] = ..., kv_byte_count: _Optional[int] = ...) -> None: ...
+
+class ReleaseKvRequest(_message.Message):
+    __slots__ = ("ticket_id",)
+    TICKET_ID_FIELD_NUMBER: _ClassVar[int]
+    ticket_id: str
+    def __init__(self, ticket_id: _Optional[str] = ...) -> None: ...
+
+class ReleaseKvResponse(_message.Message):
+    __slots__ = ("was_held",)
+    WAS_HELD_FIELD_NUMBER: _ClassVar[int]
+    was_held: bool
+    def __init__(self, was_held: bool = ...) -> None: ...
+
+class ExtendLeaseRequest(_message.Message):
+    __slots__ = ("ticket_id", "lease_s")
+    TICKET_ID_FIELD_NUMBER: _ClassVar[int]
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    ticket_id: str
+    lease_s: float
+    def __init__(self, ticket_id: _Optional[str] = ..., lease_s: _Optional[float] = ...) -> None: ...
+
+class ExtendLeaseResponse(_message.Message):
+    __slots__ = ("is_held",)
+    IS_HELD_FIELD_NUMBER: _ClassVar[int]
+    is_held: bool
+    def __init__(self, is_held: bool = ...) -> None: ...
+
+class DecodeRequest(_message.Message):
+    __slots__ = ("leg_id", "prompt_token_ids", "sampling", "stop", "ticket", "priority")
+    LEG_ID_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    leg_id: str
+    prompt_token_ids: bytes
+    sampling: SamplingSpec
+    stop: StopSpec
+    ticket: bytes
+    priority: int
+    def __init__(self, leg_id: _Optional[str] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingSpec, _Mapping]] = ..., stop: _Optional[_Union[StopSpec, _Mapping]] = ..., ticket: _Optional[bytes] = ..., priority: _Optional[int] = ...) -> None: ...
+
+class DecodeResponse(_message.Message):
+    __slots__ = ("adopted", "step", "finished")
+    ADOPTED_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    adopted: Adopted
+    step: Step
+    finished: DecodeFinished
+    def __init__(self, adopted: _Optional[_Union[Adopted, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., finished: _Optional[_Union[DecodeFinished, _Mapping]] = ...) -> None: ...
+
+class Adopted(_message.Message):
+    __slots__ = ("wait_s", "transfer_s", "decode_wait_s", "transfer_byte_count", "descriptor_count", "recomputed_token_count", "prefill_s", "cached_token_count", "first_step_s")
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_BYTE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTOR_COUNT_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTED_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_STEP_S_FIELD_NUMBER: _ClassVar[int]
+    wait_s: float
+    transfer_s: float
+    decode_wait_s: float
+    transfer_byte_count: int
+    descriptor_count: int
+    recomputed_token_count: int
+    prefill_s: float
+    cached_token_count: int
+    first_step_s: float
+    def __init__(self, wait_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., decode_wait_s: _Optional[float] = ..., transfer_byte_count: _Optional[int] = ..., descriptor_count: _Optional[int] = ..., recomputed_token_count: _Optional[int] = ..., prefill_s: _Optional[float] = ..., cached_token_count: _Optional[int] = ..., first_step_s: _Optional[float] = ...) -> None: ...
+
+class Step(_message.Message):
+    __slots__ = ("token_ids",)
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class DecodeFinished(_message.Message):
+    __slots__ = ("finish",)
+    FINISH_FIELD_NUMBER: _ClassVar[int]
+    finish: LegFinish
+    def __init__(self, finish: _Optional[_Union[LegFinish, str]] = ...) -> None: ...
+
+class GetWorkerInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetWorkerInfoResponse(_message.Message):
+    __slots__ = ("worker_id", "epoch", "role", "model", "max_context_token_count", "block_token_count", "block_count", "max_running_count", "kv_bytes_per_token", "engine", "vocab_size")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONTEXT_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_COUNT_FIELD_NUMBER: _ClassVar[int]
+    MAX_RUNNING_COUNT_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    epoch: str
+    role: str
+    model: str
+    max_context_token_count: int
+    block_token_count: int
+    block_count: int
+    max_running_count: int
+    kv_bytes_per_token: int
+    engine: str
+    vocab_size: int
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., max_context_token_count: _Optional[int] = ..., block_token_count: _Optional[int] = ..., block_count: _Optional[int] = ..., max_running_count: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., engine: _Optional[str] = ..., vocab_size: _Optional[int] = ...) -> None: ...
+
+class WatchLoadRequest(_message.Message):
+    __slots__ = ("interval_ms",)
+    INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
+    interval_ms: int
+    def __init__(self, interval_ms: _Optional[int] = ...) -> None: ...
+
+class WatchLoadResponse(_message.Message):
+    __slots__ = ("epoch", "running_count", "waiting_count", "used_block_count", "block_count", "held_lease_count", "is_draining")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_COUNT_FIELD_NUMBER: _ClassVar[int]
+    WAITING_COUNT_FIELD_NUMBER: _ClassVar[int]
+    USED_BLOCK_COUNT_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_COUNT_FIELD_NUMBER: _ClassVar[int]
+    HELD_LEASE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    IS_DRAINING_FIELD_NUMBER: _ClassVar[int]
+    epoch: str
+    running_count: int
+    waiting_count: int
+    used_block_count: int
+    block_count: int
+    held_lease_count: int
+    is_draining: bool
+    def __init__(self, epoch: _Optional[str] = ..., running_count: _Optional[int] = ..., waiting_count: _Optional[int] = ..., used_block_count: _Optional[int] = ..., block_count: _Optional[int] = ..., held_lease_count: _Optional[int] = ..., is_draining: bool = ...) -> None: ...
+
+class GetLoadRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetLoadResponse(_message.Message):
+    __slots__ = ("load", "task_counts")
+    class TaskCountsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    TASK_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    load: WatchLoadResponse
+    task_counts: _containers.ScalarMap[str, int]
+    def __init__(self, load: _Optional[_Union[WatchLoadResponse, _Mapping]] = ..., task_counts: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("timeout_s",)
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    timeout_s: float
+    def __init__(self, timeout_s: _Optional[float] = ...) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ("remaining_count",)
+    REMAINING_COUNT_FIELD_NUMBER: _ClassVar[int]
+    remaining_count: int
+    def __init__(self, remaining_count: _Optional[int] = ...) -> None: ...

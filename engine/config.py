@@ -1,0 +1,139 @@
+"""What an engine is told before it starts. Owns the checks of these values; never reads files or starts anything.
+
+Imports in a bare interpreter, so that a supervisor can refuse a bad deployment before it costs a process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["EngineConfig", "EngineIdentity"]
+
+_KINDS = ("vllm", "simulated")
+_DEVICES = ("cpu", "cuda")
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
+_OWN_KEYS = {
+    "model": "model.path",
+    "served_model_name": "model.name",
+    "dtype": "dtype",
+    "seed": "seed",
+    "max_model_len": "max_context_token_count",
+    "block_size": "block_token_count",
+    "kv_cache_memory_bytes": "kv_cache_bytes",
+    "max_num_seqs": "max_running_count",
+    "max_num_batched_tokens": "max_batched_token_count",
+    "enable_prefix_caching": "enable_prefix_caching",
+    "enforce_eager": "enforce_eager",
+}
+_FIXED_ARGUMENTS = frozenset(
+    {
+        *("kv_transfer_config", "distributed_executor_backend", "worker_extension_cls", "async_scheduling"),
+        *("scheduling_policy", "disable_log_stats"),
+        "enable_log_requests",  # it logs prompts
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineIdentity:
+    """Who runs the engine, for error texts and for the name its transfer agent goes by."""
+
+    worker_id: str = "engine"
+    epoch: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """One engine of one worker process. Raises ``ValueError`` naming the key and the fix."""
+
+    kind: Literal["vllm", "simulated"] = "vllm"
+    model_path: str = ""
+    """A directory with config, weights and tokenizer. Workers that exchange KV must use the same string."""
+    model_name: str
+    """What callers call the model."""
+    dtype: str = "bfloat16"
+    block_token_count: int = 128
+    kv_cache_bytes: int
+    """Memory for KV. Never guessed: a guess takes most of the machine, once per worker."""
+    max_context_token_count: int = 8192
+    max_running_count: int = 16
+    max_batched_token_count: int = 2048
+    """Tokens of one engine step: a longer prompt is computed in chunks of this size."""
+    enable_prefix_caching: bool = True
+    enforce_eager: bool = True
+    cores: tuple[int, ...] = ()
+    """CPU cores of the engine process; empty: those of the starting process."""
+    side_channel_host: str = "127.0.0.1"
+    """Where peers fetch this engine's transfer metadata; must be reachable by them."""
+    side_channel_port: int = 5600
+    """One per engine on a host."""
+    peer_hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "::1")
+    """Hosts this engine may pull KV from, besides its own ``side_channel_host``."""
+    lease_s: float = 30.0
+    """The engine's own backstop for held KV whose owner vanished."""
+    enable_progress_thread: bool = False
+    """NIXL's progress thread spins on a core. Needed only where the memory's owner must make progress for a
+    remote reader, which is the case over TCP and not on one host."""
+    seed: int = 0
+    extra_args: Mapping[str, Any] = field(default_factory=dict)
+    """Further engine arguments by name: none that has a key of its own here, none that Baton rests on."""
+    device: Literal["cpu", "cuda"] = "cpu"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cores", tuple(self.cores))
+        object.__setattr__(self, "peer_hosts", tuple(self.peer_hosts))
+        object.__setattr__(self, "extra_args", dict(self.extra_args))
+        _one_of("kind", self.kind, _KINDS)
+        _one_of("device", self.device, _DEVICES)
+        _one_of("dtype", self.dtype, _DTYPES)
+        if not self.model_name:
+            raise ValueError("model_name: is empty; give the name that callers will use")
+        if self.kind == "vllm" and not self.model_path:
+            raise ValueError("model_path: is empty; give the directory of the prepared model")
+        _whole("kv_cache_bytes", self.kv_cache_bytes, 1 << 20, 1 << 50)
+        _whole("block_token_count", self.block_token_count, 1, 4096)
+        if self.kind == "vllm" and self.device == "cpu" and self.block_token_count % 32:
+            raise ValueError(
+                f"block_token_count: is {self.block_token_count}; the CPU attention kernel needs a multiple of 32 "
+                "(128 is the usual choice)"
+            )
+        _whole("max_context_token_count", self.max_context_token_count, 2, 1 << 24)
+        _whole("max_running_count", self.max_running_count, 1, 4096)
+        _whole("max_batched_token_count", self.max_batched_token_count, 1, 1 << 20)
+        if self.max_batched_token_count < self.max_running_count:
+            raise ValueError(
+                f"max_batched_token_count: is {self.max_batched_token_count}, below max_running_count "
+                f"({self.max_running_count}); a step holds at least one token per running request, so raise it"
+            )
+        for core in self.cores:
+            _whole("cores", core, 0, 4095)
+        if len(set(self.cores)) != len(self.cores):
+            raise ValueError(f"cores: {list(self.cores)} names a core twice; name each once")
+        if not self.side_channel_host:
+            raise ValueError("side_channel_host: is empty; give the address that peers reach this engine at")
+        _whole("side_channel_port", self.side_channel_port, 1, 65535)
+        if not all(isinstance(host, str) and host for host in self.peer_hosts):
+            raise ValueError("peer_hosts: has an empty entry; list host names or addresses")
+        if isinstance(self.lease_s, bool) or not math.isfinite(self.lease_s) or not 1 <= self.lease_s <= 3600:
+            raise ValueError(f"lease_s: is {self.lease_s}; give between 1 and 3600 seconds")
+        _whole("seed", self.seed, 0, (1 << 32) - 1)
+        for name in self.extra_args:
+            if name in _OWN_KEYS:
+                raise ValueError(f"extra_args.{name}: has a key of its own here; set {_OWN_KEYS[name]}")
+            if name in _FIXED_ARGUMENTS:
+                raise ValueError(
+                    f"extra_args.{name}: cannot be set; the handoff and its checks rest on Baton's value"
+                )
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{key}: is {value!r}; give one of {', '.join(allowed)}")
+
+
+def _whole(key: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{key}: is {value!r}; give a whole number between {low} and {high}")

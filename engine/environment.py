@@ -1,0 +1,88 @@
+"""The environment an engine process is born into. Owns these variables; starts no process.
+
+OpenMP, the allocator and vLLM read them once, when the process starts, so they are set in the worker process
+before it creates the engine's. They are the same for every engine of a process, and a second engine that would
+need other values is refused.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from engine.config import EngineConfig
+
+_in_force: dict[str, str] = {}
+
+
+def engine_environment(config: EngineConfig) -> dict[str, str]:
+    """Variable by variable, with the reason."""
+    variables = {
+        # Nothing leaves the machine: no statistics of use, no look-ups of models by name.
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        # Plugins of other packages have no business in an engine.
+        "VLLM_PLUGINS": "",
+        # Standard output belongs to the program that runs the worker.
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if _is_loopback(config.side_channel_host) and "UCX_NET_DEVICES" not in os.environ:
+        # NIXL's transport listens on every interface otherwise; peers of a loopback address are on this host.
+        variables["UCX_NET_DEVICES"] = "lo"
+    if config.device == "cpu":
+        thread_count = len(config.cores) or len(os.sched_getaffinity(0))
+        variables |= {
+            "OMP_NUM_THREADS": str(thread_count),
+            # Threads that wait must not spin: the core belongs to others, too.
+            "KMP_BLOCKTIME": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
+        preload = [*_present(os.environ.get("LD_PRELOAD", "").split(":")), *preloads()]
+        if preload:
+            variables["LD_PRELOAD"] = ":".join(dict.fromkeys(preload))
+    return variables
+
+
+def preloads() -> list[str]:
+    """A faster allocator and OpenMP runtime, where installed: a quarter of the decode time on CPU."""
+    lib_dirs = (Path(sys.prefix) / "lib", Path("/usr/lib/x86_64-linux-gnu"), Path("/usr/lib/aarch64-linux-gnu"))
+    found = []
+    for name in ("libtcmalloc_minimal.so.4", "libiomp5.so"):
+        candidates = [d / name for d in lib_dirs if (d / name).is_file()]
+        found += [str(path) for path in candidates[:1]]
+    return found
+
+
+def put_in_force(variables: dict[str, str]) -> None:
+    """Sets them in this process, for its children. Raises ``ValueError`` when another engine of this process
+    runs under other values."""
+    for name, value in variables.items():
+        if _in_force.get(name, value) != value:
+            raise ValueError(
+                f"{name} is {_in_force[name]} for an engine of this process and would be {value} for this one: "
+                "give both as many cores, or run them in two processes"
+            )
+    for name, value in variables.items():
+        os.environ[name] = value
+        _in_force[name] = value
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _present(paths: Iterable[str]) -> list[str]:
+    return [path for path in paths if path and Path(path).is_file()]

@@ -1,0 +1,454 @@
+"""A simulated engine: real scheduling, real blocks, real prefix cache and handoff; only the arithmetic is a clock.
+
+``SimEngine`` satisfies ``engine.protocol.Engine``. It owns one task, which is the engine: admit, schedule, run
+(wait for as long as the cost model says), apply, report. A request's own coroutine waits for its turn there, does
+its pull, and frees what it owns however it ends. Time is the running loop's, so it works in virtual and in real time.
+Sampling parameters are ignored: what is said follows from the tokens before it alone (``sim_tokens``). It is for
+tests, for the simulator and for scale; never what a user gets from the main command.
+
+A pull that fails (source gone, KV released or expired) is recomputed here and reported, as the real engine does
+under its "recompute" policy. Faults for tests: ``kill``, ``hang`` and ``resume``, and ``extra_delay_s``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from baton.errors import FieldViolation, engine_failed, invalid_request, prompt_too_long, queue_full, ticket_refused
+from baton.leg import DecodeDone, DecodeEvent, KvAdopted, Stepped
+from baton.request import EngineStop
+from engine import sim_scheduler
+from engine.blocks import BlockPool, BlockTable, block_count_for
+from engine.protocol import DecodeJob, EngineInfo, EngineLoad, HeldKv, Prefilled, PrefillJob
+from engine.sim_config import PhaseDelays, SimConfig
+from engine.sim_scheduler import Batch, Scheduler, State
+from engine.sim_tokens import TokenRule, simulated_answer
+from kvtransfer.simulated import HeldContent, PullFailed, SimNetwork, simulated_params
+from kvtransfer.transfer_params import SimulatedParams
+
+__all__ = ["PhaseDelays", "SimConfig", "SimEngine", "SimNetwork", "TokenRule", "simulated_answer"]
+
+# Over all engines of the process: a handle of an engine that was replaced never names KV of its successor.
+_handle_numbers = itertools.count(1)
+
+
+@dataclass(eq=False, slots=True)
+class _Leg:
+    """A request inside the engine, and the bell its coroutine waits for."""
+
+    sequence: sim_scheduler.Sequence
+    arrived_at: float
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    is_queued: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    content: HeldContent
+    table: BlockTable
+    backstop: asyncio.TimerHandle
+
+
+@dataclass(frozen=True, slots=True)
+class _Pulled:
+    wait_s: float
+    transfer_s: float
+    ended_at: float
+    byte_count: int
+    block_count: int
+    recomputed_token_count: int
+
+
+class SimEngine:
+    """One simulated engine. ``extra_delay_s`` may be replaced at any time; it starts as configured."""
+
+    def __init__(self, config: SimConfig, network: SimNetwork) -> None:
+        self.config = config
+        self.network = network
+        self.extra_delay_s = config.extra_delay_s
+        self.pool = BlockPool(
+            config.block_count,
+            config.block_token_count,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+        self.scheduler = Scheduler(
+            self.pool,
+            config.tokens,
+            max_running_count=config.max_running_count,
+            max_batched_token_count=config.max_batched_token_count,
+            max_context_token_count=config.max_context_token_count,
+        )
+        # The mutable state, besides the scheduler's: requests inside, KV held after prefills, and whether it lives.
+        self._legs: dict[sim_scheduler.Sequence, _Leg] = {}
+        self._held: dict[str, _Held] = {}
+        self._death: str | None = None
+        self._died = asyncio.Event()
+        self._is_going = asyncio.Event()
+        self._is_going.set()
+        self._has_work = asyncio.Event()
+        self._orders = itertools.count()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            name="simulated",
+            model=self.config.model_name,
+            max_context_token_count=self.config.max_context_token_count,
+            block_token_count=self.config.block_token_count,
+            block_count=self.config.block_count,
+            max_running_count=self.config.max_running_count,
+            kv_bytes_per_token=self.config.cost.kv_bytes_per_token,
+            vocab_size=self.config.tokens.vocab_size,
+        )
+
+    @property
+    def held_count(self) -> int:
+        """Prefills whose KV waits for a puller."""
+        return len(self._held)
+
+    async def start(self) -> None:
+        if self._task is not None or self._death is not None:
+            raise RuntimeError("an engine is started once")
+        self.network.join(self.config.engine_id, self)
+        self._task = asyncio.create_task(self._run(), name=f"simulated engine {self.config.engine_id}")
+        await self._sleep(self.config.start_s)
+
+    async def prefill(self, job: PrefillJob) -> Prefilled:
+        leg = self._enter(job.prompt_token_ids, job.stop, job.priority, is_prefill=True, keeps_kv=job.hold_kv)
+        sequence = leg.sequence
+        try:
+            await self._queue(leg)
+            await self._until(leg, lambda: sequence.state is State.DONE)
+            assert sequence.scheduled_at is not None
+            assert sequence.first_token_at is not None
+            held = None
+            if job.hold_kv and sequence.finish is None:
+                held = self._hold(sequence, job.lease_s)  # nothing is awaited after this: the caller owns it now
+            return Prefilled(
+                first_token_id=sequence.token_ids[-1],
+                finish=sequence.finish,
+                held=held,
+                queue_s=sequence.scheduled_at - leg.arrived_at,
+                compute_s=sequence.first_token_at - sequence.scheduled_at,
+                cached_token_count=sequence.cached_token_count,
+            )
+        finally:
+            self._leave(leg)
+
+    async def decode(self, job: DecodeJob) -> AsyncGenerator[DecodeEvent, None]:
+        params = None if job.pull is None else simulated_params(job.pull)
+        if params is not None and params.token_count >= len(job.prompt_token_ids):
+            raise ticket_refused("params", "more tokens are held than the prompt has before its last token")
+        leg = self._enter(
+            job.prompt_token_ids,
+            job.stop,
+            job.priority,
+            is_prefill=False,
+            pull_token_count=0 if params is None else params.token_count,
+        )
+        sequence = leg.sequence
+        try:
+            await self._queue(leg)
+            if params is None:
+                await self._until(leg, lambda: sequence.first_token_at is not None)
+                yield self._adopted_by_computing(leg)
+            else:
+                await self._until(leg, lambda: sequence.state is not State.WAITING)
+                pulled = await self._pull(leg, params)
+                # Recomputed KV is in place when its first token is; pulled KV already is.
+                await self._until(
+                    leg,
+                    lambda: (
+                        (sequence.first_token_at if pulled.recomputed_token_count else sequence.scheduled_at)
+                        is not None
+                    ),
+                )
+                yield self._adopted_by_pulling(leg, pulled)
+            reported_count = 0
+            while sequence.finish is None or reported_count < sequence.output_token_count:
+                await self._until(
+                    leg,
+                    lambda count=reported_count: sequence.output_token_count > count,  # type: ignore[misc]
+                )
+                # A slow consumer gets several steps at once; how many is bounded by max_token_count.
+                fresh = tuple(sequence.token_ids[sequence.prompt_token_count + reported_count :])
+                reported_count += len(fresh)
+                yield Stepped(fresh)
+            yield DecodeDone(sequence.finish)
+        finally:
+            self._leave(leg)
+
+    async def release(self, handle: str) -> None:
+        self._check_alive()
+        await self._going()
+        self._drop_held(handle)
+
+    def load(self) -> EngineLoad:
+        """Of a dead engine: nothing runs and nothing is used."""
+        not_queued_count = sum(not leg.is_queued for leg in self._legs.values())
+        return EngineLoad(
+            running_count=self.scheduler.running_count,
+            waiting_count=self.scheduler.waiting_count + not_queued_count,
+            used_block_count=self.pool.used_block_count,
+            block_count=self.config.block_count,
+        )
+
+    async def load_now(self) -> EngineLoad:
+        self._check_alive()
+        await self._going()
+        return self.load()
+
+    async def check_health(self) -> None:
+        """A hung engine passes: it is not known to be dead."""
+        self._check_alive()
+
+    async def close(self) -> None:
+        """Requests inside fail with ENGINE_FAILED. Raises what a bug in the engine's task raised, if any."""
+        self._die("the engine was closed")
+        self.network.leave(self.config.engine_id, self)
+        task, self._task = self._task, None
+        if task is not None:
+            with suppress(asyncio.CancelledError):
+                await task
+
+    # Faults.
+
+    def kill(self) -> None:
+        """Dies at once: its blocks vanish, and every call in progress and to come raises ENGINE_FAILED."""
+        self._die("the engine died")
+
+    def hang(self) -> None:
+        """Stops making progress and answering, without dying, until ``resume``."""
+        self._is_going.clear()
+
+    def resume(self) -> None:
+        self._is_going.set()
+
+    # What the network asks of a source.
+
+    def held_content(self, handle: str) -> HeldContent | None:
+        held = self._held.get(handle)
+        return None if held is None else held.content
+
+    def note_pulled(self, handle: str) -> None:
+        self._drop_held(handle)
+
+    def __repr__(self) -> str:
+        state = "dead" if self._death else "going" if self._is_going.is_set() else "hung"
+        return f"<SimEngine {self.config.engine_id} {state} {self.scheduler} {len(self._held)} held {self.pool}>"
+
+    # The engine's task.
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                await self._is_going.wait()
+                self._has_work.clear()
+                self._ring(self.scheduler.admit())
+                batch = self.scheduler.schedule(_now())
+                if not batch:
+                    await self._has_work.wait()
+                    continue
+                self._ring((*batch.decoding, *(sequence for sequence, _ in batch.chunks)))
+                await asyncio.sleep(self._step_s(batch))
+                await self._is_going.wait()
+                self._ring(self.scheduler.apply(batch, _now()))
+        except Exception:
+            self._die("a bug in the simulated engine", is_own_task=True)
+            raise
+
+    def _step_s(self, batch: Batch) -> float:
+        step_s = self.config.cost.step_s([chunk for _, chunk in batch.chunks], batch.context_token_counts)
+        if batch.ends_a_prompt:
+            step_s += self.extra_delay_s.prefill
+        if batch.decoding:
+            step_s += self.extra_delay_s.decode
+        return step_s
+
+    def _ring(self, sequences: Sequence[sim_scheduler.Sequence]) -> None:
+        for sequence in sequences:
+            if (leg := self._legs.get(sequence)) is not None:
+                leg.changed.set()
+
+    # A request's way through.
+
+    def _enter(
+        self,
+        prompt_token_ids: tuple[int, ...],
+        stop: EngineStop,
+        priority: int,
+        *,
+        is_prefill: bool,
+        keeps_kv: bool = False,
+        pull_token_count: int = 0,
+    ) -> _Leg:
+        self._check_alive()
+        self._check_request(prompt_token_ids, stop)
+        waiting_count = self.load().waiting_count
+        if waiting_count >= self.config.max_waiting_count:
+            raise queue_full(waiting_count, self.config.max_waiting_count, retry_after_s=1.0)
+        sequence = sim_scheduler.Sequence(
+            order=next(self._orders),
+            prompt_token_ids=prompt_token_ids,
+            stop=stop,
+            priority=priority,
+            block_token_count=self.config.block_token_count,
+            max_context_token_count=self.config.max_context_token_count,
+            is_prefill=is_prefill,
+            keeps_kv=keeps_kv,
+            pull_token_count=pull_token_count,
+        )
+        leg = _Leg(sequence, _now())
+        self._legs[sequence] = leg
+        return leg
+
+    def _leave(self, leg: _Leg) -> None:
+        self._legs.pop(leg.sequence, None)
+        self.scheduler.remove(leg.sequence)
+        self._has_work.set()  # blocks may have become free for another
+
+    async def _queue(self, leg: _Leg) -> None:
+        await self._sleep(self.extra_delay_s.queue)
+        leg.is_queued = True
+        self.scheduler.add(leg.sequence)
+        self._has_work.set()
+
+    async def _pull(self, leg: _Leg, params: SimulatedParams) -> _Pulled:
+        sequence = leg.sequence
+        started_at = _now()
+        wait_s = started_at - leg.arrived_at
+        if not sequence.needs_pull:
+            self.network.note_pulled(params)
+            return _Pulled(wait_s, 0.0, started_at, 0, 0, 0)
+        size = self.config.block_token_count
+        block_count = block_count_for(params.token_count, size) - sequence.computed_token_count // size
+        byte_count = block_count * size * self.config.cost.kv_bytes_per_token  # whole blocks move
+        try:
+            content = await self.network.pull(
+                params, byte_count, extra_s=self.extra_delay_s.transfer, sleep=self._sleep
+            )
+        except PullFailed:
+            ended_at = _now()
+            recomputed_count = self.scheduler.pull_failed(sequence)
+            self._has_work.set()
+            return _Pulled(wait_s, ended_at - started_at, ended_at, 0, 0, recomputed_count)
+        ended_at = _now()
+        await self._sleep(self.extra_delay_s.decode_wait)
+        self.scheduler.pulled(sequence, content)
+        self._has_work.set()
+        return _Pulled(wait_s, ended_at - started_at, ended_at, byte_count, block_count, 0)
+
+    def _adopted_by_computing(self, leg: _Leg) -> KvAdopted:
+        sequence = leg.sequence
+        assert sequence.scheduled_at is not None
+        assert sequence.first_token_at is not None
+        return KvAdopted(
+            wait_s=sequence.scheduled_at - leg.arrived_at,
+            transfer_s=0.0,
+            decode_wait_s=0.0,
+            transfer_bytes=0,
+            descriptor_count=0,
+            recomputed_token_count=0,
+            prefill_s=sequence.first_token_at - sequence.scheduled_at,
+            cached_token_count=sequence.cached_token_count,
+        )
+
+    def _adopted_by_pulling(self, leg: _Leg, pulled: _Pulled) -> KvAdopted:
+        """``decode_wait_s`` includes the computing where the pull failed: it is what the request waits for."""
+        sequence = leg.sequence
+        ready_at = sequence.first_token_at if pulled.recomputed_token_count else sequence.scheduled_at
+        assert ready_at is not None
+        return KvAdopted(
+            wait_s=pulled.wait_s,
+            transfer_s=pulled.transfer_s,
+            decode_wait_s=max(0.0, ready_at - pulled.ended_at),
+            transfer_bytes=pulled.byte_count,
+            descriptor_count=pulled.block_count,
+            recomputed_token_count=pulled.recomputed_token_count,
+            prefill_s=0.0,
+            cached_token_count=sequence.cached_token_count,
+        )
+
+    def _hold(self, sequence: sim_scheduler.Sequence, lease_s: float) -> HeldKv:
+        table = self.scheduler.take_table(sequence)
+        token_count = sequence.prompt_token_count
+        handle = f"{self.config.engine_id}/{next(_handle_numbers)}"
+        block_bytes = self.config.block_token_count * self.config.cost.kv_bytes_per_token
+        kv_bytes = len(table.block_ids) * block_bytes
+        backstop = asyncio.get_running_loop().call_later(
+            lease_s + self.config.backstop_extra_s, self._drop_held, handle
+        )
+        self._held[handle] = _Held(HeldContent(token_count, sequence.content), table, backstop)
+        params = SimulatedParams(self.config.engine_id, handle, token_count, kv_bytes)
+        return HeldKv(handle=handle, kv_bytes=kv_bytes, params=params.to_engine())
+
+    def _drop_held(self, handle: str) -> None:
+        held = self._held.pop(handle, None)
+        if held is not None:
+            held.backstop.cancel()
+            held.table.free()
+            self._has_work.set()
+
+    # Waiting: each of these ends with ENGINE_FAILED when the engine dies meanwhile.
+
+    async def _until(self, leg: _Leg, is_so: Callable[[], bool]) -> None:
+        self._check_alive()
+        while not is_so():
+            await leg.changed.wait()
+            leg.changed.clear()
+            self._check_alive()
+
+    async def _sleep(self, delay_s: float) -> None:
+        if delay_s > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(delay_s):
+                    await self._died.wait()
+        self._check_alive()
+        await self._going()
+
+    async def _going(self) -> None:
+        await self._is_going.wait()
+        self._check_alive()
+
+    # Checks.
+
+    def _check_alive(self) -> None:
+        if self._death is not None:
+            raise engine_failed(self.config.engine_id, self._death)
+        if self._task is None:
+            raise engine_failed(self.config.engine_id, "the engine was not started")
+
+    def _check_request(self, prompt_token_ids: tuple[int, ...], stop: EngineStop) -> None:
+        limit = self.config.max_context_token_count - 1
+        if not prompt_token_ids:
+            raise invalid_request([FieldViolation("prompt", "has no tokens; give at least one")])
+        if len(prompt_token_ids) > limit:
+            raise prompt_too_long(len(prompt_token_ids), limit)
+        vocab_size = self.config.tokens.vocab_size
+        if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= vocab_size:
+            raise invalid_request([FieldViolation("prompt", f"has a token id outside 0 to {vocab_size - 1}")])
+        if stop.max_token_count < 1:
+            raise invalid_request([FieldViolation("stop.max_output_token_count", "must be at least 1")])
+
+    def _die(self, why: str, *, is_own_task: bool = False) -> None:
+        if self._death is not None:
+            return
+        self._death = why
+        if self._task is not None and not is_own_task:
+            self._task.cancel()
+        for handle in list(self._held):
+            self._drop_held(handle)
+        for sequence, leg in self._legs.items():
+            self.scheduler.remove(sequence)
+            leg.changed.set()
+        self._died.set()
+        self._is_going.set()  # whoever waits for a hung engine learns that it is dead
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

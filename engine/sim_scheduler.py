@@ -1,0 +1,296 @@
+"""Iteration-level scheduling as vLLM does it, without the computing: who gets blocks, who runs in the next step.
+
+Owns the sequences of one simulated engine from ``add`` to ``remove``, and their blocks. Pure: times are passed in,
+nothing waits. The mutable state is three collections, and a sequence is in at most one of them:
+
+    waiting    no blocks yet; larger priority first, then first come first served
+    placed     all blocks it can ever need, but not computing: pulling its KV, or pulled and waiting for a slot
+    running    computing; at most ``max_running_count``
+
+Admission reserves every block of prompt and answer, so nothing is ever preempted. The head of ``waiting`` is never
+overtaken, so a large request cannot starve.
+"""
+
+from __future__ import annotations
+
+import bisect
+import enum
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+from baton.request import EngineStop, LegFinish
+from engine.blocks import BlockPool, BlockTable, block_count_for, chain_hashes
+from engine.cost import Chunk
+from engine.sim_tokens import EMPTY_CONTENT, TokenRule, extend_content
+
+
+class State(enum.Enum):
+    WAITING = "waiting"
+    PULLING = "pulling"
+    PULLED = "pulled"
+    RUNNING = "running"
+    DONE = "done"
+
+
+class Sequence:
+    """One leg. ``token_ids`` grows by an output token whenever all of it is computed."""
+
+    def __init__(
+        self,
+        *,
+        order: int,
+        prompt_token_ids: SequenceOf[int],
+        stop: EngineStop,
+        priority: int,
+        block_token_count: int,
+        max_context_token_count: int,
+        is_prefill: bool,
+        keeps_kv: bool = False,
+        pull_token_count: int = 0,
+    ) -> None:
+        self.token_ids = list(prompt_token_ids)
+        self.prompt_token_count = len(self.token_ids)
+        self.stop = stop
+        self.is_prefill = is_prefill
+        self.keeps_kv = keeps_kv
+        self.pull_token_count = pull_token_count
+        self.sort_key = (-priority, order)
+        self.state = State.WAITING
+        output_limit = 1 if is_prefill else stop.max_token_count
+        # The last output token is never computed on, so its KV needs no room.
+        needed = min(self.prompt_token_count + output_limit - 1, max_context_token_count)
+        self.block_count = block_count_for(needed, block_token_count)
+        # The last token of a prompt is always computed: without it there is nothing to sample from.
+        self.hashes = list(chain_hashes(self.token_ids[:-1], block_token_count))
+        self.table: BlockTable | None = None
+        self.content = EMPTY_CONTENT
+        self.computed_token_count = 0
+        self.cached_token_count = 0
+        self.published_block_count = 0
+        self.finish: LegFinish | None = None
+        self.scheduled_at: float | None = None
+        """Start of its first step."""
+        self.first_token_at: float | None = None
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.prompt_token_count :]
+
+    @property
+    def output_token_count(self) -> int:
+        return len(self.token_ids) - self.prompt_token_count
+
+    @property
+    def needs_pull(self) -> bool:
+        return self.pull_token_count > self.computed_token_count
+
+    def __repr__(self) -> str:
+        return (
+            f"<Sequence {self.state.value}: {self.computed_token_count} of {len(self.token_ids)} tokens computed, "
+            f"{self.output_token_count} new>"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one step computes. A single token counts as decoding, more as a chunk of a prompt."""
+
+    decoding: tuple[Sequence, ...]
+    chunks: tuple[tuple[Sequence, Chunk], ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.decoding or self.chunks)
+
+    @property
+    def context_token_counts(self) -> tuple[int, ...]:
+        return tuple(sequence.computed_token_count for sequence in self.decoding)
+
+    @property
+    def ends_a_prompt(self) -> bool:
+        """Whether a prompt computed here will be complete after this step."""
+        return any(
+            chunk.context_token_count + chunk.new_token_count == len(sequence.token_ids)
+            for sequence, chunk in self.chunks
+        )
+
+
+class Scheduler:
+    def __init__(
+        self,
+        pool: BlockPool,
+        rule: TokenRule,
+        *,
+        max_running_count: int,
+        max_batched_token_count: int,
+        max_context_token_count: int,
+    ) -> None:
+        self.pool = pool
+        self.rule = rule
+        self.max_running_count = max_running_count
+        self.max_batched_token_count = max_batched_token_count
+        self.max_context_token_count = max_context_token_count
+        self._waiting: list[Sequence] = []
+        self._placed: list[Sequence] = []
+        self._running: list[Sequence] = []
+
+    @property
+    def running_count(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting_count(self) -> int:
+        return len(self._waiting) + len(self._placed)
+
+    def add(self, sequence: Sequence) -> None:
+        bisect.insort(self._waiting, sequence, key=lambda each: each.sort_key)
+
+    def pulled(self, sequence: Sequence, content: int | None) -> None:
+        """The KV of ``pull_token_count`` tokens is in place. ``content`` stands for it, if it can be seen."""
+        assert sequence.state is State.PULLING
+        pulled = sequence.token_ids[: sequence.pull_token_count]
+        sequence.content = extend_content(EMPTY_CONTENT, pulled) if content is None else content
+        sequence.computed_token_count = sequence.pull_token_count
+        self._publish(sequence)
+        sequence.state = State.PULLED
+
+    def pull_failed(self, sequence: Sequence) -> int:
+        """The sequence computes the rest of its prompt itself. Returns how many tokens were to be pulled."""
+        assert sequence.state is State.PULLING
+        missing = sequence.pull_token_count - sequence.computed_token_count
+        sequence.pull_token_count = 0
+        sequence.state = State.PULLED
+        return missing
+
+    def admit(self) -> list[Sequence]:
+        """Moves sequences up as far as slots and blocks go. Returns those that were given blocks."""
+        for sequence in [each for each in self._placed if each.state is State.PULLED]:
+            if len(self._running) < self.max_running_count:
+                self._placed.remove(sequence)
+                self._start(sequence)
+        admitted = []
+        while self._waiting and self._can_admit(self._waiting[0]):
+            sequence = self._waiting.pop(0)
+            self._allocate(sequence)
+            admitted.append(sequence)
+            if sequence.needs_pull:
+                sequence.state = State.PULLING
+                self._placed.append(sequence)
+            else:
+                self._start(sequence)
+        return admitted
+
+    def schedule(self, now: float) -> Batch:
+        """The next step: every decoding sequence, then prompts in order of admission as far as the budget goes."""
+        budget = self.max_batched_token_count
+        decoding, chunks = [], []
+        for sequence in self._running:
+            if len(sequence.token_ids) - sequence.computed_token_count == 1:
+                decoding.append(sequence)
+                budget -= 1
+        for sequence in self._running:
+            remaining = len(sequence.token_ids) - sequence.computed_token_count
+            if remaining > 1 and budget > 0:
+                chunk = Chunk(min(remaining, budget), sequence.computed_token_count)
+                chunks.append((sequence, chunk))
+                budget -= chunk.new_token_count
+        for sequence in (*decoding, *(sequence for sequence, _ in chunks)):
+            if sequence.scheduled_at is None:
+                sequence.scheduled_at = now
+        return Batch(tuple(decoding), tuple(chunks))
+
+    def apply(self, batch: Batch, now: float) -> list[Sequence]:
+        """The step was computed. Returns the sequences that have a new token, the finished ones among them.
+
+        Sequences removed meanwhile are passed over.
+        """
+        steps = [(sequence, 1) for sequence in batch.decoding]
+        steps += [(sequence, chunk.new_token_count) for sequence, chunk in batch.chunks]
+        advanced = []
+        for sequence, count in steps:
+            if sequence.state is not State.RUNNING:
+                continue
+            start = sequence.computed_token_count
+            sequence.content = extend_content(sequence.content, sequence.token_ids[start : start + count])
+            sequence.computed_token_count += count
+            self._publish(sequence)
+            if sequence.computed_token_count == len(sequence.token_ids):
+                self._sample(sequence, now)
+                advanced.append(sequence)
+        return advanced
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes the sequence out wherever it is and frees its blocks. Idempotent."""
+        for collection in (self._waiting, self._placed, self._running):
+            if sequence in collection:
+                collection.remove(sequence)
+        sequence.state = State.DONE
+        if sequence.table is not None:
+            sequence.table.free()
+
+    def take_table(self, sequence: Sequence) -> BlockTable:
+        """The blocks of a finished prefill change owner: ``remove`` no longer frees them."""
+        assert sequence.state is State.DONE
+        table, sequence.table = sequence.table, None
+        assert table is not None
+        assert not table.is_freed
+        return table
+
+    def __repr__(self) -> str:
+        return (
+            f"<Scheduler [{len(self._running)} running, {len(self._placed)} placed | {len(self._waiting)} waiting]>"
+        )
+
+    def _can_admit(self, sequence: Sequence) -> bool:
+        if not self.pool.can_allocate(sequence.hashes, sequence.block_count):
+            return False
+        # A pull needs no slot. One whose KV is all cached already does, which only costs it a turn.
+        return bool(sequence.pull_token_count) or len(self._running) < self.max_running_count
+
+    def _allocate(self, sequence: Sequence) -> None:
+        table = self.pool.allocate(sequence.hashes, sequence.block_count)
+        sequence.table = table
+        sequence.published_block_count = table.cached_block_count
+        sequence.cached_token_count = table.cached_block_count * self.pool.block_token_count
+        sequence.computed_token_count = sequence.cached_token_count
+        sequence.content = extend_content(EMPTY_CONTENT, sequence.token_ids[: sequence.cached_token_count])
+
+    def _start(self, sequence: Sequence) -> None:
+        if len(self._running) < self.max_running_count:
+            sequence.state = State.RUNNING
+            self._running.append(sequence)
+        else:
+            sequence.state = State.PULLED
+            self._placed.append(sequence)
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Full blocks become reusable. An answer's blocks continue the chain of the prompt's."""
+        assert sequence.table is not None
+        size = self.pool.block_token_count
+        for index in range(sequence.published_block_count, sequence.computed_token_count // size):
+            if index == len(sequence.hashes):
+                parent = sequence.hashes[-1] if sequence.hashes else None
+                block = sequence.token_ids[index * size : (index + 1) * size]
+                sequence.hashes += chain_hashes(block, size, parent=parent)
+            sequence.table.publish(index, sequence.hashes[index])
+            sequence.published_block_count = index + 1
+
+    def _sample(self, sequence: Sequence, now: float) -> None:
+        token_id = self.rule.next_token(sequence.content, len(sequence.token_ids))
+        sequence.token_ids.append(token_id)
+        if sequence.first_token_at is None:
+            sequence.first_token_at = now
+        sequence.finish = self.rule.finish_of(
+            token_id,
+            sequence.output_token_count,
+            len(sequence.token_ids),
+            max_token_count=sequence.stop.max_token_count,
+            stop_token_ids=sequence.stop.stop_token_ids,
+            ignore_eos=sequence.stop.ignore_eos,
+            max_context_token_count=self.max_context_token_count,
+        )
+        if sequence.finish is not None or sequence.is_prefill:
+            self._running.remove(sequence)
+            sequence.state = State.DONE
+            if not (sequence.keeps_kv and sequence.finish is None):
+                assert sequence.table is not None
+                sequence.table.free()

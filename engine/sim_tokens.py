@@ -1,0 +1,116 @@
+"""What a simulated model says: the next token as a fixed function of all tokens before it.
+
+The content of a KV cache is modelled by a 64-bit rolling digest of the tokens it was computed from. Because each
+token depends on all before it, a continuation of prompt + answer goes on exactly as the uninterrupted answer
+would, and a gap, a repeat, a swap or another request's KV changes everything after it. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from baton.request import LegFinish
+
+EMPTY_CONTENT = 0x243F6A8885A308D3
+_MASK = (1 << 64) - 1
+
+
+def extend_content(content: int, token_ids: Sequence[int]) -> int:
+    """The digest after ``token_ids`` follow what ``content`` stands for."""
+    for token_id in token_ids:
+        content = ((content ^ (token_id + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9) & _MASK
+        content ^= content >> 31
+    return content
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRule:
+    """Which token follows a content. The defaults have the default model's vocabulary and never end by themselves."""
+
+    vocab_size: int = 49_152
+    special_token_count: int = 17
+    """Ids below are never said, except the end of sequence."""
+    eos_token_id: int | None = 2
+    eos_when: Callable[[int], bool] | None = None
+    """Whether the token at this position (tokens before it, prompt included) is the end of sequence."""
+    eos_probability: float = 0.0
+    """The share of positions at which the model ends; like every token, fixed by the tokens before."""
+
+    def __post_init__(self) -> None:
+        # Two words are left at least, so that there is another one when a word happens to be the eos id.
+        if not 0 <= self.special_token_count <= self.vocab_size - 2:
+            raise ValueError(
+                f"special_token_count {self.special_token_count} must leave two ids of vocab_size {self.vocab_size}"
+            )
+        if not 0.0 <= self.eos_probability <= 1.0:
+            raise ValueError(f"eos_probability must be from 0 to 1, got {self.eos_probability}")
+        if self.eos_token_id is None and (self.eos_when is not None or self.eos_probability > 0):
+            raise ValueError("a model that ends needs an eos_token_id")
+
+    def next_token(self, content: int, position: int) -> int:
+        if self.eos_token_id is not None and self._ends(content, position):
+            return self.eos_token_id
+        mixed = (content * 0x94D049BB133111EB) & _MASK
+        word_count = self.vocab_size - self.special_token_count
+        word = (mixed >> 17) % word_count
+        if self.special_token_count + word == self.eos_token_id:
+            word = (word + 1) % word_count
+        return self.special_token_count + word
+
+    def _ends(self, content: int, position: int) -> bool:
+        if self.eos_when is not None and self.eos_when(position):
+            return True
+        mixed = ((content ^ 0x5851F42D4C957F2D) * 0xD6E8FEB86659FD93) & _MASK
+        return (mixed >> 11) / (1 << 53) < self.eos_probability
+
+    def finish_of(
+        self,
+        token_id: int,
+        output_token_count: int,
+        total_token_count: int,
+        *,
+        max_token_count: int,
+        stop_token_ids: Sequence[int],
+        ignore_eos: bool,
+        max_context_token_count: int,
+    ) -> LegFinish | None:
+        """Why the answer ends with ``token_id``, its ``output_token_count``-th token; None if it goes on."""
+        if (token_id == self.eos_token_id and not ignore_eos) or token_id in stop_token_ids:
+            return LegFinish.STOP
+        if output_token_count >= max_token_count or total_token_count >= max_context_token_count:
+            return LegFinish.LENGTH
+        return None
+
+
+def simulated_answer(
+    prompt_token_ids: Sequence[int],
+    count: int,
+    rule: TokenRule = TokenRule(),
+    *,
+    stop_token_ids: Sequence[int] = (),
+    ignore_eos: bool = False,
+    max_context_token_count: int | None = None,
+) -> tuple[int, ...]:
+    """The answer of an uninterrupted run of at most ``count`` tokens: what every test compares with.
+
+    ``max_context_token_count`` cuts the answer when prompt and answer fill it (the engine's default is 8,192).
+    """
+    content = extend_content(EMPTY_CONTENT, prompt_token_ids)
+    limit = max_context_token_count if max_context_token_count is not None else len(prompt_token_ids) + count
+    answer: list[int] = []
+    while len(answer) < count:
+        token_id = rule.next_token(content, len(prompt_token_ids) + len(answer))
+        answer.append(token_id)
+        content = extend_content(content, (token_id,))
+        if rule.finish_of(
+            token_id,
+            len(answer),
+            len(prompt_token_ids) + len(answer),
+            max_token_count=count,
+            stop_token_ids=stop_token_ids,
+            ignore_eos=ignore_eos,
+            max_context_token_count=limit,
+        ):
+            break
+    return tuple(answer)

@@ -1,0 +1,46 @@
+"""An engine's configuration in vLLM's words. Owns the mapping; starts nothing and never imports vLLM itself."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from engine.config import EngineConfig, EngineIdentity
+
+
+def engine_arguments(config: EngineConfig, identity: EngineIdentity) -> dict[str, Any]:
+    """Arguments for ``AsyncEngineArgs``. Imports the connector, hence vLLM: call it off the event loop."""
+    from kvtransfer.connector_executor import EXECUTOR, WORKER_EXTENSION
+    from kvtransfer.connector_settings import transfer_config
+
+    arguments: dict[str, Any] = {
+        "model": config.model_path,
+        "served_model_name": config.model_name,
+        "dtype": config.dtype,
+        "seed": config.seed,
+        "max_model_len": config.max_context_token_count,
+        "block_size": config.block_token_count,
+        "kv_cache_memory_bytes": config.kv_cache_bytes,
+        "max_num_seqs": config.max_running_count,
+        "max_num_batched_tokens": config.max_batched_token_count,
+        "enable_chunked_prefill": True,
+        "enable_prefix_caching": config.enable_prefix_caching,
+        "enforce_eager": config.enforce_eager,
+        "scheduling_policy": "priority",
+        # A step's tokens must be out before the next step decides: what a prefill holds is counted in them.
+        "async_scheduling": False,
+        "distributed_executor_backend": EXECUTOR,
+        "worker_extension_cls": WORKER_EXTENSION,
+        "kv_transfer_config": transfer_config(
+            engine_id=f"{identity.worker_id}-{uuid.uuid4().hex}",
+            side_channel_host=config.side_channel_host,
+            side_channel_port=config.side_channel_port,
+            lease_s=config.lease_s,
+            enable_progress_thread=config.enable_progress_thread,
+            device=config.device,
+        ),
+        # Requests, hence prompts, are never logged; statistics reach us through ``reports`` alone.
+        "enable_log_requests": False,
+        "disable_log_stats": True,
+    }
+    return {**arguments, **config.extra_args}

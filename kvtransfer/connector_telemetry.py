@@ -1,0 +1,56 @@
+"""What happened to each pull, from the engine process to the worker process. Owns the shape; measures nothing.
+
+vLLM's own statistics carry no request ids. Ours ride in the same message, one entry per pulled request, and
+that message leaves the engine process before the one with the request's first token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats
+
+PULLS_KEY = "baton_pulls"
+
+
+@dataclass(frozen=True, slots=True)
+class PullRecord:
+    """One request's pull. Times are CLOCK_MONOTONIC seconds of the host, durations seconds."""
+
+    request_id: str
+    """vLLM's internal id."""
+    is_ok: bool
+    """False: nothing of it may be used; the engine computes the prompt instead."""
+    started_at: float
+    """When the read was asked for (a first contact with the peer comes after it)."""
+    in_place_at: float
+    transfer_bytes: int
+    descriptor_count: int
+    post_s: float
+    wire_s: float
+    block_count: int
+    """Blocks that were missing here."""
+
+
+def pull_records(kv_connector_stats: Mapping[str, Any] | None) -> list[PullRecord]:
+    """The records in a statistics message as the worker process receives it."""
+    if not kv_connector_stats:
+        return []
+    return [PullRecord(*fields) for fields in kv_connector_stats.get(PULLS_KEY, ())]
+
+
+class PullStats(NixlKVConnectorStats):  # type: ignore[misc]
+    """vLLM's transfer statistics plus our records."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.data[PULLS_KEY] = []
+
+    def record_pull(self, record: PullRecord) -> None:
+        # A plain list of plain values: that is what survives the trip between the processes.
+        self.data[PULLS_KEY].append(list(astuple(record)))
+
+    def is_empty(self) -> bool:
+        return super().is_empty() and not self.data[PULLS_KEY]

@@ -1,0 +1,70 @@
+"""DecodeService on the wire: messages in, events out. Thin; protobuf stops here."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from baton.leg import DecodeDone, DecodeEvent, DecodeOrder, KvAdopted, Stepped
+from baton.worker.v1 import worker_pb2, worker_pb2_grpc
+from decode_worker.worker import DecodeWorker
+from engine.order_proto import FINISH_TO_PROTO, order_parts
+from engine.service import answering
+
+SERVICE = "baton.worker.v1.DecodeService"
+
+
+def order_from_proto(request: Any) -> DecodeOrder:
+    """Raises INVALID_REQUEST. Ranges and the ticket are the worker's to check."""
+    prompt_token_ids, sampling, stop = order_parts(request)
+    return DecodeOrder(
+        leg_id=request.leg_id,
+        prompt_token_ids=prompt_token_ids,
+        sampling=sampling,
+        stop=stop,
+        ticket=request.ticket,
+        priority=request.priority,
+    )
+
+
+def event_to_proto(event: DecodeEvent) -> worker_pb2.DecodeResponse:
+    match event:
+        case Stepped():
+            return worker_pb2.DecodeResponse(step=worker_pb2.Step(token_ids=event.token_ids))
+        case KvAdopted():
+            return worker_pb2.DecodeResponse(
+                adopted=worker_pb2.Adopted(
+                    wait_s=event.wait_s,
+                    transfer_s=event.transfer_s,
+                    decode_wait_s=event.decode_wait_s,
+                    transfer_byte_count=event.transfer_bytes,
+                    descriptor_count=event.descriptor_count,
+                    recomputed_token_count=event.recomputed_token_count,
+                    prefill_s=event.prefill_s,
+                    cached_token_count=event.cached_token_count,
+                    first_step_s=event.first_step_s,
+                )
+            )
+        case DecodeDone():
+            return worker_pb2.DecodeResponse(finished=worker_pb2.DecodeFinished(finish=FINISH_TO_PROTO[event.finish]))
+
+
+class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
+    def __init__(self, worker: DecodeWorker) -> None:
+        self._worker = worker
+
+    async def Decode(self, request: Any, context: Any) -> None:
+        # A coroutine that writes, not a generator handler: grpc.aio leaves the closing of a generator to the
+        # garbage collector, and the engine's request with it.
+        async with answering(context, "decode"), aclosing(self._worker.decode(order_from_proto(request))) as events:
+            async for event in events:
+                await context.write(event_to_proto(event))
+
+
+def add_decode_service(server: grpc.aio.Server, worker: DecodeWorker) -> str:
+    """Attaches the service and returns its full name, which the host reports health under."""
+    add = worker_pb2_grpc.add_DecodeServiceServicer_to_server
+    add(DecodeServicer(worker), server)  # type: ignore[no-untyped-call]  # generated
+    return SERVICE

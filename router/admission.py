@@ -1,0 +1,390 @@
+"""Who may start now, who waits, who is turned away: a bounded waiting room in front of placement.
+
+Owns the waiting requests and the places given out. A request is admitted together with its placement, and only
+when its decode worker has room, so that no prefill is spent on an answer that nobody can continue. Never queues
+beyond its limit and never lets anyone wait without a deadline.
+
+    enter --> a place now? --yes--> Place .................. close() gives it back, and the next ones are let in
+                  | no
+                  v
+               full? --yes--> QUEUE_FULL, retry_after
+                  | no
+                  v
+    [retries first, then priority, then order of arrival] --> Place
+                  |            '- no worker ready for no_worker_s, or short of the deadline --> NO_WORKER
+                  '- waited for max_wait_s --> QUEUE_FULL
+
+The first in line is served first: a request that would fit does not overtake one that does not, except where the
+latter waits for a worker other than those that failed it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from baton.errors import BatonError, draining, no_worker, queue_full
+from baton.request import PlacementMode, Role
+from router.affinity import AffinityLimits, PrefixIndex
+from router.cluster_view import Assigned, ClusterView, WorkerIdentity
+from router.placement import Placement, PlacementAsk, PlacementPolicy, place
+from router.roster import Roster
+
+MIN_RETRY_AFTER_S = 0.1
+MAX_RETRY_AFTER_S = 30.0
+RATE_WINDOW_COUNT = 64
+"""Recent departures that the estimate of ``retry_after_s`` looks at."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionLimits:
+    """Raises ``ValueError`` naming the key."""
+
+    queue_limit: int = 256
+    """Requests that may wait; 0 turns away what cannot start at once. Retries of running requests do not count."""
+    max_in_flight_count: int = 512
+    """Requests with a place."""
+    max_wait_s: float = 60.0
+    """Longest wait of a request, whatever its deadline."""
+    no_worker_s: float = 10.0
+    """Longest wait while no worker is ready at all."""
+    exclusion_s: float = 0.5
+    """A request does not go back to a process that failed it for so long; then it may, if no other is to be had."""
+    reply_margin_s: float = 0.25
+    """A wait in vain ends this long before the deadline, so that its reason still reaches the caller."""
+
+    def __post_init__(self) -> None:
+        if self.queue_limit < 0 or self.max_in_flight_count < 1:
+            raise ValueError("queue_limit must be 0 or more, and max_in_flight_count at least 1")
+        for key in ("max_wait_s", "no_worker_s", "exclusion_s", "reply_margin_s"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be positive")
+
+
+@dataclass(frozen=True, slots=True)
+class RoomView:
+    """The waiting room at one moment."""
+
+    waiting_count: int
+    """New requests; retries do not count."""
+    ahead_count: int
+    """Those that are served before the one that asks."""
+    in_flight_count: int
+    departures_per_s: float
+    is_draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AdmitNow:
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class WaitInLine:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Shed:
+    error: BatonError
+
+
+def admit(
+    room: RoomView, limits: AdmissionLimits, find_place: Callable[[], Placement | None], *, is_retry: bool = False
+) -> AdmitNow | WaitInLine | Shed:
+    """What happens to a request that arrives now. ``find_place`` is asked only if nobody is ahead. Pure."""
+    if room.is_draining and not is_retry:
+        return Shed(draining())
+    if room.ahead_count == 0 and (is_retry or room.in_flight_count < limits.max_in_flight_count):
+        placement = find_place()
+        if placement is not None:
+            return AdmitNow(placement)
+    if not is_retry and room.waiting_count >= limits.queue_limit:
+        return Shed(queue_full(room.waiting_count, limits.queue_limit, retry_after_s(room)))
+    return WaitInLine()
+
+
+def retry_after_s(room: RoomView) -> float:
+    """When the queue of now will have been served, at the pace of late."""
+    if room.departures_per_s <= 0:
+        return 1.0
+    return min(MAX_RETRY_AFTER_S, max(MIN_RETRY_AFTER_S, (room.waiting_count + 1) / room.departures_per_s))
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A request at the door."""
+
+    prompt_token_ids: tuple[int, ...] = field(repr=False)
+    max_output_token_count: int
+    priority: int
+    session_id: str
+    deadline_at: float
+    is_retry: bool = False
+    """It had a place and lost its worker: it goes first, and is not turned away."""
+    excluded: frozenset[WorkerIdentity] = frozenset()
+    needs_recompute: bool = False
+
+
+class Place:
+    """A request's place: its placement, and what is counted for it on its workers until ``close``."""
+
+    def __init__(self, admission: Admission, placement: Placement, prompt_token_count: int, kept: Assigned) -> None:
+        self.placement = placement
+        self._admission = admission
+        self._kept = kept
+        self._prefill: Assigned | None = (
+            None if placement.prefill is None else Assigned(prefill_count=1, prefill_token_count=prompt_token_count)
+        )
+        self._held = Assigned()
+        self._is_open = True
+
+    def prefill_answered(self) -> None:
+        """The prompt is computed: it does not delay others any more, though its KV may be held. Idempotent."""
+        if self._prefill is not None and self._is_open:
+            assert self.placement.prefill is not None
+            self._held = Assigned(held_count=1)
+            self._admission.roster.assign(self.placement.prefill, self._held)
+        self._prefill_over()
+
+    def close(self) -> None:
+        """Gives the place back and lets the next ones in. Idempotent."""
+        if self._is_open:
+            self._is_open = False
+            self._prefill_over()
+            held, self._held = self._held, Assigned()
+            if held.held_count:
+                assert self.placement.prefill is not None
+                self._admission.roster.assign(self.placement.prefill, held, sign=-1)
+            self._admission.left(self.placement, self._kept)
+
+    def _prefill_over(self) -> None:
+        taken, self._prefill = self._prefill, None
+        if taken is not None:
+            assert self.placement.prefill is not None
+            self._admission.roster.assign(self.placement.prefill, taken, sign=-1)
+
+
+@dataclass(eq=False, slots=True)
+class _Waiter:
+    entry: Entry
+    chain: tuple[int, ...]
+    relaxed_at: float
+    given: asyncio.Future[Place]
+
+
+class Admission:
+    """One per router, on one loop. ``close`` turns everyone away."""
+
+    def __init__(
+        self,
+        roster: Roster,
+        *,
+        rng: random.Random,
+        limits: AdmissionLimits | None = None,
+        policy: PlacementPolicy | None = None,
+        affinity: AffinityLimits | None = None,
+    ) -> None:
+        self.roster = roster
+        self.limits = limits or AdmissionLimits()
+        self.policy = policy or PlacementPolicy()
+        self._rng = rng
+        # The mutable state: who waits, in the order of service; how many have a place; when the last ones left.
+        self._waiters: list[tuple[tuple[bool, int, int], _Waiter]] = []
+        self._orders = itertools.count()
+        self._in_flight_count = 0
+        self._departures: list[float] = []
+        self._index = PrefixIndex(affinity or AffinityLimits())
+        self._is_draining = False
+        self._is_pumping = False
+        self._needs_pump = False
+        roster.on_change(self.pump)
+        roster.on_forgotten(self._index.forget)
+
+    def __repr__(self) -> str:
+        return f"<Admission [{self._in_flight_count} in flight | {self.waiting_count} waiting]>"
+
+    # Questions
+
+    @property
+    def waiting_count(self) -> int:
+        return len(self._waiters)
+
+    @property
+    def in_flight_count(self) -> int:
+        """Requests with a place."""
+        return self._in_flight_count
+
+    @property
+    def could_serve(self) -> bool:
+        """Whether a worker is ready that a request could be placed on, now or when its turn comes."""
+        return not self._is_draining and _can_serve(self.roster.view(), self.policy)
+
+    # Effects
+
+    def drain(self) -> None:
+        """Takes no new requests; those that wait and those that run go on, retries included."""
+        self._is_draining = True
+
+    def try_enter(self, entry: Entry) -> Place | None:
+        """A place at once, or None: then ``wait``. Raises QUEUE_FULL or DRAINING."""
+        chain = self._index.chain(entry.prompt_token_ids)
+        room = self._room(entry)
+        match admit(room, self.limits, lambda: self._find(entry, chain), is_retry=entry.is_retry):
+            case AdmitNow(placement):
+                return self._take(entry, chain, placement)
+            case Shed(error):
+                raise error
+        return None
+
+    async def wait(self, entry: Entry) -> Place:
+        """Waits for a place. Cancelling gives up the turn and, if it had just come, the place.
+
+        Raises NO_WORKER, before the deadline; QUEUE_FULL after ``max_wait_s``. Past the deadline it goes on
+        waiting: that is for the owner of the deadline to end.
+        """
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        chain = self._index.chain(entry.prompt_token_ids)
+        waiter = _Waiter(entry, chain, now + self.limits.exclusion_s, loop.create_future())
+        bisect.insort(self._waiters, (_rank(entry, next(self._orders)), waiter), key=_rank_of)
+        relax = loop.call_at(waiter.relaxed_at, self.pump) if entry.excluded else None
+        try:
+            for give_up_at, give_up in self._ends_of_patience(entry, now):
+                await asyncio.wait((waiter.given,), timeout=max(0.0, give_up_at - loop.time()))
+                if waiter.given.done():
+                    break
+                give_up()
+            return await waiter.given
+        except BaseException:
+            # Cancelled, or out of patience, in the moment the place was given: it is not lost.
+            if waiter.given.done() and not waiter.given.cancelled() and waiter.given.exception() is None:
+                waiter.given.result().close()
+            raise
+        finally:
+            if relax is not None:
+                relax.cancel()
+            self._waiters = [item for item in self._waiters if item[1] is not waiter]
+            self.pump()  # the next one may have waited for nothing but this one's turn
+
+    def pump(self) -> None:
+        """Lets in whoever can be. Called after each change of the cluster and each place given back."""
+        if self._is_pumping:  # giving a place tells the roster, which tells us
+            self._needs_pump = True
+            return
+        self._is_pumping = True
+        try:
+            while True:
+                self._needs_pump = False
+                self._let_in()
+                if not self._needs_pump:
+                    return
+        finally:
+            self._is_pumping = False
+
+    def left(self, placement: Placement, kept: Assigned) -> None:
+        """A place was given back; ``Place.close`` calls this."""
+        self._in_flight_count -= 1
+        self._departures.append(asyncio.get_running_loop().time())
+        del self._departures[:-RATE_WINDOW_COUNT]
+        self.roster.assign(placement.decode, kept, sign=-1)  # tells of the change, which pumps
+
+    def close(self) -> None:
+        """Turns everyone away who waits. Idempotent."""
+        self._is_draining = True
+        waiters, self._waiters = self._waiters, []
+        for _, waiter in waiters:
+            waiter.given.set_exception(draining())
+
+    # Parts
+
+    def _let_in(self) -> None:
+        for item in list(self._waiters):
+            waiter, entry = item[1], item[1].entry
+            if not entry.is_retry and self._in_flight_count >= self.limits.max_in_flight_count:
+                return
+            if entry.excluded and asyncio.get_running_loop().time() >= waiter.relaxed_at:
+                entry = replace(entry, excluded=frozenset())
+            placement = self._find(waiter.entry, waiter.chain)
+            if placement is None and entry is not waiter.entry:
+                placement = self._find(entry, waiter.chain)
+            if placement is not None:
+                self._waiters.remove(item)
+                waiter.given.set_result(self._take(entry, waiter.chain, placement))
+            elif not waiter.entry.excluded:
+                return  # the first in line: nobody overtakes
+
+    def _find(self, entry: Entry, chain: tuple[int, ...]) -> Placement | None:
+        ask = PlacementAsk(
+            prompt_token_count=len(entry.prompt_token_ids),
+            max_output_token_count=entry.max_output_token_count,
+            cached_token_counts=self._index.cached_token_counts(chain),
+            session_worker_ids=self._index.session_worker_ids(entry.session_id),
+            excluded=entry.excluded,
+            needs_recompute=entry.needs_recompute,
+        )
+        return place(self.roster.view(), ask, self._rng, self.policy)
+
+    def _take(self, entry: Entry, chain: tuple[int, ...], placement: Placement) -> Place:
+        prompt_token_count = len(entry.prompt_token_ids)
+        ask = PlacementAsk(prompt_token_count, entry.max_output_token_count)
+        kept = Assigned(decode_count=1, decode_token_count=ask.kept_token_count(self.policy))
+        self._in_flight_count += 1
+        given = Place(self, placement, prompt_token_count, kept)
+        workers = [placement.decode]
+        self.roster.assign(placement.decode, kept)
+        if placement.mode is PlacementMode.SPLIT and placement.prefill is not None:
+            workers.append(placement.prefill)
+            prefill = Assigned(prefill_count=1, prefill_token_count=prompt_token_count)
+            self.roster.assign(placement.prefill, prefill)
+        self._index.note(chain, entry.session_id, workers)
+        return given
+
+    def _room(self, entry: Entry) -> RoomView:
+        now = asyncio.get_running_loop().time()
+        rank = _rank(entry, next(self._orders))
+        window_s = now - self._departures[0] if self._departures else 0.0
+        return RoomView(
+            waiting_count=sum(not waiter.entry.is_retry for _, waiter in self._waiters),
+            ahead_count=sum(each < rank and not waiter.entry.excluded for each, waiter in self._waiters),
+            in_flight_count=self._in_flight_count,
+            departures_per_s=len(self._departures) / window_s if window_s > 0 else 0.0,
+            is_draining=self._is_draining,
+        )
+
+    def _ends_of_patience(self, entry: Entry, now: float) -> list[tuple[float, Callable[[], None]]]:
+        """When to look whether waiting still makes sense, in order."""
+        left_s = max(0.0, entry.deadline_at - now)
+        margin_s = min(self.limits.reply_margin_s, left_s / 4)
+        looks = [
+            (now + self.limits.no_worker_s, self._give_up_if_no_worker),
+            (entry.deadline_at - margin_s, self._give_up_if_no_worker),
+            (now + self.limits.max_wait_s, self._give_up),
+        ]
+        return sorted(looks, key=lambda look: look[0])
+
+    def _give_up_if_no_worker(self) -> None:
+        view = self.roster.view()
+        if not _can_serve(view, self.policy):
+            raise no_worker(Role.DECODE.value, len(view.ready(Role.DECODE)))
+
+    def _give_up(self) -> None:
+        self._give_up_if_no_worker()
+        raise queue_full(self.waiting_count, self.limits.queue_limit, MIN_RETRY_AFTER_S)
+
+
+def _rank(entry: Entry, order: int) -> tuple[bool, int, int]:
+    """Smaller is served first."""
+    return (not entry.is_retry, -entry.priority, order)
+
+
+def _rank_of(item: tuple[tuple[bool, int, int], _Waiter]) -> tuple[bool, int, int]:
+    return item[0]
+
+
+def _can_serve(view: ClusterView, policy: PlacementPolicy) -> bool:
+    return bool(view.ready(Role.DECODE) or (policy.serves_without_decoder and view.ready()))

@@ -1,0 +1,110 @@
+"""The words between the relay and whoever answers a caller: what is asked, what comes back, piece by piece.
+
+Values and one Protocol; no behaviour. The relay yields ``Admitted Piece* Completed``; a failure is a raised
+``BatonError``, never an event. Text is made by an ``Answer``, which the caller of the relay brings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from baton.request import FinishReason, PlacementMode, Sampling, Usage
+from baton.timeline import PhaseDurations
+
+DEFAULT_CHUNK_TOKEN_COUNT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedRequest:
+    """One request, checked and tokenised: what the router routes."""
+
+    generation_id: str
+    """Minted by the router; letters, digits and ``_ . : / -``, at most 96 bytes (leg ids are made from it)."""
+    prompt_token_ids: tuple[int, ...] = field(repr=False)
+    max_output_token_count: int
+    """At least 1, and no more than the context has left."""
+    sampling: Sampling = Sampling()
+    stop_token_ids: tuple[int, ...] = ()
+    """The caller's own; the engine stops at them and at the model's end-of-sequence tokens."""
+    eos_token_ids: tuple[int, ...] = ()
+    """The model's end-of-sequence tokens; they end nothing when ``ignore_eos``."""
+    ignore_eos: bool = False
+    is_context_bound: bool = False
+    """``max_output_token_count`` is what the context had left, less than the caller asked for (or the caller
+    asked for no limit): reaching it is CONTEXT_FULL, not MAX_OUTPUT_TOKENS."""
+    max_chunk_token_count: int = DEFAULT_CHUNK_TOKEN_COUNT
+    """No ``Piece`` has more tokens than this."""
+    priority: int = 0
+    session_id: str = ""
+    correlation_id: str = ""
+
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """Every token that ends the answer."""
+        return frozenset(self.stop_token_ids) | frozenset(() if self.ignore_eos else self.eos_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens, and the text that they completed. Pieces are contiguous: no gap, no repeat, no reorder."""
+
+    first_token_index: int
+    """Index in the answer, from 0, of the first of ``token_ids``."""
+    token_ids: tuple[int, ...] = field(repr=False)
+    text: str = field(repr=False)
+    matched_stop_sequence: str | None = field(repr=False)
+    """Set on the piece whose last token completed a stop sequence: the last tokens of the answer."""
+
+    @property
+    def token_count(self) -> int:
+        return len(self.token_ids)
+
+
+class Answer(Protocol):
+    """Turns the tokens of one answer into pieces. Synchronous, and used by one relay task only."""
+
+    def push(self, token_ids: tuple[int, ...]) -> Piece:
+        """The next tokens. Holds back text that may begin a stop sequence or an unfinished character; on a match
+        the piece ends with the token that completed it and with the text before it."""
+
+    def flush(self) -> Piece:
+        """At the end: the text held back, with no token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The request has its place. First, once."""
+
+    generation_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseReport:
+    """Where the time of one request went, and who served it."""
+
+    durations: PhaseDurations
+    kv_transfer_bytes: int
+    prefill_worker_id: str
+    """Prefilled last; empty when no worker did."""
+    decode_worker_id: str
+    """Decoded last; empty when no decode was needed."""
+    attempt_count: int
+    mode: PlacementMode
+    placement_reason: str
+    recomputed_token_count: int
+    """Prompt tokens a decode worker computed itself because their KV could not be pulled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """The answer is complete. Last, once."""
+
+    reason: FinishReason
+    matched_stop_sequence: str | None = field(repr=False)
+    matched_stop_token_id: int | None
+    usage: Usage
+    report: PhaseReport
+
+
+RelayEvent = Admitted | Piece | Completed

@@ -1,0 +1,187 @@
+"""What a router process is told: one frozen dataclass, checked when it is made.
+
+Read from a JSON or TOML file that the fleet writes. Unknown keys are refused by name. The cluster's secret is not in
+it: secrets come by environment (``BATON_CLUSTER_SECRET``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_type_hints
+
+
+class ConfigError(ValueError):
+    """A key has a wrong name, type or value; the message names the key and the fix."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """Keys of the router. Every address is ``host:port``; port 0 takes any free port."""
+
+    model_name: str
+    """The name callers ask for."""
+    model_dir: str
+    """Directory with tokenizer.json, config.json and, for chat, a chat template. No weights needed."""
+
+    listen_address: str = "127.0.0.1:50051"
+    """Public gRPC: generation, health, reflection."""
+    admin_address: str = "127.0.0.1:50052"
+    """ClusterService, for the fleet and for ``baton top``."""
+    metrics_address: str = "127.0.0.1:9400"
+    """Prometheus ``/metrics`` over HTTP."""
+    allow_non_loopback: bool = False
+    """Must be true for any address beyond loopback: there is no transport security yet."""
+
+    max_context_token_count: int | None = None
+    """Context of the engines; absent: the model's own (max_position_embeddings)."""
+    max_message_bytes: int = 8 * 1024 * 1024
+    """Largest request message; gRPC refuses larger ones while they arrive, with RESOURCE_EXHAUSTED."""
+    max_concurrent_call_count: int = 4096
+    """Calls open at once; gRPC refuses more with RESOURCE_EXHAUSTED."""
+    default_deadline_s: float = 300.0
+    """For calls that bring no deadline."""
+    max_deadline_s: float = 3600.0
+    """Longer deadlines are cut to this."""
+    queue_limit: int = 256
+    """Requests that may wait for admission; beyond it QUEUE_FULL."""
+    max_in_flight_count: int = 512
+    """Requests placed at once; beyond it they wait in the queue."""
+    max_queue_wait_s: float = 60.0
+    """Longest wait for admission, whatever the deadline; then QUEUE_FULL."""
+    max_no_worker_wait_s: float = 10.0
+    """Longest wait while no worker is ready at all; then NO_WORKER. The fleet restarts workers meanwhile."""
+    max_attempt_count: int = 3
+    """Attempts of one request, the first included, before it is given up."""
+    lease_s: float = 30.0
+    """How long a prefill worker holds KV that nobody fetches."""
+    placement: str = "auto"
+    """"auto": split, or local for short prompts; "split" or "local": always so where workers permit."""
+    local_prompt_token_count: int = 0
+    """With "auto": prompts with at most this many uncached tokens prefill on the decode worker. 0: never."""
+    load_interval_s: float = 0.2
+    """Between load reports of a worker."""
+    worker_silence_s: float = 1.0
+    """A worker silent for longer gets no new requests."""
+    drain_grace_s: float = 30.0
+    """After SIGTERM, how long running requests may take to finish."""
+    enable_reflection: bool = True
+    """Serve gRPC reflection, so that grpcurl works without the protos."""
+    log_level: str = "INFO"
+
+    def __post_init__(self) -> None:
+        for name in ("model_name", "model_dir"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is empty; it is required")
+        for name in ("listen_address", "admin_address", "metrics_address"):
+            self._check_address(name)
+        self._check_range("max_context_token_count", 2, 10_000_000)
+        self._check_range("max_message_bytes", 1024, 1024**3)
+        self._check_range("max_concurrent_call_count", 1, 1_000_000)
+        self._check_range("default_deadline_s", 0.001, 86_400)
+        self._check_range("max_deadline_s", 0.001, 86_400)
+        self._check_range("queue_limit", 0, 1_000_000)
+        self._check_range("max_in_flight_count", 1, 1_000_000)
+        self._check_range("max_queue_wait_s", 0.01, 86_400)
+        self._check_range("max_no_worker_wait_s", 0.01, 86_400)
+        self._check_range("max_attempt_count", 1, 16)
+        self._check_range("lease_s", 1, 3600)
+        self._check_range("local_prompt_token_count", 0, 10_000_000)
+        self._check_range("load_interval_s", 0.01, 10)
+        self._check_range("worker_silence_s", 0.05, 60)
+        self._check_range("drain_grace_s", 0, 3600)
+        if self.default_deadline_s > self.max_deadline_s:
+            raise ConfigError(
+                f"default_deadline_s ({self.default_deadline_s}) must not be above "
+                f"max_deadline_s ({self.max_deadline_s})"
+            )
+        if self.worker_silence_s < 2 * self.load_interval_s:
+            raise ConfigError(
+                f"worker_silence_s ({self.worker_silence_s}) must be at least twice load_interval_s "
+                f"({self.load_interval_s}), or every worker is suspect between two reports"
+            )
+        if self.placement not in ("auto", "split", "local"):
+            raise ConfigError(f'placement is "{self.placement}"; must be "auto", "split" or "local"')
+        if self.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+            raise ConfigError(f'log_level is "{self.log_level}"; must be DEBUG, INFO, WARNING or ERROR')
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> RouterConfig:
+        """Raises ``ConfigError`` naming the first unknown key, missing key or wrong type."""
+        hints = get_type_hints(cls)
+        for key, value in mapping.items():
+            if key not in hints:
+                raise ConfigError(f"unknown key {key!r}; known keys: {', '.join(sorted(hints))}")
+            if not _is_of_type(value, hints[key]):
+                raise ConfigError(f"{key} must be {_type_name(hints[key])}, not {type(value).__name__}")
+        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+        missing = [name for name in required if name not in mapping]
+        if missing:
+            raise ConfigError(f"missing key {missing[0]!r}; it is required")
+        checked: dict[str, Any] = {
+            key: float(value) if hints[key] is float else value for key, value in mapping.items()
+        }
+        return cls(**checked)
+
+    @classmethod
+    def load(cls, path: Path) -> RouterConfig:
+        """From a .json or .toml file. Raises ``ConfigError``, naming the file."""
+        try:
+            text = path.read_text(encoding="utf-8")
+            data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise ConfigError(f"{path} is malformed: {error}") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path} must hold one object of keys")
+        try:
+            return cls.from_mapping(data)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    def _check_range(self, name: str, least: float, most: float) -> None:
+        value = getattr(self, name)
+        if value is not None and not least <= value <= most:
+            raise ConfigError(f"{name} is {value}; must be {least:,} to {most:,}")
+
+    def _check_address(self, name: str) -> None:
+        host, _, port = getattr(self, name).rpartition(":")
+        if not host or not port.isdigit() or int(port) > 65535:
+            raise ConfigError(f"{name} is {getattr(self, name)!r}; must be host:port, such as 127.0.0.1:50051")
+        if not self.allow_non_loopback and not is_loopback(host):
+            raise ConfigError(
+                f"{name} listens beyond loopback ({host}); set allow_non_loopback = true if the network is trusted"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_of_type(value: object, expected: Any) -> bool:
+    if isinstance(expected, UnionType):
+        return any(_is_of_type(value, choice) for choice in get_args(expected))
+    if expected is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if expected is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, expected)
+
+
+def _type_name(expected: Any) -> str:
+    names = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", type(None): "absent"}
+    if isinstance(expected, UnionType):
+        return " or ".join(names[choice] for choice in get_args(expected))
+    return names[expected]

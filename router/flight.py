@@ -1,0 +1,430 @@
+"""One request in flight: performs the handoff's actions and feeds back what happened. No policy here.
+
+Owns everything the request has running: its legs, its wait for a place, its lease keeper, its place. All of it is
+cancelled, awaited and given back before ``fly`` returns, however the request ends.
+
+    fly:  perform the start | until ended: next fact -> handoff.on -> perform | clean up
+    legs: one task each, saying facts; the caller's side takes from the outbox and never holds this side up
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from baton.errors import BatonError, Reason, StatusName, deadline_exceeded, draining, engine_failed, internal
+from baton.leg import DecodeDone, KvAdopted, Stepped
+from baton.request import FinishReason, Usage
+from router.admission import Admission, Entry
+from router.admission import Place as GivenPlace
+from router.answering import Admitted, Answer, Completed, PhaseReport, Piece, RoutedRequest
+from router.cluster_view import WorkerIdentity
+from router.fact_queue import FactQueue
+from router.handoff import Handoff
+from router.handoff_words import (
+    Abandon,
+    Action,
+    Adopted,
+    CancelLeg,
+    ClientGone,
+    DeadlinePassed,
+    DecodeEnded,
+    Emit,
+    Emitted,
+    Fact,
+    Fail,
+    Finish,
+    KeepLease,
+    LegFailed,
+    Place,
+    Placed,
+    PlacementFailed,
+    PrefillDone,
+    ReleaseKv,
+    StartDecode,
+    StartPrefill,
+    StopMatched,
+    TokensArrived,
+    WorkerLost,
+)
+from router.outbox import Outbox
+from router.phase_account import PhaseAccount
+from router.roster import Roster
+from router.worker_client import WorkerClient
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FlightLimits:
+    """Raises ``ValueError`` naming the key."""
+
+    max_attempt_count: int = 3
+    """Attempts of one request, the first included."""
+    lease_s: float = 30.0
+    """How long a prefill worker holds KV without a word; extended while the request still wants it."""
+    prefill_timeout_s: float = 120.0
+    """Longest wait for a prefill's answer; then it is tried elsewhere."""
+    decode_gap_timeout_s: float = 60.0
+    """Longest silence of a decode; then it is tried elsewhere."""
+    cleanup_timeout_s: float = 10.0
+    """Longest wait for cancelled legs to end. A leg that takes longer is a bug, and logged as one."""
+
+    def __post_init__(self) -> None:
+        if self.max_attempt_count < 1:
+            raise ValueError(f"max_attempt_count is {self.max_attempt_count}; it must be at least 1")
+        for key in ("lease_s", "prefill_timeout_s", "decode_gap_timeout_s", "cleanup_timeout_s"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be positive")
+
+
+class Flight:
+    """``fly`` runs as a task; ``outbox`` is what the caller's side takes from."""
+
+    def __init__(
+        self,
+        request: RoutedRequest,
+        answer: Answer,
+        *,
+        deadline_at: float,
+        received_at: float,
+        roster: Roster,
+        admission: Admission,
+        limits: FlightLimits,
+        release: Callable[[ReleaseKv], None],
+        on_leg_lost: Callable[[str], None],
+    ) -> None:
+        """``release`` lets go of KV in its own time. ``on_leg_lost`` is told the phase."""
+        self.request = request
+        self.handoff = Handoff(request, max_attempt_count=limits.max_attempt_count, lease_s=limits.lease_s)
+        self.account = PhaseAccount(received_at)
+        self.outbox = Outbox(request.max_chunk_token_count)
+        self._answer = answer
+        self._deadline_at = deadline_at
+        self._roster = roster
+        self._admission = admission
+        self._limits = limits
+        self._release = release
+        self._on_leg_lost = on_leg_lost
+        self._facts = FactQueue()
+        # What is running for this request, and what it has:
+        self._legs: dict[int, asyncio.Task[None]] = {}
+        self._wait: asyncio.Task[None] | None = None
+        self._lease_keepers: dict[str, asyncio.Task[None]] = {}
+        self._place: GivenPlace | None = None
+        self._is_admitted = False
+        self._matched_stop_sequence: str | None = None
+
+    # What others tell
+
+    def client_gone(self) -> None:
+        self._facts.put_now(ClientGone())
+
+    def worker_lost(self, worker: WorkerIdentity) -> None:
+        if self.handoff.worker == worker:
+            self._facts.put_now(WorkerLost(worker))
+
+    # The loop
+
+    async def fly(self) -> None:
+        """Until the request has ended and nothing of it is left. Raises only when cancelled."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.call_at(self._deadline_at, self._facts.put_now, DeadlinePassed())
+        try:
+            self._act(self.handoff.start())
+            while not self.handoff.is_ended:
+                self._act(self._decided(await self._facts.next()))
+        except Exception as error:
+            logger.exception("request %s: a bug in its flight", self.request.generation_id)
+            self.outbox.end(internal(f"the relay raised {type(error).__name__}", self.request.generation_id))
+            self._perform_all(self.handoff.on(ClientGone()))  # lets go of whatever is held
+        finally:
+            self.outbox.end(self._stopped())  # the first end counts: this one only if there was none
+            deadline.cancel()
+            await self._clean_up()
+
+    def _act(self, actions: Sequence[Action]) -> None:
+        """Performs, and feeds in what is known at once from performing, until nothing is left to do."""
+        facts = deque(self._perform_all(actions))
+        while facts:
+            facts.extend(self._perform_all(self._decided(facts.popleft())))
+
+    def _decided(self, fact: Fact) -> list[Action]:
+        phase, worker = self.handoff.phase, self.handoff.worker
+        if isinstance(fact, LegFailed) and fact.error.reason is Reason.ENGINE_FAILED and worker is not None:
+            self._roster.doubt(worker)  # BEFORE another place is looked for, by this request or by others
+        self._account(fact)
+        actions = self.handoff.on(fact)
+        if any(_is_leg_lost(action) for action in actions):
+            self._on_leg_lost(phase.value)
+            why = fact.error if isinstance(fact, LegFailed) else type(fact).__name__  # a fact's text may hold tokens
+            logger.warning("request %s lost its leg in %s: %s", self.request.generation_id, phase.value, why)
+        return actions
+
+    def _account(self, fact: Fact) -> None:
+        """Draws the border in the request's time that this fact is."""
+        match fact:
+            case PrefillDone() if fact.leg == self.handoff.leg:
+                self.account.prefill_done(fact.reply, _now())
+                if self._place is not None:
+                    self._place.prefill_answered()
+            case Adopted() if fact.leg == self.handoff.leg:
+                self.account.adopted(fact.kv, _now())
+
+    # Performing
+
+    def _perform_all(self, actions: Sequence[Action]) -> list[Fact]:
+        return [fact for action in actions if (fact := self._perform(action)) is not None]
+
+    def _perform(self, action: Action) -> Fact | None:
+        """Starts what takes time, does the rest. Returns the fact that is known at once, if there is one."""
+        match action:
+            case Place():
+                return self._find_place(action)
+            case StartPrefill():
+                self.account.prefill_started(_now())
+                self._start_leg(action.leg, "prefill", self._prefill(action))
+            case StartDecode():
+                self.account.decode_started(is_split=bool(action.order.ticket), now=_now())
+                self._start_leg(action.leg, "decode", self._decode(action))
+            case CancelLeg():
+                self._legs[action.leg].cancel()
+            case KeepLease():
+                self._lease_keepers[action.ticket_id] = self._task("lease", self._keep_lease(action))
+            case ReleaseKv():
+                if (keeper := self._lease_keepers.get(action.ticket_id)) is not None:
+                    keeper.cancel()
+                self._release(action)
+            case Emit():
+                return self._emit(action)
+            case Finish():
+                self._finish(action)
+            case Fail():
+                self.outbox.end(action.error)
+            case Abandon():
+                self.outbox.end(self._stopped())
+        return None
+
+    def _find_place(self, action: Place) -> Fact | None:
+        self._give_place_back()
+        self.account.placing(_now())
+        entry = Entry(
+            prompt_token_ids=self.request.prompt_token_ids,
+            max_output_token_count=self.request.max_output_token_count,
+            priority=self.request.priority,
+            session_id=self.request.session_id,
+            deadline_at=self._deadline_at,
+            is_retry=action.attempt > 1,
+            excluded=action.excluded,
+            needs_recompute=action.needs_recompute,
+        )
+        try:
+            place = self._admission.try_enter(entry)
+        except BatonError as error:
+            return PlacementFailed(action.attempt, error)
+        if place is None:
+            self._wait = self._task("place", self._wait_for_place(action.attempt, entry))
+            return None
+        return self._placed(action.attempt, place)
+
+    def _placed(self, attempt: int, place: GivenPlace) -> Fact:
+        self._place = place
+        if not self._is_admitted:
+            self._is_admitted = True
+            self.outbox.put(Admitted(self.request.generation_id))
+        return Placed(attempt, place.placement)
+
+    def _emit(self, action: Emit) -> Fact:
+        size = self.request.max_chunk_token_count
+        for start in range(0, len(action.token_ids), size):
+            piece = self._answer.push(action.token_ids[start : start + size])
+            self._put(piece)
+            if piece.matched_stop_sequence is not None:
+                return StopMatched(piece.first_token_index + piece.token_count)
+        return Emitted(action.first_index + len(action.token_ids))
+
+    def _put(self, piece: Piece) -> None:
+        self._matched_stop_sequence = self._matched_stop_sequence or piece.matched_stop_sequence
+        if piece.token_ids or piece.text:
+            self.outbox.put(piece)
+
+    def _finish(self, action: Finish) -> None:
+        self._put(self._answer.flush())
+        self.outbox.end(action)
+
+    def _start_leg(self, leg: int, phase: str, body: Coroutine[Any, Any, None]) -> None:
+        self._legs[leg] = self._task(f"{phase} {leg}", body)
+
+    def _task(self, what: str, body: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return asyncio.create_task(body, name=f"{self.request.generation_id} {what}")
+
+    # The tasks: each says facts, and no more
+
+    async def _wait_for_place(self, attempt: int, entry: Entry) -> None:
+        try:
+            place = await self._admission.wait(entry)
+        except BatonError as error:
+            self._facts.put_now(PlacementFailed(attempt, error))
+        except Exception as error:
+            logger.exception("request %s: a bug in admission", self.request.generation_id)
+            self._facts.put_now(PlacementFailed(attempt, internal(f"admission raised {type(error).__name__}")))
+        else:
+            self._facts.put_now(self._placed(attempt, place))
+
+    async def _prefill(self, action: StartPrefill) -> None:
+        limit_s = self._limits.prefill_timeout_s
+        try:
+            client = self._client_to_start_on(action.worker)
+            async with asyncio.timeout(limit_s) as limit:
+                reply = await client.prefill(action.order, timeout_s=self._left_s())
+        except Exception as error:
+            is_late = isinstance(error, TimeoutError) and limit.expired()
+            why = engine_failed(action.worker.worker_id, f"no answer within {limit_s:g} s") if is_late else error
+            self._facts.put_now(LegFailed(action.leg, _baton_error(why)))
+        else:
+            # BEFORE anything is awaited: a cancellation must not come between an answer and its being known.
+            self._facts.put_now(PrefillDone(action.leg, reply))
+
+    async def _decode(self, action: StartDecode) -> None:
+        limit_s = self._limits.decode_gap_timeout_s
+        loop = asyncio.get_running_loop()
+        token_count = 0
+        try:
+            client = self._client_to_start_on(action.worker)
+            async with (
+                asyncio.timeout(limit_s) as limit,
+                aclosing(client.decode(action.order, timeout_s=self._left_s())) as events,
+            ):
+                async for event in events:
+                    limit.reschedule(None)  # how long we take to handle it is not the worker's silence
+                    match event:
+                        case KvAdopted():
+                            await self._facts.put(Adopted(action.leg, event))
+                        case Stepped():
+                            await self._facts.put(TokensArrived(action.leg, token_count, event.token_ids))
+                            token_count += len(event.token_ids)
+                        case DecodeDone():
+                            self._facts.put_now(DecodeEnded(action.leg, token_count, event.finish))
+                            return
+                    limit.reschedule(loop.time() + limit_s)
+            raise engine_failed(action.worker.worker_id, "ended a decode without saying why")
+        except Exception as error:
+            is_late = isinstance(error, TimeoutError) and limit.expired()
+            why = engine_failed(action.worker.worker_id, f"silent for {limit_s:g} s") if is_late else error
+            self._facts.put_now(LegFailed(action.leg, _baton_error(why)))
+
+    def _client_to_start_on(self, worker: WorkerIdentity) -> WorkerClient:
+        """Raises ENGINE_FAILED for a worker that was lost between its placement and its leg: the news of it came when
+        the request was elsewhere, and does not come again."""
+        if self._roster.is_lost(worker):
+            raise engine_failed(worker.worker_id, "was lost before its leg began")
+        return self._roster.client(worker)
+
+    async def _keep_lease(self, action: KeepLease) -> None:
+        """Extends at a third of the lease, so that two extensions may be lost. Ends when told so or too late."""
+        pause_s = self._limits.lease_s / 3
+        while True:
+            await asyncio.sleep(pause_s)
+            try:
+                client = self._roster.client(action.worker)
+                if not await client.extend_lease(action.ticket_id, self._limits.lease_s, timeout_s=pause_s):
+                    return
+            except BatonError as error:
+                logger.info("request %s: its lease was not extended: %s", self.request.generation_id, error)
+            except Exception:
+                logger.exception("request %s: a bug in extending its lease", self.request.generation_id)
+                return
+
+    # The end
+
+    async def _clean_up(self) -> None:
+        """Nothing of the request is left when this returns; KV that came too late to be used is let go."""
+        running = [*self._legs.values(), *self._lease_keepers.values()]
+        if self._wait is not None:
+            running.append(self._wait)
+        for task in running:
+            task.cancel()
+        if running:
+            _, stuck = await asyncio.wait(running, timeout=self._limits.cleanup_timeout_s)
+            for task in stuck:
+                logger.error("%s did not end when cancelled", task.get_name())
+        for fact in self._facts.drain():
+            self._perform_all(self.handoff.on(fact))
+        self._give_place_back()
+
+    def _give_place_back(self) -> None:
+        place, self._place = self._place, None
+        if place is not None:
+            place.close()
+
+    def _stopped(self) -> BatonError:
+        """What a caller that is still there is told when the router stops."""
+        sent = self.handoff.emitted_token_count
+        if sent == 0:
+            return draining()
+        message = f"the router is shutting down, after {sent} tokens; start over"
+        return BatonError(Reason.DRAINING, StatusName.ABORTED, message, metadata={"emitted_token_count": str(sent)})
+
+    def _left_s(self) -> float:
+        left_s = self._deadline_at - _now()
+        if left_s <= 0:
+            raise deadline_exceeded(self.handoff.phase.value, self.handoff.emitted_token_count)
+        return left_s
+
+    # The report
+
+    def completed(self, finish: Finish, now: float) -> Completed:
+        """The last word. ``now`` is the moment the caller takes it: the end of the request's time."""
+        self.account.close(now)
+        is_match = self._matched_stop_sequence is not None
+        return Completed(
+            reason=FinishReason.STOP if is_match else finish.reason,  # a match may come with the text held back
+            matched_stop_sequence=self._matched_stop_sequence,
+            matched_stop_token_id=None if is_match else finish.matched_stop_token_id,
+            usage=Usage(
+                prompt_token_count=len(self.request.prompt_token_ids),
+                output_token_count=finish.output_token_count,
+                cached_prompt_token_count=self.handoff.cached_prompt_token_count,
+            ),
+            report=self.report(),
+        )
+
+    def report(self) -> PhaseReport:
+        """So far; complete once ``completed``."""
+        handoff = self.handoff
+        return PhaseReport(
+            durations=self.account.durations(),
+            kv_transfer_bytes=handoff.kv_transfer_bytes,
+            prefill_worker_id=handoff.prefill_worker_id,
+            decode_worker_id=handoff.decode_worker_id,
+            attempt_count=handoff.attempt_count,
+            mode=handoff.mode,
+            placement_reason=handoff.placement.reason if handoff.placement is not None else "",
+            recomputed_token_count=handoff.recomputed_token_count,
+        )
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _is_leg_lost(action: Action) -> bool:
+    match action:
+        case Place():
+            return True  # an answer to a fact, so not the first
+        case Fail():
+            return action.error.reason is Reason.ATTEMPTS_EXHAUSTED
+    return False
+
+
+def _baton_error(error: Exception) -> BatonError:
+    """Any failure of a leg as ours. Of a foreign one only the type is told: its text may quote the prompt."""
+    if isinstance(error, BatonError):
+        return error
+    logger.error("a leg raised %s", type(error).__name__, exc_info=error)
+    return internal(f"a leg raised {type(error).__name__}")

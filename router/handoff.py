@@ -1,0 +1,420 @@
+"""The order of one request: place, prefill, ticket, decode, release; for success, failure, cancel and timeout alike.
+
+Facts in, actions out. Owns the ordering, the tokens emitted so far and which ticket is held; no I/O, no time, no
+tasks. Whoever drives it performs every action, in order, and feeds back what happened.
+
+                       start
+                         v
+      .------------> PLACING <--------------------------------------------.
+      |        split |     | local                                        |
+      |              v     '---------------.                              |  a leg was lost and attempts
+      |         PREFILLING ----------------)------------------------------|  are left: the next one starts
+      |              | PrefillDone: Emit   |                              |  from prompt + tokens emitted
+      |              v                     v                              |
+      |          PREFILLED --Emitted--> STARTING -------------------------|
+      |              |                     | Adopted: ReleaseKv           |
+      |              |                     v                              |
+      |              |                 DECODING --------------------------'
+      |              | last token          | DecodeEnded
+      |              v                     v
+      '-- no --- ENDED: exactly one of Finish, Fail, Abandon. After it, only ReleaseKv.
+
+A leg is one prefill or one decode on one worker; its number grows with each start, and its facts carry it. Facts of
+another leg than the present one change nothing, with one exception: a PrefillDone always brings KV that somebody
+holds, so it is answered by ReleaseKv. Every ticket seen is released exactly once: when it was adopted, or when its
+attempt is over.
+
+Tokens are numbered within their leg, so a repeat is dropped; a gap is a lost leg. Every Emit is answered by Emitted
+or StopMatched before anything else of that leg: a stop sequence in the first token then never costs a decode.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from baton.errors import BatonError, Reason, attempts_exhausted, deadline_exceeded, engine_failed, internal
+from baton.leg import DecodeOrder, KvAdopted, PrefillOrder, PrefillReply
+from baton.request import EngineStop, FinishReason, LegFinish, PlacementMode
+from baton.timeline import Phase
+from router.answering import RoutedRequest
+from router.cluster_view import WorkerIdentity
+from router.handoff_words import (
+    Abandon,
+    Action,
+    Adopted,
+    CancelLeg,
+    ClientGone,
+    DeadlinePassed,
+    DecodeEnded,
+    Emit,
+    Emitted,
+    Fact,
+    Fail,
+    Finish,
+    KeepLease,
+    LegFailed,
+    Place,
+    Placed,
+    PlacementFailed,
+    PrefillDone,
+    ReleaseKv,
+    StartDecode,
+    StartPrefill,
+    StopMatched,
+    TokensArrived,
+    WorkerLost,
+)
+from router.placement import Placement
+
+
+class State(enum.Enum):
+    PLACING = "placing"
+    PREFILLING = "prefilling"
+    PREFILLED = "prefilled"
+    STARTING = "starting"
+    DECODING = "decoding"
+    ENDED = "ended"
+
+
+_CALLERS_FAULT = frozenset({Reason.INVALID_REQUEST, Reason.PROMPT_TOO_LONG, Reason.MODEL_NOT_FOUND})
+"""What another worker would say too."""
+
+
+class Handoff:
+    """One request's. ``start`` once, then ``on`` each fact. Not reusable."""
+
+    def __init__(self, request: RoutedRequest, *, max_attempt_count: int = 3, lease_s: float = 30.0) -> None:
+        if max_attempt_count < 1:
+            raise ValueError(f"max_attempt_count is {max_attempt_count}; the first attempt counts, so at least 1")
+        self._request = request
+        self._max_attempt_count = max_attempt_count
+        self._lease_s = lease_s
+        # The mutable state. Of the request:
+        self._state = State.PLACING
+        self._emitted: list[int] = []
+        self._attempt = 0
+        self._excluded: frozenset[WorkerIdentity] = frozenset()
+        # Of prefills, in all attempts: where each was started, and which have been answered.
+        self._prefill_workers: dict[int, WorkerIdentity] = {}
+        self._answered: set[int] = set()
+        # Of the attempt:
+        self._placement: Placement | None = None
+        self._leg = 0
+        self._is_leg_running = False
+        self._leg_token_count = 0
+        self._reply: PrefillReply | None = None
+        self._held: ReleaseKv | None = None
+        # For the report:
+        self.kv_transfer_bytes = 0
+        self.recomputed_token_count = 0
+        self.cached_prompt_token_count = 0
+        self.prefill_worker_id = ""
+        self.decode_worker_id = ""
+
+    def __repr__(self) -> str:
+        where = f"attempt {self._attempt}, leg {self._leg}"
+        return f"<Handoff {self._request.generation_id} {self._state.value} [{where}]>"
+
+    # Questions
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def leg(self) -> int:
+        """The present leg, or the last; 0 before the first."""
+        return self._leg
+
+    @property
+    def is_ended(self) -> bool:
+        return self._state is State.ENDED
+
+    @property
+    def attempt_count(self) -> int:
+        return self._attempt
+
+    @property
+    def emitted_token_count(self) -> int:
+        return len(self._emitted)
+
+    @property
+    def placement(self) -> Placement | None:
+        """The last one."""
+        return self._placement
+
+    @property
+    def mode(self) -> PlacementMode:
+        """How the last attempt was served."""
+        if self._placement is None or self._placement.mode is PlacementMode.LOCAL:
+            return PlacementMode.LOCAL
+        return PlacementMode.SPLIT if self.decode_worker_id else PlacementMode.PREFILL_ONLY
+
+    @property
+    def worker(self) -> WorkerIdentity | None:
+        """The worker of the present leg."""
+        if self._placement is None or not self._is_leg_running:
+            return None
+        return self._placement.prefill if self._state is State.PREFILLING else self._placement.decode
+
+    @property
+    def phase(self) -> Phase:
+        """The phase the request is in, as far as a router can know: between the start of a decode and KvAdopted
+        it is HANDOFF_WAIT, and only KvAdopted tells how much of that was transfer or decode wait."""
+        match self._state:
+            case State.PREFILLING:
+                return Phase.PREFILL
+            case State.PREFILLED:
+                return Phase.HANDOFF_WAIT
+            case State.STARTING:
+                return Phase.HANDOFF_WAIT if self._is_split else Phase.PREFILL
+            case State.DECODING:
+                return Phase.DECODE
+            case _:
+                return Phase.QUEUE
+
+    # Effects
+
+    def start(self) -> list[Action]:
+        assert self._attempt == 0, "a handoff is started once"
+        return self._next_attempt()
+
+    def on(self, fact: Fact) -> list[Action]:
+        """What to do now. Late, repeated and foreign facts give nothing to do but the release of late KV."""
+        match self._state, fact:
+            case _, PrefillDone() if fact.leg != self._leg or self._state is not State.PREFILLING:
+                return self._release_late(fact)
+            case State.ENDED, _:
+                return []
+            case _, ClientGone():
+                return self._end(Abandon())
+            case _, DeadlinePassed():
+                return self._end(Fail(deadline_exceeded(self.phase.value, len(self._emitted))))
+            case _, StopMatched():
+                del self._emitted[fact.token_count :]
+                return self._end(Finish(FinishReason.STOP, None, fact.token_count))
+            case _, WorkerLost() if fact.worker == self.worker:
+                return self._lost(engine_failed(fact.worker.worker_id, "was lost"))
+            case State.PLACING, Placed() if fact.attempt == self._attempt:
+                return self._placed(fact.placement)
+            case State.PLACING, PlacementFailed() if fact.attempt == self._attempt:
+                return self._end(Fail(self._placement_error(fact.error)))
+            case State.PREFILLING, PrefillDone():
+                return self._prefilled(fact.reply)
+            case State.PREFILLED, Emitted() if fact.token_count == len(self._emitted):
+                return self._hand_over()
+            case State.STARTING, Adopted() if fact.leg == self._leg:
+                return self._adopted(fact.kv)
+            case State.STARTING, TokensArrived() | DecodeEnded() if fact.leg == self._leg:
+                return self._lost(internal("tokens came before their KV was adopted"))
+            case State.DECODING, TokensArrived() if fact.leg == self._leg:
+                return self._stepped(fact.first_index, fact.token_ids)
+            case State.DECODING, DecodeEnded() if fact.leg == self._leg:
+                return self._decode_ended(fact)
+            case State.PREFILLING | State.STARTING | State.DECODING, LegFailed() if fact.leg == self._leg:
+                self._is_leg_running = False
+                return self._leg_failed(fact.error)
+        return []
+
+    # Going forward
+
+    def _next_attempt(self, *, needs_recompute: bool = False) -> list[Action]:
+        self._attempt += 1
+        self._state = State.PLACING
+        return [Place(self._attempt, self._excluded, needs_recompute)]
+
+    def _placed(self, placement: Placement) -> list[Action]:
+        self._placement = placement
+        self.decode_worker_id = ""
+        if placement.prefill is None:
+            # It computes the prompt too.
+            self.prefill_worker_id = placement.decode.worker_id
+            return self._start_decode(ticket=b"")
+        self._state = State.PREFILLING
+        leg = self._next_leg()
+        self._prefill_workers[leg] = placement.prefill
+        self.prefill_worker_id = placement.prefill.worker_id
+        order = PrefillOrder(
+            leg_id=self._leg_id(leg),
+            prompt_token_ids=self._prompt_so_far(),
+            sampling=self._request.sampling,
+            stop=self._stop(),
+            lease_s=self._lease_s,
+            priority=self._request.priority,
+        )
+        return [StartPrefill(leg, placement.prefill, order)]
+
+    def _prefilled(self, reply: PrefillReply) -> list[Action]:
+        worker = self._prefill_workers[self._leg]
+        self._answered.add(self._leg)
+        self._is_leg_running = False
+        if reply.ticket_id:
+            self._held = ReleaseKv(worker, reply.ticket_id)
+        if (reply.finish is None) != bool(reply.ticket and reply.ticket_id):
+            return self._lost(internal(f"worker {worker.worker_id} answered a prefill with neither end nor ticket"))
+        self._state = State.PREFILLED
+        self._reply = reply
+        self._note_cached(reply.cached_token_count)
+        keep: list[Action] = [KeepLease(worker, reply.ticket_id)] if reply.ticket_id else []
+        return [*keep, self._emit((reply.first_token_id,))]
+
+    def _hand_over(self) -> list[Action]:
+        reply = self._reply
+        assert reply is not None
+        if reply.finish is not None:
+            return self._finish(reply.finish)
+        if len(self._emitted) >= self._request.max_output_token_count:
+            return self._finish(LegFinish.LENGTH)
+        return self._start_decode(reply.ticket)
+
+    def _start_decode(self, ticket: bytes) -> list[Action]:
+        assert self._placement is not None
+        self._state = State.STARTING
+        leg = self._next_leg()
+        self.decode_worker_id = self._placement.decode.worker_id
+        order = DecodeOrder(
+            leg_id=self._leg_id(leg),
+            prompt_token_ids=self._prompt_so_far(),
+            sampling=self._request.sampling,
+            stop=self._stop(),
+            ticket=ticket,
+            priority=self._request.priority,
+        )
+        return [StartDecode(leg, self._placement.decode, order)]
+
+    def _adopted(self, kv: KvAdopted) -> list[Action]:
+        self._state = State.DECODING
+        self.kv_transfer_bytes += kv.transfer_bytes
+        self.recomputed_token_count += kv.recomputed_token_count
+        if not self._is_split:
+            self._note_cached(kv.cached_token_count)
+        return self._release_held()
+
+    def _stepped(self, first_index: int, token_ids: tuple[int, ...]) -> list[Action]:
+        if first_index > self._leg_token_count:
+            return self._lost(internal(f"tokens are missing before index {first_index} of a leg"))
+        fresh = token_ids[self._leg_token_count - first_index :]
+        if not fresh:
+            return []
+        if len(self._emitted) + len(fresh) > self._request.max_output_token_count:
+            return self._lost(internal("a leg brought more tokens than it was asked for"))
+        self._leg_token_count += len(fresh)
+        return [self._emit(fresh)]
+
+    def _decode_ended(self, fact: DecodeEnded) -> list[Action]:
+        if fact.token_count != self._leg_token_count:
+            return self._lost(internal(f"a leg ended after {fact.token_count} tokens, {self._leg_token_count} came"))
+        self._is_leg_running = False
+        return self._finish(fact.finish)
+
+    # Going back
+
+    def _leg_failed(self, error: BatonError) -> list[Action]:
+        match error.reason:
+            case Reason.DEADLINE_EXCEEDED:  # the worker's clock was a little ahead of ours
+                return self._end(Fail(deadline_exceeded(self.phase.value, len(self._emitted))))
+            case reason if reason in _CALLERS_FAULT:
+                return self._end(Fail(error))
+            case Reason.TICKET_REFUSED:
+                return self._lost(error, is_ticket_refused=True)
+        return self._lost(error)
+
+    def _lost(self, error: BatonError, *, is_ticket_refused: bool = False) -> list[Action]:
+        """The present leg is lost: start again elsewhere, unless nothing is left to do or to try."""
+        phase, worker = self.phase, self._worker_of_leg()
+        ended = self._end_reached()
+        if ended is not None:
+            return self._finish(ended)
+        if self._attempt >= self._max_attempt_count:
+            emitted = len(self._emitted)
+            return self._end(Fail(attempts_exhausted(self._attempt, emitted, phase.value, error.message)))
+        if worker is not None and not is_ticket_refused:
+            self._excluded |= {worker}
+        return [*self._let_go(), *self._next_attempt(needs_recompute=is_ticket_refused)]
+
+    def _end_reached(self) -> LegFinish | None:
+        """How the answer ended, if all of it was emitted and only the word of its end was lost."""
+        if self._emitted and self._emitted[-1] in self._request.end_token_ids:
+            return LegFinish.STOP
+        if len(self._emitted) >= self._request.max_output_token_count:
+            return LegFinish.LENGTH
+        return None
+
+    def _placement_error(self, error: BatonError) -> BatonError:
+        if not self._emitted or error.reason is Reason.DEADLINE_EXCEEDED:
+            return error
+        # Nothing may be called safe to retry once a token was sent.
+        return attempts_exhausted(self._attempt - 1, len(self._emitted), Phase.QUEUE.value, error.message)
+
+    # Ending
+
+    def _finish(self, finish: LegFinish) -> list[Action]:
+        count = len(self._emitted)
+        match finish:
+            case LegFinish.STOP:
+                return self._end(Finish(FinishReason.STOP, self._emitted[-1] if self._emitted else None, count))
+            case LegFinish.LENGTH if count < self._request.max_output_token_count or self._request.is_context_bound:
+                return self._end(Finish(FinishReason.CONTEXT_FULL, None, count))
+            case LegFinish.LENGTH:
+                return self._end(Finish(FinishReason.MAX_OUTPUT_TOKENS, None, count))
+
+    def _end(self, last: Finish | Fail | Abandon) -> list[Action]:
+        actions = self._let_go()
+        self._state = State.ENDED
+        return [*actions, last]
+
+    def _let_go(self) -> list[Action]:
+        """Stops the leg BEFORE its KV is released: nothing may read blocks that are being given away."""
+        cancel: list[Action] = [CancelLeg(self._leg)] if self._is_leg_running else []
+        self._is_leg_running = False
+        return [*cancel, *self._release_held()]
+
+    def _release_held(self) -> list[Action]:
+        held, self._held = self._held, None
+        return [] if held is None else [held]
+
+    def _release_late(self, fact: PrefillDone) -> list[Action]:
+        worker = self._prefill_workers.get(fact.leg)
+        if worker is None or fact.leg in self._answered:
+            return []
+        self._answered.add(fact.leg)
+        return [ReleaseKv(worker, fact.reply.ticket_id)] if fact.reply.ticket_id else []
+
+    # Parts
+
+    @property
+    def _is_split(self) -> bool:
+        return self._placement is not None and self._placement.prefill is not None
+
+    def _worker_of_leg(self) -> WorkerIdentity | None:
+        if self._placement is None:
+            return None
+        is_prefill = self._state in (State.PREFILLING, State.PREFILLED)
+        return self._placement.prefill if is_prefill else self._placement.decode
+
+    def _next_leg(self) -> int:
+        self._leg += 1
+        self._is_leg_running = True
+        self._leg_token_count = 0
+        return self._leg
+
+    def _leg_id(self, leg: int) -> str:
+        return f"{self._request.generation_id}.{leg}"
+
+    def _prompt_so_far(self) -> tuple[int, ...]:
+        return (*self._request.prompt_token_ids, *self._emitted)
+
+    def _stop(self) -> EngineStop:
+        return EngineStop(
+            max_token_count=self._request.max_output_token_count - len(self._emitted),
+            stop_token_ids=self._request.stop_token_ids,
+            ignore_eos=self._request.ignore_eos,
+        )
+
+    def _emit(self, token_ids: tuple[int, ...]) -> Emit:
+        first_index = len(self._emitted)
+        self._emitted.extend(token_ids)
+        return Emit(first_index, token_ids)
+
+    def _note_cached(self, token_count: int) -> None:
+        self.cached_prompt_token_count = min(token_count, len(self._request.prompt_token_ids))

@@ -1,0 +1,64 @@
+"""What one request has to say and its caller has not taken yet.
+
+Owns the pieces between relay and caller. They are never held back, and merged while they wait: a caller who keeps up
+gets every piece as it is made, one who does not gets fewer and larger ones. So decode never waits for a slow reader;
+what piles up is the answer itself, bounded by the request's own ``max_output_token_count``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from baton.errors import BatonError
+from router.answering import Admitted, Piece
+from router.handoff_words import Finish
+
+
+class Outbox:
+    """One writer, one reader, one loop."""
+
+    def __init__(self, max_chunk_token_count: int) -> None:
+        self._max_chunk_token_count = max_chunk_token_count
+        self._items: deque[Admitted | Piece] = deque()
+        self._end: Finish | BatonError | None = None
+        self._came = asyncio.Event()
+
+    def put(self, item: Admitted | Piece) -> None:
+        last = self._items[-1] if self._items else None
+        if isinstance(item, Piece) and isinstance(last, Piece) and self._fits(last, item):
+            self._items[-1] = _merged(last, item)
+        else:
+            self._items.append(item)
+        self._came.set()
+
+    def end(self, end: Finish | BatonError) -> None:
+        """After what is there. Only the first end counts."""
+        if self._end is None:
+            self._end = end
+            self._came.set()
+
+    async def take(self) -> Admitted | Piece | Finish:
+        """The next item, or the end. Raises the end if it is an error."""
+        while not self._items and self._end is None:
+            self._came.clear()
+            await self._came.wait()
+        if self._items:
+            return self._items.popleft()
+        assert self._end is not None
+        if isinstance(self._end, BatonError):
+            raise self._end
+        return self._end
+
+    def _fits(self, last: Piece, item: Piece) -> bool:
+        is_open = last.matched_stop_sequence is None
+        return is_open and last.token_count + item.token_count <= self._max_chunk_token_count
+
+
+def _merged(first: Piece, second: Piece) -> Piece:
+    return Piece(
+        first.first_token_index,
+        first.token_ids + second.token_ids,
+        first.text + second.text,
+        second.matched_stop_sequence,
+    )

@@ -1,0 +1,274 @@
+"""Carries requests: one flight each, from the front door to the last token.
+
+Owns the requests in flight and the releases of KV still on their way. What happens in which order is the handoff's,
+where is placement's, when is admission's; the relay lets them talk, and tells metrics and log how it ended.
+
+    run: Admitted Piece* Completed, or a raised BatonError. Closing the generator means nobody listens any more.
+
+Durations, log line and metrics of a request come from the same ``PhaseReport``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry
+
+from baton.errors import BatonError, deadline_exceeded, draining
+from baton.metrics import Outcome, RouterMetrics, outcome_of
+from baton.request import Role
+from baton.timeline import PHASES
+from router.admission import Admission
+from router.answering import Admitted, Answer, Completed, PhaseReport, Piece, RelayEvent, RoutedRequest
+from router.cluster_view import Assigned, WorkerIdentity
+from router.flight import Flight, FlightLimits
+from router.handoff import State
+from router.handoff_words import Finish, ReleaseKv
+from router.roster import Roster
+
+__all__ = ["Admitted", "Answer", "Completed", "PhaseReport", "Piece", "Relay", "RelayEvent", "RoutedRequest"]
+
+logger = logging.getLogger(__name__)
+request_logger = logging.getLogger("router.request")
+"""One line per request, a JSON object."""
+HELD = Assigned(held_count=1)
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseLimits:
+    """How hard the router tries to let go of KV; what it cannot, the lease ends."""
+
+    timeout_s: float = 5.0
+    attempt_count: int = 2
+    pause_s: float = 0.25
+
+
+class Relay:
+    """One per router. ``close`` ends every request and waits until nothing is left of them."""
+
+    def __init__(
+        self,
+        roster: Roster,
+        admission: Admission,
+        *,
+        limits: FlightLimits | None = None,
+        release_limits: ReleaseLimits | None = None,
+        metrics: RouterMetrics | None = None,
+    ) -> None:
+        self.roster = roster
+        self.admission = admission
+        self._limits = limits or FlightLimits()
+        self._release_limits = release_limits or ReleaseLimits()
+        self._metrics = metrics or RouterMetrics(CollectorRegistry())
+        # The mutable state: requests in flight with the task that flies each, and releases on their way.
+        self._flights: dict[Flight, asyncio.Task[None]] = {}
+        self._releases: set[asyncio.Task[None]] = set()
+        self._is_closed = False
+        roster.on_lost(self._worker_lost)
+        roster.on_change(self._count_ready)
+        self._metrics.queued.set_function(lambda: self.queued_count)
+        self._metrics.in_flight.set_function(lambda: self.in_flight_count)
+
+    def __repr__(self) -> str:
+        states = [flight.handoff.state for flight in self._flights]
+        prefilling, waiting = states.count(State.PREFILLING), states.count(State.PLACING)
+        decoding = sum(state in (State.PREFILLED, State.STARTING, State.DECODING) for state in states)
+        return f"<Relay [{prefilling} prefilling, {decoding} decoding | {waiting} waiting]>"
+
+    # Questions
+
+    @property
+    def queued_count(self) -> int:
+        """Requests waiting for admission or placement."""
+        return self.admission.waiting_count
+
+    @property
+    def in_flight_count(self) -> int:
+        """Requests received and not yet ended, those that wait included."""
+        return len(self._flights)
+
+    @property
+    def releasing_count(self) -> int:
+        return len(self._releases)
+
+    @property
+    def could_serve(self) -> bool:
+        """Whether a request that came now could be placed, at once or when its turn comes."""
+        return not self._is_closed and self.admission.could_serve
+
+    # Effects
+
+    async def run(
+        self, request: RoutedRequest, answer: Answer, deadline_at: float, *, received_at: float
+    ) -> AsyncGenerator[RelayEvent, None]:
+        """Serves one request. Times are the loop's. Consume with ``aclosing``.
+
+        Raises QUEUE_FULL, NO_WORKER, DRAINING, ATTEMPTS_EXHAUSTED, DEADLINE_EXCEEDED, what a worker says against
+        the request (INVALID_REQUEST, PROMPT_TOO_LONG), INTERNAL. Pieces made before a failure are yielded first.
+        """
+        flight = self._take_off(request, answer, deadline_at, received_at)
+        outcome = Outcome.CANCELLED
+        completed: Completed | None = None
+        failure: BatonError | None = None
+        try:
+            if self._is_closed:
+                raise draining()
+            if received_at >= deadline_at or _now() >= deadline_at:
+                raise deadline_exceeded(flight.handoff.phase.value, 0)
+            self._flights[flight] = asyncio.create_task(flight.fly(), name=f"{request.generation_id} flight")
+            sent_at: float | None = None
+            while completed is None:
+                item = await flight.outbox.take()
+                now = _now()
+                match item:
+                    case Finish():
+                        completed = flight.completed(item, now)
+                        # BEFORE it leaves: response, log line and metrics must agree whatever the caller does next.
+                        outcome = Outcome.OK
+                        self._ended(flight, outcome, completed, None)
+                        yield completed
+                    case Piece():
+                        if item.token_ids:
+                            flight.account.first_token(now)
+                            self._metrics.tokens_sent(item.token_count, None if sent_at is None else now - sent_at)
+                            sent_at = now
+                        yield item
+                    case Admitted():
+                        yield item
+        except BatonError as error:
+            outcome, failure = outcome_of(error), error
+            raise
+        finally:
+            if completed is None:
+                if outcome is Outcome.CANCELLED and _now() >= deadline_at:
+                    outcome = Outcome.DEADLINE  # the caller's own clock called it off first
+                flight.account.close(_now())
+                self._ended(flight, outcome, None, failure)
+            await self._land(flight)
+
+    async def close(self) -> None:
+        """Takes nothing new, ends every request (DRAINING to callers that still listen) and waits. Idempotent."""
+        self._is_closed = True
+        self.admission.close()
+        for flight in self._flights:
+            flight.client_gone()
+        while running := [task for task in (*self._flights.values(), *self._releases) if not task.done()]:
+            await asyncio.wait(running)
+
+    # Parts
+
+    def _take_off(self, request: RoutedRequest, answer: Answer, deadline_at: float, received_at: float) -> Flight:
+        return Flight(
+            request,
+            answer,
+            deadline_at=deadline_at,
+            received_at=received_at,
+            roster=self.roster,
+            admission=self.admission,
+            limits=self._limits,
+            release=self._release,
+            on_leg_lost=lambda phase: self._metrics.lost_legs.labels(phase).inc(),
+        )
+
+    async def _land(self, flight: Flight) -> None:
+        """Waits until nothing of the flight is left. Cancelled meanwhile, the flight still ends by itself."""
+        task = self._flights.get(flight)
+        if task is None:
+            return
+        task.add_done_callback(lambda _: self._flights.pop(flight, None))
+        flight.client_gone()
+        await asyncio.shield(task)
+
+    def _worker_lost(self, worker: WorkerIdentity) -> None:
+        for flight in self._flights:
+            flight.worker_lost(worker)
+
+    def _count_ready(self) -> None:
+        view = self.roster.view()
+        self._metrics.set_ready_workers((role.value, len(view.ready(role))) for role in Role)
+
+    def _release(self, action: ReleaseKv) -> None:
+        """In the background, with a deadline of its own: neither a caller that left nor a dead worker delays it."""
+        is_known = self.roster.is_known(action.worker)
+        if is_known:
+            self.roster.assign(action.worker, HELD)  # or one that left the set would be out of reach
+        task = asyncio.create_task(self._release_kv(action), name=f"release {action.ticket_id}")
+        self._releases.add(task)
+        task.add_done_callback(lambda done: self._released(done, action.worker if is_known else None))
+
+    def _released(self, task: asyncio.Task[None], worker: WorkerIdentity | None) -> None:
+        self._releases.discard(task)
+        if worker is not None:
+            self.roster.assign(worker, HELD, sign=-1)
+
+    async def _release_kv(self, action: ReleaseKv) -> None:
+        for attempt in range(self._release_limits.attempt_count):
+            if attempt:
+                await asyncio.sleep(self._release_limits.pause_s)
+            try:
+                client = self.roster.client(action.worker)
+                await client.release_kv(action.ticket_id, timeout_s=self._release_limits.timeout_s)
+                return
+            except BatonError as error:
+                logger.info("KV of ticket %s on %s was not released: %s", action.ticket_id, action.worker, error)
+            except Exception:
+                logger.exception("a bug in releasing ticket %s on %s", action.ticket_id, action.worker)
+                return
+
+    def _ended(
+        self, flight: Flight, outcome: Outcome, completed: Completed | None, failure: BatonError | None
+    ) -> None:
+        report = flight.report() if completed is None else completed.report
+        self._metrics.request_ended(
+            outcome,
+            report.durations,
+            usage=None if completed is None else completed.usage,
+            kv_bytes=report.kv_transfer_bytes,
+            recomputed_token_count=report.recomputed_token_count,
+            mode=report.mode,
+            placement_reason=report.placement_reason,
+        )
+        if request_logger.isEnabledFor(logging.INFO):
+            request_logger.info("%s", json.dumps(_log_fields(flight, outcome, completed, failure, report)))
+
+
+def _log_fields(
+    flight: Flight,
+    outcome: Outcome,
+    completed: Completed | None,
+    failure: BatonError | None,
+    report: PhaseReport,
+) -> dict[str, str | int | float | None]:
+    """What is said of a request: never a word of its prompt or its answer."""
+    durations = report.durations
+    ttft_s = durations.time_to_first_token_s
+    token_count = flight.handoff.emitted_token_count if completed is None else completed.usage.output_token_count
+    return {
+        "generation_id": flight.request.generation_id,
+        "correlation_id": flight.request.correlation_id,
+        "outcome": outcome.value,
+        "error": None if failure is None else failure.reason.value,
+        "error_phase": None if failure is None else failure.metadata.get("phase"),
+        "reason": None if completed is None else completed.reason.value,
+        "prompt_tokens": len(flight.request.prompt_token_ids),
+        "output_tokens": token_count,
+        "cached_tokens": flight.handoff.cached_prompt_token_count,
+        **{f"{phase.value}_s": round(durations[phase], 6) for phase in PHASES},
+        "total_s": round(durations.total_s, 6),
+        "ttft_s": None if ttft_s is None else round(ttft_s, 6),
+        "kv_bytes": report.kv_transfer_bytes,
+        "recomputed_tokens": report.recomputed_token_count,
+        "prefill_worker": report.prefill_worker_id,
+        "decode_worker": report.decode_worker_id,
+        "mode": report.mode.value,
+        "placement": report.placement_reason,
+        "attempts": report.attempt_count,
+    }
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,314 @@
+"""The router process put together: sockets, services, relay and roster, and the order of start and stop.
+
+Owns every long-lived object of the process and nothing of what they decide.
+
+    start  tokenizer -> roster -> services -> sockets -> ready
+    stop   health flips -> new calls refused -> running calls finish -> sockets -> roster
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry, start_http_server
+
+from baton.admin.v1 import cluster_pb2_grpc
+from baton.metrics import RouterMetrics
+from baton.v1 import generation_pb2_grpc
+from router import admin_service, service
+from router.admin_service import AdminService, Counts
+from router.admission import Admission, AdmissionLimits
+from router.chat_template import ChatTemplate
+from router.config import RouterConfig, is_loopback
+from router.flight import FlightLimits
+from router.grpc_worker_client import GrpcWorkerClient
+from router.health import RouterHealth
+from router.phase_window import PhaseWindow
+from router.placement import PlacementPolicy
+from router.prompt_encoder import PromptEncoder
+from router.relay import Relay
+from router.roster import Roster, RosterLimits
+from router.service import GenerationService
+from router.tokenizer import Tokenizer, TokenizerError, read_json_object
+from router.validation import ModelLimits
+from router.worker_client import Connect
+
+HEALTH_SERVICE_NAME = "grpc.health.v1.Health"
+
+GOODBYE_S = 1.0
+"""How long calls that are still running after draining may take to notice that they were cancelled."""
+
+logger = logging.getLogger("baton.router")
+
+
+class ServerError(Exception):
+    """The router cannot serve as configured; the message says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterEndpoint:
+    """Where a started router listens."""
+
+    address: str
+    admin_address: str
+    metrics_address: str
+
+
+async def run_router(
+    config: RouterConfig,
+    *,
+    secret: bytes,
+    stop: asyncio.Event,
+    hurry: asyncio.Event | None = None,
+    on_ready: Callable[[RouterEndpoint], None] = lambda _: None,
+) -> None:
+    """Serves until ``stop`` is set, then drains for at most ``config.drain_grace_s``, or until ``hurry`` is set.
+
+    Raises ``ServerError`` when the model directory cannot be used or a port cannot be had.
+    """
+    server = RouterServer(config, secret=secret)
+    try:
+        on_ready(await server.start())
+        await stop.wait()
+        await server.drain(hurry or asyncio.Event())
+    finally:
+        await asyncio.shield(server.close())
+
+
+class RouterServer:
+    """One router. ``start`` once; ``close`` is idempotent and ends everything that ``start`` began."""
+
+    def __init__(
+        self, config: RouterConfig, *, secret: bytes, connect: Connect | None = None, rng: random.Random | None = None
+    ) -> None:
+        """Reads the model directory. Raises ``ServerError``. Must run inside the event loop that will serve.
+        ``connect``: how to reach a worker; gRPC unless a test says otherwise."""
+        self.config = config
+        self.registry = CollectorRegistry()
+        self.metrics = RouterMetrics(self.registry)
+        self.window = PhaseWindow()
+        self._tokenizer, template, self._limits = load_model(config)
+        self.roster = Roster(
+            connect or connect_by_grpc(secret),
+            RosterLimits(
+                load_interval_s=config.load_interval_s,
+                silence_s=config.worker_silence_s,
+                lost_s=2 * config.worker_silence_s,
+            ),
+        )
+        self.admission = Admission(
+            self.roster,
+            limits=AdmissionLimits(
+                queue_limit=config.queue_limit,
+                max_in_flight_count=config.max_in_flight_count,
+                max_wait_s=config.max_queue_wait_s,
+                no_worker_s=config.max_no_worker_wait_s,
+            ),
+            policy=PlacementPolicy(mode=config.placement, local_prompt_token_count=config.local_prompt_token_count),
+            rng=rng or random.Random(),  # noqa: S311  # breaks ties between workers
+        )
+        self.relay = Relay(
+            self.roster,
+            self.admission,
+            limits=FlightLimits(max_attempt_count=config.max_attempt_count, lease_s=config.lease_s),
+            metrics=self.metrics,
+        )
+        self.generation = GenerationService(
+            relay=self.relay,
+            tokenizer=self._tokenizer,
+            encoder=PromptEncoder(self._tokenizer, template),
+            limits=self.limits,
+            metrics=self.metrics,
+            window=self.window,
+            default_deadline_s=config.default_deadline_s,
+            max_deadline_s=config.max_deadline_s,
+        )
+        self.health = RouterHealth([service.SERVICE_NAME, admin_service.SERVICE_NAME], lambda: self.relay.could_serve)
+        self.roster.on_change(self.health.changed)
+        self._admin = AdminService(roster=self.roster, window=self.window, counts=self.counts, secret=secret)
+        # What runs: servers, the HTTP server of /metrics and its thread, background tasks.
+        self._servers: list[grpc.aio.Server] = []
+        self._metrics_server: tuple[Any, Any] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def __repr__(self) -> str:
+        return f"<RouterServer {self.config.model_name} [{self.generation.call_count} calls]>"
+
+    def limits(self) -> ModelLimits:
+        """The model's, cut to the smallest context of the ready workers: any of them may be chosen."""
+        contexts = [w.info.max_context_token_count for w in self.roster.view().ready() if w.info is not None]
+        smallest = min(contexts, default=self._limits.max_context_token_count)
+        if smallest >= self._limits.max_context_token_count:
+            return self._limits
+        return ModelLimits(self._limits.model, self._limits.vocab_size, smallest)
+
+    def counts(self) -> Counts:
+        return Counts(
+            queued_count=self.relay.queued_count,
+            in_flight_count=self.generation.call_count,
+            finished_count=self.generation.ended_count,
+            failed_count=self.generation.failed_count,
+            is_serving=self.health.is_serving,
+        )
+
+    async def start(self) -> RouterEndpoint:
+        """Listens. Raises ``ServerError``, naming the port and its key, when one is taken."""
+        config = self.config
+        public = self._server()
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(self.generation, public)  # type: ignore[no-untyped-call]
+        await self.health.attach(public)
+        admin = self._server()
+        cluster_pb2_grpc.add_ClusterServiceServicer_to_server(self._admin, admin)  # type: ignore[no-untyped-call]
+        await self.health.attach(admin)
+        if config.enable_reflection:
+            reflection.enable_server_reflection(
+                [service.SERVICE_NAME, HEALTH_SERVICE_NAME, reflection.SERVICE_NAME], public
+            )
+            reflection.enable_server_reflection(
+                [admin_service.SERVICE_NAME, HEALTH_SERVICE_NAME, reflection.SERVICE_NAME], admin
+            )
+        address = _bind(public, config.listen_address, "listen_address")
+        admin_address = _bind(admin, config.admin_address, "admin_address")
+        metrics_address = self._start_metrics()
+        for each in (config.listen_address, config.admin_address, config.metrics_address):
+            if not is_loopback(each.rpartition(":")[0]):
+                logger.warning("listening beyond this machine, on %s: calls are not encrypted", each)
+        self._tasks.append(asyncio.create_task(self.health.run(), name="health follows the roster"))
+        await public.start()
+        await admin.start()
+        return RouterEndpoint(address, admin_address, metrics_address)
+
+    async def drain(self, hurry: asyncio.Event) -> None:
+        """Health flips before anything else; then new calls are refused with DRAINING, and those that run may
+        finish, for ``drain_grace_s`` at most or until ``hurry`` is set."""
+        await self.health.drain()
+        self.generation.begin_drain()
+        waits = [asyncio.create_task(self.generation.wait_idle()), asyncio.create_task(hurry.wait())]
+        try:
+            await asyncio.wait(waits, timeout=self.config.drain_grace_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+        if self.generation.call_count:
+            logger.warning("%d calls were still running after draining and are cancelled", self.generation.call_count)
+
+    async def close(self) -> None:
+        """Ends everything. Idempotent."""
+        servers, self._servers = self._servers, []
+        await asyncio.gather(*(server.stop(GOODBYE_S if self.generation.call_count else 0) for server in servers))
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.relay.close()
+        await self.roster.close()
+        metrics_server, self._metrics_server = self._metrics_server, None
+        if metrics_server is not None:
+            http_server, thread = metrics_server
+            await asyncio.to_thread(http_server.shutdown)
+            http_server.server_close()
+            await asyncio.to_thread(thread.join)
+        self._tokenizer.close()
+
+    def _server(self) -> grpc.aio.Server:
+        config = self.config
+        server = grpc.aio.server(
+            maximum_concurrent_rpcs=config.max_concurrent_call_count,
+            options=[
+                # Without this a second router could bind the same port, and the kernel would deal calls to either.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", config.max_message_bytes),
+                ("grpc.max_metadata_size", 16 * 1024),
+                # Prefill of a long prompt is silence: clients may ping through it.
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
+                # And a client whose machine vanished is noticed, so that its requests end.
+                ("grpc.keepalive_time_ms", 60_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
+            ],
+        )
+        self._servers.append(server)
+        return server
+
+    def _start_metrics(self) -> str:
+        host, port = _split(self.config.metrics_address)
+        with _listening(self.config.metrics_address, "metrics_address"):
+            self._metrics_server = start_http_server(port, addr=host, registry=self.registry)
+        return _joined(host, self._metrics_server[0].server_port)
+
+
+def connect_by_grpc(secret: bytes) -> Connect:
+    """How the router reaches its workers."""
+    return lambda spec: GrpcWorkerClient(spec.address, secret)
+
+
+def load_model(config: RouterConfig) -> tuple[Tokenizer, ChatTemplate | None, ModelLimits]:
+    """What the router needs of a model: no weights. Raises ``ServerError``, naming key and file."""
+    model_dir = Path(config.model_dir).expanduser()
+    try:
+        tokenizer = Tokenizer.load(model_dir)
+        template = ChatTemplate.load(model_dir)
+        context = read_json_object(model_dir / "config.json").get("max_position_embeddings")
+    except TokenizerError as error:
+        raise ServerError(f"model_dir: {error}. Prepare the model, or set model_dir to where it is.") from error
+    context_token_count = config.max_context_token_count
+    if context_token_count is None:
+        if not isinstance(context, int):
+            raise ServerError(
+                f"{model_dir / 'config.json'} does not say max_position_embeddings; set max_context_token_count"
+            )
+        context_token_count = context
+    return tokenizer, template, ModelLimits(config.model_name, tokenizer.vocab_size, context_token_count)
+
+
+def _bind(server: grpc.aio.Server, address: str, key: str) -> str:
+    """Binds and returns the address with its real port."""
+    host, _ = _split(address)
+    with _listening(address, key):
+        port = server.add_insecure_port(address)
+        if port == 0:
+            raise RuntimeError("not bound")
+    return _joined(host, port)
+
+
+@contextmanager
+def _listening(address: str, key: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        _, port = _split(address)
+        raise ServerError(
+            f"{key}: cannot listen on {address}: the port is in use, or the address is not of this machine. Stop the "
+            f"process that has it (ss -ltnp 'sport = :{port}'), or set {key} to another port"
+        ) from error
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _joined(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def endpoint_line(endpoint: RouterEndpoint) -> str:
+    """One JSON line that says where the router listens, for whoever started it."""
+    return json.dumps(
+        {
+            "address": endpoint.address,
+            "admin_address": endpoint.admin_address,
+            "metrics_address": endpoint.metrics_address,
+        }
+    )

@@ -1,0 +1,64 @@
+"""What every test may lean on: where the model is, and which tests this machine can run.
+
+A test marked ``real`` is never skipped in silence. Without the model it fails and says what to do; it is left out
+only when somebody asks for that, with ``--skip-real`` or ``BATON_SKIP_REAL=1``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from deploy.setup import prepare_model
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    # All of our options are here: pytest reads those of deeper folders too late when it is started on everything.
+    parser.addoption("--skip-real", action="store_true", help="leave out the tests that run the real engine")
+    parser.addoption(
+        "--rewrite",
+        action="store_true",
+        help="write what happens into tests/scenarios/testdata/*.txt; read the diff before you believe it",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skips_real = bool(config.getoption("--skip-real")) or os.environ.get("BATON_SKIP_REAL") == "1"
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    for item in items:
+        if skips_real and item.get_closest_marker("real"):
+            item.add_marker(pytest.mark.skip(reason="left out on request (--skip-real or BATON_SKIP_REAL=1)"))
+        if not has_gpu and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("real"):
+        _require_model()
+
+
+_model: Path | None = None
+
+
+def _require_model() -> Path:
+    """The folder of the default model, verified once per run."""
+    global _model
+    if _model is None:
+        folder = prepare_model.baton_home() / "models" / prepare_model.MODEL
+        fault = prepare_model.fault_of(folder)
+        if fault is not None:
+            pytest.fail(
+                f"the default model is not ready at {folder}: {fault}. Run `make model` (20 s), or leave the tests "
+                "of the real engine out with --skip-real.",
+                pytrace=False,
+            )
+        _model = folder
+    return _model
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Path:
+    """The prepared default model: config, tokenizer, chat template and weights."""
+    return _require_model()

@@ -1,0 +1,150 @@
+"""Who outlives whom: an engine process never outlives its owner, and its owner is told when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+from engine_pair import (
+    alone,
+    becomes_true,
+    continuation,
+    decoded,
+    engine_config,
+    is_idle,
+    prefilled,
+    prompt,
+    running_pair,
+    stop,
+)
+
+from baton.errors import BatonError, Reason
+from engine.protocol import DecodeJob, PrefillJob
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
+HERE = Path(__file__).parent
+
+
+async def test_an_engine_dies_with_the_process_that_owns_it() -> None:
+    async with owner_process(port=5741) as owner:
+        assert owner.stdout is not None
+        engine_pid = int(await asyncio.wait_for(owner.stdout.readline(), 150))
+        assert is_alive(engine_pid)
+        owner.kill()
+        await owner.wait()
+        await becomes_true(gone(engine_pid), within_s=3.0)
+
+
+async def test_an_engine_that_is_still_starting_dies_with_its_owner() -> None:
+    async with owner_process(port=5742) as owner:
+        engines: list[int] = []
+
+        async def engine_was_started() -> bool:
+            engines[:] = [pid for pid in children(owner.pid) if "spawn_main" in command(pid)]
+            return bool(engines)
+
+        await becomes_true(engine_was_started, within_s=60)
+        owner.kill()
+        await owner.wait()
+        # It notices when it has loaded the first of our code, which is before it loads the model.
+        await becomes_true(gone(*engines), within_s=30)
+
+
+async def test_the_owner_is_told_when_its_engine_dies() -> None:
+    from engine.vllm_engine import VllmEngine
+
+    engine = VllmEngine(engine_config(0, 5743))
+    try:
+        await engine.start()
+        held = await prefilled(engine, prompt(100))
+        running = asyncio.create_task(decoded(engine, DecodeJob("running", prompt(50), stop=stop(3000))))
+        await asyncio.sleep(0.5)
+        assert not running.done()
+        os.kill(engine.process_id, signal.SIGKILL)
+        with pytest.raises(BatonError) as failed:
+            await asyncio.wait_for(running, 5)
+        assert failed.value.reason is Reason.ENGINE_FAILED
+        for asked in (
+            engine.check_health(),
+            engine.prefill(PrefillJob("late", prompt(10), stop=stop(2))),
+            engine.release(held.held.handle if held.held else ""),
+            engine.load_now(),
+        ):
+            with pytest.raises(BatonError) as failed:
+                await asyncio.wait_for(asked, 5)
+            assert failed.value.reason is Reason.ENGINE_FAILED
+    finally:
+        await asyncio.wait_for(engine.close(), 15)
+    assert not is_alive(engine.process_id)
+
+
+async def test_a_decoder_whose_peer_died_computes_the_prompt_itself() -> None:
+    async with running_pair(first_port=5745) as pair:
+        ids = prompt(300, seed=2)
+        expected = await alone(pair.decoder, ids)
+        first = await prefilled(pair.prefiller, ids)
+        os.kill(pair.prefiller.process_id, signal.SIGKILL)
+        async with asyncio.timeout(10):
+            adopted, rest, _ = await decoded(pair.decoder, continuation(ids, first))
+        assert [first.first_token_id, *rest] == expected
+        assert (adopted.recomputed_token_count, adopted.transfer_bytes) == (300, 0)
+        await is_idle(pair.decoder)
+
+
+async def test_a_model_that_is_not_there_is_said_before_a_process_is_started(tmp_path: Path) -> None:
+    from engine.vllm_engine import VllmEngine
+
+    engine = VllmEngine(engine_config(0, 5744, model_path=str(tmp_path)))
+    with pytest.raises(BatonError, match="no model in"):
+        await engine.start()
+    await engine.close()
+
+
+@asynccontextmanager
+async def owner_process(port: int) -> AsyncIterator[asyncio.subprocess.Process]:
+    environment = {**os.environ, "PYTHONPATH": f"{HERE.parent.parent}:{HERE}"}
+    owner = await asyncio.create_subprocess_exec(
+        sys.executable, str(HERE / "engine_owner.py"), str(port), stdout=asyncio.subprocess.PIPE, env=environment
+    )
+    try:
+        yield owner
+    finally:
+        with suppress(ProcessLookupError):
+            owner.kill()
+        await owner.wait()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"
+
+
+def gone(*pids: int) -> Callable[[], Awaitable[bool]]:
+    async def all_gone() -> bool:
+        return not any(map(is_alive, pids))
+
+    return all_gone
+
+
+def children(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(FileNotFoundError):
+            found += map(int, task.read_text().split())
+    return found
+
+
+def command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except FileNotFoundError:
+        return ""

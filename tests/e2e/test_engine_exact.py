@@ -1,0 +1,70 @@
+"""Two real engines in float32, where an answer does not depend on what else is in the batch.
+
+In bfloat16 one engine alone already answers differently, on CPU, with other requests in its batch: sums of
+different shapes round differently. So what must hold under concurrency is checked in float32.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+from engine_pair import Pair, alone, continuation, decoded, is_idle, kv_of, prefilled, prompt, running_pair
+
+pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pair() -> AsyncIterator[Pair]:
+    async with running_pair(first_port=5721, dtype="float32", lease_s=1.0) as both:
+        yield both
+
+
+@pytest_asyncio.fixture(autouse=True, loop_scope="module")
+async def nothing_left(pair: Pair) -> AsyncIterator[None]:
+    yield
+    await is_idle(pair.prefiller)
+    await is_idle(pair.decoder)
+
+
+async def test_many_answers_at_once_stay_apart(pair: Pair) -> None:
+    prompts = [prompt(count, seed=7) for count in (1, 30, 127, 128, 200, 256, 257, 300, 384, 600)]
+    expected = [await alone(pair.decoder, ids) for ids in prompts]
+
+    async def both(ids: tuple[int, ...]) -> list[int]:
+        first = await prefilled(pair.prefiller, ids)
+        adopted, rest, _ = await decoded(pair.decoder, continuation(ids, first))
+        await pair.prefiller.release(kv_of(first).handle)
+        assert adopted.recomputed_token_count == 0
+        return [first.first_token_id, *rest]
+
+    assert await asyncio.gather(*map(both, prompts)) == expected
+
+
+async def test_the_two_phases_may_swap_engines(pair: Pair) -> None:
+    """A role is a decision, not a property: what decoded a moment ago prefills now."""
+    ids = prompt(333, seed=8)
+    expected = await alone(pair.prefiller, ids)
+    first = await prefilled(pair.decoder, ids)
+    adopted, rest, _ = await decoded(pair.prefiller, continuation(ids, first))
+    await pair.decoder.release(kv_of(first).handle)
+    assert [first.first_token_id, *rest] == expected
+    assert adopted.transfer_bytes > 0
+
+
+async def test_held_kv_that_nobody_fetches_expires_and_its_ticket_with_it(pair: Pair) -> None:
+    ids = prompt(300, seed=9)
+    expected = await alone(pair.decoder, ids)
+    first = await prefilled(pair.prefiller, ids, lease_s=1.5)
+    await asyncio.sleep(1.2)  # the engines' own clocks run in real time
+    assert (await pair.prefiller.load_now()).used_block_count == 3
+    await is_idle(pair.prefiller, within_s=1.0)
+    # Those blocks belong to others now.
+    await pair.prefiller.reset_prefix_cache()
+    intruder = await prefilled(pair.prefiller, prompt(300, seed=10))
+    adopted, rest, _ = await decoded(pair.decoder, continuation(ids, first))
+    assert [first.first_token_id, *rest] == expected
+    assert adopted.recomputed_token_count == 300
+    await pair.prefiller.release(kv_of(intruder).handle)

@@ -1,0 +1,282 @@
+"""Two real engines, one core each: a prompt computed by one and continued by the other.
+
+The oracle is one engine doing both phases from an empty cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import replace
+
+import pytest
+import pytest_asyncio
+from engine_pair import (
+    BLOCK,
+    MODEL_PATH,
+    Pair,
+    alone,
+    becomes_true,
+    continuation,
+    decoded,
+    is_idle,
+    kv_of,
+    prefilled,
+    prompt,
+    running_pair,
+    stop,
+)
+
+from baton.errors import BatonError, Reason
+from baton.leg import KvAdopted, Stepped
+from baton.request import EngineStop, LegFinish, Sampling
+from engine.protocol import DecodeJob, PrefillJob
+
+pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pair() -> AsyncIterator[Pair]:
+    async with running_pair(first_port=5711) as both:
+        yield both
+
+
+@pytest_asyncio.fixture(autouse=True, loop_scope="module")
+async def nothing_left(pair: Pair) -> AsyncIterator[None]:
+    """Every test leaves both engines as it found them: no request, no held KV, no used block."""
+    yield
+    await is_idle(pair.prefiller)
+    await is_idle(pair.decoder)
+
+
+@pytest.mark.parametrize("token_count", [1, 2, 64, 127, 128, 129, 255, 256, 257, 383, 384, 512, 1000, 2000])
+async def test_a_handed_over_answer_is_the_answer_of_one_engine(pair: Pair, token_count: int) -> None:
+    ids = prompt(token_count)
+    expected = await alone(pair.decoder, ids)
+    await pair.prefiller.reset_prefix_cache()
+    first = await prefilled(pair.prefiller, ids)
+    adopted, rest, finish = await decoded(pair.decoder, continuation(ids, first))
+    await pair.prefiller.release(kv_of(first).handle)
+    assert [first.first_token_id, *rest] == expected
+    assert finish is LegFinish.LENGTH
+    block_count = -(-token_count // BLOCK)
+    assert adopted.recomputed_token_count == 0
+    assert adopted.cached_token_count == 0
+    assert adopted.transfer_bytes == kv_of(first).kv_bytes == block_count * BLOCK * 23_040
+    assert adopted.descriptor_count > 0
+    assert adopted.transfer_s > 0
+    assert adopted.prefill_s == 0
+
+
+@pytest.mark.parametrize(("token_count", "cached"), [(256, 256), (300, 256)])
+async def test_only_what_the_decoder_lacks_is_pulled(pair: Pair, token_count: int, cached: int) -> None:
+    ids = prompt(token_count, seed=3)
+    expected = await alone(pair.decoder, ids)
+    for attempt in range(2):
+        first = await prefilled(pair.prefiller, ids)
+        adopted, rest, _ = await decoded(pair.decoder, continuation(ids, first))
+        await pair.prefiller.release(kv_of(first).handle)
+        assert [first.first_token_id, *rest] == expected
+        assert adopted.recomputed_token_count == 0
+        assert adopted.cached_token_count == (cached if attempt else 0)
+        # Only whole blocks are kept for reuse, so the part block of 300 tokens travels again.
+        pulled_block_count = -(-token_count // BLOCK) - adopted.cached_token_count // BLOCK
+        assert adopted.transfer_bytes == pulled_block_count * BLOCK * 23_040
+        await is_idle(pair.prefiller)
+
+
+async def test_a_dead_ticket_costs_a_computation_and_never_a_wrong_token(pair: Pair) -> None:
+    ids = prompt(300, seed=4)
+    expected = await alone(pair.decoder, ids)
+    for wrong in (
+        {"remote_blocks_expiry_time": 1.0},
+        {"remote_engine_id": "an-engine-of-an-earlier-life"},
+    ):
+        first = await prefilled(pair.prefiller, ids)
+        await pair.decoder.reset_prefix_cache()
+        adopted, rest, _ = await decoded(pair.decoder, continuation(ids, first, **wrong))
+        assert [first.first_token_id, *rest] == expected
+        assert adopted.recomputed_token_count == 300
+        assert adopted.transfer_bytes == 0
+        await pair.prefiller.release(kv_of(first).handle)
+
+
+async def test_a_malformed_ticket_is_refused_and_the_engine_lives(pair: Pair) -> None:
+    ids = prompt(200, seed=5)
+    first = await prefilled(pair.prefiller, ids)
+    for wrong in (
+        {"remote_block_ids": [[1]]},
+        {"remote_block_ids": [[1, "2"]]},
+        {"remote_num_tokens": 199},
+        {"remote_host": "192.0.2.1"},
+        {"remote_port": True},
+        {"tp_size": 2},
+        {"unheard_of": 1},
+    ):
+        with pytest.raises(BatonError) as refused:
+            await decoded(pair.decoder, continuation(ids, first, **wrong))
+        assert refused.value.reason is Reason.TICKET_REFUSED
+    await pair.decoder.check_health()
+    await pair.prefiller.release(kv_of(first).handle)
+
+
+async def test_a_pull_does_not_wait_for_a_prefill_that_computes(pair: Pair) -> None:
+    warm = await prefilled(pair.prefiller, prompt(20, seed=40))
+    await decoded(pair.decoder, continuation(prompt(20, seed=40), warm))  # the first read of a pair needs both sides
+    await pair.prefiller.release(kv_of(warm).handle)
+    ids = prompt(1000, seed=41)
+    first = await prefilled(pair.prefiller, ids)
+    busy = asyncio.create_task(pair.prefiller.prefill(PrefillJob("busy", prompt(3900, seed=42), stop=stop(1))))
+    adopted, _, _ = await decoded(pair.decoder, continuation(ids, first, count=4))
+    assert not busy.done(), "the prefill was to be busy all the while"
+    assert adopted.recomputed_token_count == 0
+    await busy
+    await pair.prefiller.release(kv_of(first).handle)
+
+
+async def test_a_pull_leaves_the_blocks_to_whoever_holds_the_lease(pair: Pair) -> None:
+    ids = prompt(300, seed=43)
+    first = await prefilled(pair.prefiller, ids)
+    await decoded(pair.decoder, continuation(ids, first))
+    assert (await pair.prefiller.load_now()).used_block_count == 3
+    await pair.prefiller.release(kv_of(first).handle)
+
+
+async def test_a_release_frees_held_blocks_at_once_and_once(pair: Pair) -> None:
+    first = await prefilled(pair.prefiller, prompt(500, seed=6))
+    other = await prefilled(pair.prefiller, prompt(200, seed=6))
+    assert (await pair.prefiller.load_now()).used_block_count == 4 + 2
+    await pair.prefiller.release(kv_of(first).handle)
+
+    async def only_the_other_is_held() -> bool:
+        return bool((await pair.prefiller.load_now()).used_block_count == 2)
+
+    await becomes_true(only_the_other_is_held, within_s=0.5)
+    await pair.prefiller.release(kv_of(first).handle)
+    await pair.prefiller.release("never-heard-of")
+    assert (await pair.prefiller.load_now()).used_block_count == 2
+    await pair.prefiller.release(kv_of(other).handle)
+
+
+async def test_a_first_token_that_ends_the_answer_holds_nothing(pair: Pair) -> None:
+    ids = prompt(300, seed=8)
+    first = await prefilled(pair.prefiller, ids)
+    await pair.prefiller.release(kv_of(first).handle)
+    await is_idle(pair.prefiller)
+    stopped = await pair.prefiller.prefill(
+        PrefillJob("stop", ids, stop=stop(10, stop_token_ids=(first.first_token_id,)))
+    )
+    assert (stopped.finish, stopped.held) == (LegFinish.STOP, None)
+    assert stopped.first_token_id == first.first_token_id
+    only = await pair.prefiller.prefill(PrefillJob("one", ids, stop=stop(1)))
+    assert (only.finish, only.held) == (LegFinish.LENGTH, None)
+    await is_idle(pair.prefiller, within_s=1.0)
+
+
+async def test_the_models_own_end_token_stops_unless_ignored(pair: Pair) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(MODEL_PATH))
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tuple(tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False))
+    first = await pair.prefiller.prefill(PrefillJob("ask", ids, stop=EngineStop(64)))
+    job = DecodeJob("answer", (*ids, first.first_token_id), stop=EngineStop(63), pull=kv_of(first).params)
+    _, rest, finish = await decoded(pair.decoder, job)
+    await pair.prefiller.release(kv_of(first).handle)
+    answer = [first.first_token_id, *rest]
+    assert "Paris" in tokenizer.decode(answer)
+    assert finish is LegFinish.STOP
+    assert answer[-1] == tokenizer.eos_token_id
+    # The prompt ends where the answer did: the very first token is now the end token.
+    to_the_end = (*ids, *answer[:-1])
+    ended = await pair.prefiller.prefill(PrefillJob("end", to_the_end, stop=EngineStop(64)))
+    assert (ended.finish, ended.held, ended.first_token_id) == (LegFinish.STOP, None, tokenizer.eos_token_id)
+    await is_idle(pair.prefiller, within_s=1.0)
+    going_on = await pair.prefiller.prefill(PrefillJob("on", to_the_end, stop=stop(64)))
+    assert going_on.finish is None
+    await pair.prefiller.release(kv_of(going_on).handle)
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.02, 0.3, 1.0])
+async def test_a_cancelled_prefill_frees_its_blocks(pair: Pair, after_s: float) -> None:
+    job = PrefillJob("cancelled", prompt(3000, seed=int(after_s * 100) + 10), stop=stop(10))
+    task = asyncio.create_task(pair.prefiller.prefill(job))
+    await asyncio.sleep(after_s)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await is_idle(pair.prefiller)
+
+
+async def test_a_prefill_cancelled_at_its_very_end_holds_nothing(pair: Pair) -> None:
+    ids = prompt(20, seed=20)
+    for delay_ms in range(5, 45, 3):
+        task = asyncio.create_task(pair.prefiller.prefill(PrefillJob("late", ids, stop=stop(10))))
+        await asyncio.sleep(delay_ms / 1000)
+        task.cancel()
+        try:
+            first = await task
+        except asyncio.CancelledError:
+            continue
+        await pair.prefiller.release(kv_of(first).handle)
+    await is_idle(pair.prefiller)
+
+
+async def test_a_decode_closed_midway_frees_its_blocks(pair: Pair) -> None:
+    ids = prompt(300, seed=11)
+    first = await prefilled(pair.prefiller, ids, count=2000)
+    async with aclosing(pair.decoder.decode(continuation(ids, first, count=2000))) as events:
+        seen = [await anext(events) for _ in range(4)]
+    await pair.prefiller.release(kv_of(first).handle)
+    assert isinstance(seen[0], KvAdopted)
+    assert all(isinstance(event, Stepped) for event in seen[1:])
+    await is_idle(pair.decoder, within_s=1.0)
+
+
+async def test_a_decode_cancelled_around_its_pull_frees_both_sides(pair: Pair) -> None:
+    for delay_ms in (0, 1, 2, 3, 5, 8, 12, 20):
+        ids = prompt(700, seed=30 + delay_ms)
+        first = await prefilled(pair.prefiller, ids)
+        task = asyncio.create_task(decoded(pair.decoder, continuation(ids, first, count=500)))
+        await asyncio.sleep(delay_ms / 1000)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await is_idle(pair.decoder)
+        await pair.prefiller.release(kv_of(first).handle)
+        await is_idle(pair.prefiller)
+
+
+async def test_load_counts_what_runs(pair: Pair) -> None:
+    ids = prompt(300, seed=13)
+    async with aclosing(pair.decoder.decode(DecodeJob("local", ids, stop=stop(2000)))) as events:
+        assert isinstance(await anext(events), KvAdopted)
+        await anext(events)
+        await anext(events)
+        load = pair.decoder.load()
+        assert (load.running_count, load.waiting_count, load.used_block_count) == (1, 0, 3)
+        assert (await pair.decoder.load_now()).used_block_count == 3
+    await is_idle(pair.decoder, within_s=1.0)
+    assert pair.decoder.load().running_count == 0
+
+
+async def test_a_prompt_that_cannot_fit_is_refused_before_it_costs_anything(pair: Pair) -> None:
+    with pytest.raises(BatonError) as refused:
+        await pair.prefiller.prefill(PrefillJob("long", prompt(4096), stop=stop(2)))
+    assert refused.value.reason is Reason.PROMPT_TOO_LONG
+    with pytest.raises(BatonError) as refused:
+        await decoded(pair.decoder, DecodeJob("alien", (49_152,), stop=stop(2)))
+    assert refused.value.reason is Reason.INVALID_REQUEST
+    with pytest.raises(BatonError) as refused:
+        await decoded(pair.decoder, DecodeJob("odd", prompt(5), sampling=Sampling(top_p=0.0), stop=stop(2)))
+    assert refused.value.reason is Reason.INVALID_REQUEST
+
+
+async def test_a_seeded_sample_of_one_engine_repeats(pair: Pair) -> None:
+    ids = prompt(40, seed=14)
+    sampling = Sampling(temperature=1.0, top_p=0.95, top_k=50, seed=7)
+    jobs = [DecodeJob("sampled", ids, sampling=replace(sampling, seed=seed), stop=stop(16)) for seed in (7, 7, 8)]
+    first, again, other = [(await decoded(pair.decoder, job))[1] for job in jobs]
+    assert first == again
+    assert first != other

@@ -1,0 +1,156 @@
+"""The baton command as people run it: a process of its own, against a whole Baton on simulated engines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+from sim_cluster import FAST, TOKENIZER, SimCluster, sim_cluster
+
+from engine.cost import CostModel, DecodeCost
+
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+SLOW = CostModel(prefill=FAST.prefill, decode=DecodeCost(base_s=0.05))
+
+
+def command(*arguments: str) -> AbstractAsyncContextManager[asyncio.subprocess.Process]:
+    return started(sys.executable, "-m", "baton", *arguments)
+
+
+@asynccontextmanager
+async def started(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    process = await asyncio.create_subprocess_exec(
+        *arguments,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def run(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
+    async with command(*arguments) as process, asyncio.timeout(30):
+        out, err = await process.communicate(stdin.encode())
+        assert process.returncode is not None
+        return process.returncode, out.decode(), err.decode()
+
+
+def at(cluster: SimCluster) -> tuple[str, str]:
+    return "--address", cluster.endpoint.address
+
+
+async def test_generate_prints_the_text_and_the_phases(tmp_path: Path) -> None:
+    async with sim_cluster(tmp_path) as cluster:
+        code, out, err = await run("generate", "hi", "--max-tokens", "12", "--phases", *at(cluster))
+        assert (code, err) == (0, "")
+        for words in ("KV transfer", "sum", "time to first token", "prefill-0 → decode-0", "12 out"):
+            assert words in out
+
+
+async def test_the_python_example_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert len(example.strip().splitlines()) <= 10
+    async with sim_cluster(tmp_path) as cluster:
+        program = example.replace("127.0.0.1:50051", cluster.endpoint.address)
+        assert program != example
+        async with started(sys.executable, "-c", program) as process, asyncio.timeout(30):
+            out, err = await process.communicate()
+        assert (process.returncode, err) == (0, b"")
+        assert re.search(r"\n\d+ tokens in \d+\.\d\d s\n$", out.decode())
+
+
+async def test_a_chat_survives_what_cannot_be_sent(tmp_path: Path) -> None:
+    async with sim_cluster(tmp_path) as cluster:
+        code, out, err = await run("chat", "--timeout", "0", *at(cluster), stdin="one\ntwo\n")
+        assert (code, out, err.count("timeout must be positive")) == (2, "", 2)
+
+
+async def test_the_wrong_port_is_said_to_be_one(tmp_path: Path) -> None:
+    async with sim_cluster(tmp_path) as cluster:
+        code, _, err = await run("generate", "hi", "--address", cluster.endpoint.admin_address)
+        assert (code, err.count("\n")) == (1, 1)
+        assert "is this the right port?" in err
+
+
+async def test_generate_as_json_is_one_event_per_line_and_adds_up(tmp_path: Path) -> None:
+    async with sim_cluster(tmp_path) as cluster:
+        code, out, _ = await run(
+            "generate", "-", "--raw", "--json", "--max-tokens", "9", *at(cluster), stdin="hi there"
+        )
+        events = [json.loads(line) for line in out.splitlines()]
+        assert code == 0
+        assert [events[0]["event"], events[-1]["event"]] == ["started", "finished"]
+        ids = [token_id for event in events[1:-1] for token_id in event["token_ids"]]
+        assert len(ids) == 9
+        assert "".join(event.get("text", "") for event in events) == TOKENIZER.decode(ids)
+        phases = events[-1]["phases"]
+        names = ("queue_s", "prefill_s", "handoff_wait_s", "kv_transfer_s", "decode_wait_s", "decode_s")
+        assert abs(sum(phases[name] for name in names) - phases["total_s"]) < 1e-9
+
+
+async def test_errors_are_one_line_with_the_exit_code_of_their_kind(tmp_path: Path) -> None:
+    async with sim_cluster(tmp_path, sim={"cost": SLOW}) as cluster:
+        for arguments, expected_code, word in (
+            (["generate", "hi", "--temperature", "9"], 2, "sampling.temperature"),
+            (["generate", "hi", "--model", "gpt-9"], 2, "gpt-9"),
+            (["generate", "", "--raw"], 2, "prompt"),
+            (["generate", "hi", "--timeout", "0.4"], 4, "deadline"),
+        ):
+            code, _, err = await run(*arguments, *at(cluster))
+            assert (code, err.count("\n")) == (expected_code, 1), err
+            assert word in err
+
+
+async def test_an_interrupt_ends_generate_with_130_and_frees_everything(tmp_path: Path) -> None:
+    async with sim_cluster(tmp_path, sim={"cost": SLOW}) as cluster:
+        async with command("generate", "hi", *at(cluster)) as process, asyncio.timeout(30):
+            assert process.stdout is not None
+            await process.stdout.read(1)
+            process.send_signal(signal.SIGINT)
+            assert await process.wait() == 130
+        await cluster.until_balanced()
+
+
+async def test_an_interrupt_in_a_chat_cancels_the_answer_and_not_the_program(tmp_path: Path) -> None:
+    async with sim_cluster(tmp_path, sim={"cost": SLOW}) as cluster:
+        async with command("chat", *at(cluster), "--max-tokens", "40") as process, asyncio.timeout(30):
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdin.write(b"first\n")
+            await process.stdout.read(1)
+            process.send_signal(signal.SIGINT)
+            while b"cancelled" not in await process.stderr.readline():
+                pass
+            await cluster.until_balanced()
+            process.stdin.write(b"second\n")
+            await process.stdin.drain()
+            await cluster.until(lambda: cluster.server.generation.call_count == 1, "a second answer")
+            process.stdin.close()  # Ctrl-D
+            await process.stdout.read()
+            assert await process.wait() == 0
+        assert cluster.server.generation.ended_count == 2
+
+
+async def test_top_prints_a_frame_and_health_says_serving(tmp_path: Path) -> None:
+    async with sim_cluster(tmp_path) as cluster:
+        code, out, _ = await run("top", "--once", "--address", cluster.endpoint.admin_address)
+        assert code == 0
+        for words in ("decode-0", "prefill-0", "ready", "KV transfer", "serving"):
+            assert words in out
+        assert await run("health", *at(cluster)) == (0, "serving\n", "")
+        cluster.set_workers()
+        code, _, err = await run("health", *at(cluster))
+        assert code == 3
+        assert "not serving" in err

@@ -1,0 +1,271 @@
+"""The router's gRPC client against real worker services: everything crosses, and every loss is noticed at once."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from baton.errors import BatonError, Reason
+from baton.leg import DecodeDone, DecodeOrder, KvAdopted, PrefillOrder, Stepped
+from baton.metrics import WorkerMetrics
+from baton.request import EngineStop, LegFinish, Role, Sampling
+from decode_worker.service import add_decode_service
+from decode_worker.worker import DecodeWorker
+from engine.cost import CostModel, DecodeCost, PrefillCost
+from engine.hosting import HostConfig, WorkerHost
+from engine.load_board import LoadBoard
+from engine.service import add_worker_service, worker_info
+from engine.sim import PhaseDelays, SimConfig, SimEngine, SimNetwork, TokenRule, simulated_answer
+from prefill_worker.service import add_prefill_service
+from prefill_worker.worker import PrefillWorker
+from router.grpc_worker_client import GrpcWorkerClient
+
+SECRET = bytes(range(32))
+RULE = TokenRule()
+PROMPT = tuple(range(20, 70))
+SAMPLING = Sampling(temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, seed=11)
+COST = CostModel(
+    prefill=PrefillCost(base_s=0.002, per_token_s=1e-5, per_token_squared_s=0.0),
+    decode=DecodeCost(base_s=0.002, per_context_token_s=0.0, per_sequence_s=0.0),
+)
+
+
+class HostedWorker:
+    """An engine, both phases and the sockets, in this process."""
+
+    def __init__(self, worker_id: str, network: SimNetwork) -> None:
+        self.engine = SimEngine(SimConfig(engine_id=worker_id, tokens=RULE, cost=COST), network)
+        registry = CollectorRegistry()
+        metrics = WorkerMetrics(registry, worker_id)
+        shared: Any = {"worker_id": worker_id, "epoch": "e1", "secret": SECRET, "metrics": metrics}
+        self.prefill, self.decode = PrefillWorker(self.engine, **shared), DecodeWorker(self.engine, **shared)
+        board = LoadBoard(self.engine, [self.prefill, self.decode], epoch="e1", metrics=metrics)
+        self.info = worker_info(self.engine.info, worker_id=worker_id, epoch="e1", role=Role.DECODE)
+        attach = [
+            partial(add_prefill_service, worker=self.prefill),
+            partial(add_decode_service, worker=self.decode),
+            partial(add_worker_service, info=self.info, board=board),
+        ]
+        self.host = WorkerHost(HostConfig(), secret=SECRET, registry=registry, attach=attach)
+
+    def is_idle(self) -> bool:
+        counts = (self.prefill.running_count, self.decode.running_count, self.prefill.held_lease_count)
+        return counts == (0, 0, 0) and self.engine.held_count == 0
+
+
+@asynccontextmanager
+async def hosted(*worker_ids: str) -> AsyncIterator[list[tuple[HostedWorker, GrpcWorkerClient]]]:
+    network = SimNetwork()
+    pairs = []
+    try:
+        for worker_id in worker_ids:
+            worker = HostedWorker(worker_id, network)
+            await worker.engine.start()
+            await worker.host.start()
+            pairs.append((worker, GrpcWorkerClient(worker.host.address, SECRET)))
+        yield pairs
+        for worker, _ in pairs:
+            await eventually(worker.is_idle)
+    finally:
+        for worker, client in pairs:
+            await client.close()
+            await worker.host.stop(0)
+            await worker.decode.close()
+            await worker.prefill.close()
+            await worker.engine.close()
+
+
+async def eventually(is_so: Callable[[], bool], within_s: float = 3.0) -> None:
+    async with asyncio.timeout(within_s):
+        while not is_so():  # noqa: ASYNC110  # what is waited for is on the other side of a socket
+            await asyncio.sleep(0.005)
+
+
+def prefill_order(**changes: Any) -> PrefillOrder:
+    values: dict[str, Any] = {"leg_id": "g.1", "stop": EngineStop(max_token_count=5), "lease_s": 60.0, **changes}
+    return PrefillOrder(prompt_token_ids=PROMPT, sampling=SAMPLING, **values)
+
+
+def decode_order(prompt: tuple[int, ...] = PROMPT, count: int = 5, **changes: Any) -> DecodeOrder:
+    return DecodeOrder("g.2", prompt, SAMPLING, EngineStop(max_token_count=count), **changes)
+
+
+async def test_a_prefill_and_its_decode_cross_the_wire_whole() -> None:
+    async with hosted("p", "d") as [(prefiller, prefill), (_, decode)]:
+        assert await prefill.info(timeout_s=5) == prefiller.info
+        reply = await prefill.prefill(prefill_order(), timeout_s=5)
+        assert reply.finish is None
+        assert reply.kv_bytes > 0
+        order = decode_order((*PROMPT, reply.first_token_id), 4, ticket=reply.ticket)
+        async with aclosing(decode.decode(order, timeout_s=5)) as stream:
+            adopted, *steps, done = [event async for event in stream]
+        assert isinstance(adopted, KvAdopted)
+        assert adopted.transfer_bytes > 0
+        tokens = [reply.first_token_id]
+        for step in steps:
+            assert isinstance(step, Stepped)
+            tokens += step.token_ids
+        assert done == DecodeDone(LegFinish.LENGTH)
+        assert tuple(tokens) == simulated_answer(PROMPT, 5, RULE)
+        await prefill.release_kv(reply.ticket_id, timeout_s=5)
+        assert await prefill.release_kv(reply.ticket_id, timeout_s=5) is False
+
+
+async def test_leases_are_extended_and_released_by_ticket() -> None:
+    async with hosted("p") as [(worker, client)]:
+        reply = await client.prefill(prefill_order(), timeout_s=5)
+        assert await client.extend_lease(reply.ticket_id, 30.0, timeout_s=5) is True
+        assert await client.release_kv(reply.ticket_id, timeout_s=5) is True
+        assert worker.prefill.held_lease_count == 0
+        assert await client.extend_lease(reply.ticket_id, 30.0, timeout_s=5) is False
+
+
+async def test_an_end_at_the_first_token_crosses_without_a_ticket() -> None:
+    async with hosted("p") as [(_, client)]:
+        reply = await client.prefill(prefill_order(stop=EngineStop(max_token_count=1)), timeout_s=5)
+        assert (reply.finish, reply.ticket, reply.ticket_id) == (LegFinish.LENGTH, b"", "")
+
+
+async def test_closing_a_decode_aborts_it_on_the_worker() -> None:
+    async with hosted("d") as [(worker, client)]:
+        async with aclosing(client.decode(decode_order(count=5000), timeout_s=60)) as stream:
+            async for event in stream:
+                if isinstance(event, Stepped):
+                    break
+            assert worker.decode.running_count == 1
+        await eventually(lambda: worker.decode.running_count == 0)
+
+
+async def test_cancelling_a_prefill_at_any_moment_leaves_nothing_held() -> None:
+    async with hosted("p") as [(worker, client)]:
+        for delay_ms in range(12):
+            call = asyncio.create_task(client.prefill(prefill_order(leg_id=f"g.{delay_ms}"), timeout_s=5))
+            await asyncio.sleep(delay_ms / 1000)
+            if call.cancel():
+                with pytest.raises(asyncio.CancelledError):
+                    await call
+            else:
+                await client.release_kv(call.result().ticket_id, timeout_s=5)
+        await eventually(worker.is_idle)
+
+
+async def test_errors_keep_their_reason() -> None:
+    async with hosted("p") as [(_, client)]:
+        with pytest.raises(BatonError) as caught:
+            await client.prefill(prefill_order(lease_s=-1.0), timeout_s=5)
+        assert caught.value.reason is Reason.INVALID_REQUEST
+        assert caught.value.violations[0].field == "lease_s"
+        with pytest.raises(BatonError) as caught:
+            async for _ in client.decode(decode_order(ticket=b"forged"), timeout_s=5):
+                pass
+        assert caught.value.reason is Reason.TICKET_REFUSED
+
+
+async def test_a_deadline_ends_a_call() -> None:
+    async with hosted("p") as [(worker, client)]:
+        worker.engine.extra_delay_s = PhaseDelays(prefill=5.0)
+        with pytest.raises(BatonError) as caught:
+            await client.prefill(prefill_order(), timeout_s=0.1)
+        assert caught.value.reason is Reason.DEADLINE_EXCEEDED
+
+
+async def test_an_outsider_is_refused() -> None:
+    async with hosted("p") as [(worker, _)]:
+        outsider = GrpcWorkerClient(worker.host.address, bytes(32))
+        with pytest.raises(BatonError) as caught:
+            await outsider.prefill(prefill_order(), timeout_s=5)
+        assert caught.value.reason is Reason.UNAUTHENTICATED
+        await outsider.close()
+
+
+async def test_load_is_told_at_once_and_again_and_again() -> None:
+    async with hosted("d") as [(_, client)], aclosing(client.watch_load(0.05)) as loads:
+        for _ in range(3):
+            async with asyncio.timeout(2):
+                load = await anext(loads)
+            assert load.epoch == "e1"
+            assert load.block_count > 0
+
+
+async def test_nobody_at_the_address_is_known_at_once() -> None:
+    client = GrpcWorkerClient("127.0.0.1:1", SECRET)
+    began_at = time.monotonic()
+    with pytest.raises(BatonError) as caught:
+        await client.info(timeout_s=30)
+    assert (caught.value.reason, caught.value.status.value) == (Reason.ENGINE_FAILED, "UNAVAILABLE")
+    assert time.monotonic() - began_at < 1.0
+    await client.close()
+
+
+async def test_closing_the_client_fails_its_calls_and_does_not_cancel_their_callers() -> None:
+    async with hosted("d") as [(worker, _)]:
+        client = GrpcWorkerClient(worker.host.address, SECRET)
+
+        async def consume() -> None:
+            async with aclosing(client.decode(decode_order(count=5000), timeout_s=60)) as stream:
+                async for _ in stream:
+                    started.set()
+
+        started = asyncio.Event()
+        consumer = asyncio.create_task(consume())
+        await started.wait()
+        await client.close()
+        with pytest.raises(BatonError) as caught:
+            await consumer
+        assert caught.value.reason is Reason.ENGINE_FAILED
+        with pytest.raises(BatonError) as caught:
+            await client.info(timeout_s=1)
+        assert caught.value.reason is Reason.ENGINE_FAILED
+
+
+async def test_a_killed_process_is_noticed_within_a_second() -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, __file__, stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[2]
+    )
+    try:
+        assert process.stdout is not None
+        async with asyncio.timeout(60):
+            address = (await process.stdout.readline()).decode().strip()
+        client = GrpcWorkerClient(address, SECRET)
+        async with aclosing(client.decode(decode_order(count=8000), timeout_s=60)) as stream:
+            while not isinstance(await anext(stream), Stepped):
+                pass
+            process.send_signal(signal.SIGKILL)
+            killed_at = time.monotonic()
+            with pytest.raises(BatonError) as caught:
+                await _exhaust(stream)
+        assert (caught.value.reason, caught.value.status.value) == (Reason.ENGINE_FAILED, "UNAVAILABLE")
+        assert time.monotonic() - killed_at < 1.0
+        await client.close()
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def _exhaust(stream: AsyncGenerator[Any, None]) -> None:
+    async for _ in stream:
+        pass
+
+
+async def _serve_for_ever() -> None:
+    worker = HostedWorker("d", SimNetwork())
+    await worker.engine.start()
+    await worker.host.start()
+    print(worker.host.address, flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    asyncio.run(_serve_for_ever())

@@ -1,0 +1,240 @@
+"""The client's own rules: the grammar of a stream, conversions, and a deadline on every call."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton.client import (
+    SERVICE_CONFIG,
+    BatonClient,
+    Chunk,
+    Finished,
+    PhaseTimings,
+    Started,
+    StreamGrammar,
+    channel_options,
+    chat_prompt,
+    event_from_proto,
+    prompt_of,
+    request_to_proto,
+)
+from baton.errors import BatonError, Reason, StatusName, engine_failed, queue_full
+from baton.request import (
+    ChatMessage,
+    ChatPrompt,
+    FinishReason,
+    GenerateRequest,
+    OutputOptions,
+    PlacementMode,
+    Sampling,
+    StopConditions,
+    TextPrompt,
+    TokenPrompt,
+    Usage,
+)
+from baton.timeline import PHASES, Phase, PhaseDurations
+from baton.v1 import generation_pb2 as pb
+from router.answering import PhaseReport
+from router.service_messages import chunk_to_proto, finished_to_proto, request_from_proto, started_to_proto
+
+STARTED = Started("gen-1", "tiny", 3)
+FINISHED = Finished(
+    FinishReason.STOP,
+    None,
+    None,
+    Usage(3, 2, 0),
+    PhaseTimings(dict.fromkeys(PHASES, 0.0), None, 0, "p", "d", 1, PlacementMode.SPLIT, "split", 0),
+)
+
+
+def check_all(*events: Started | Chunk | Finished) -> None:
+    grammar = StreamGrammar()
+    for event in events:
+        grammar.check(event)
+    grammar.check_end()
+
+
+def chunk(first: int, count: int) -> Chunk:
+    return Chunk(first, "", (), count)
+
+
+def test_started_chunks_finished_is_the_grammar() -> None:
+    check_all(STARTED, chunk(0, 1), chunk(1, 2), chunk(3, 0), FINISHED)
+    check_all(STARTED, FINISHED)
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [],
+        [STARTED],
+        [FINISHED],
+        [chunk(0, 1), FINISHED],
+        [STARTED, STARTED, FINISHED],
+        [STARTED, chunk(1, 1), FINISHED],
+        [STARTED, chunk(0, 2), chunk(1, 1), FINISHED],
+        [STARTED, FINISHED, chunk(0, 1)],
+        [STARTED, FINISHED, FINISHED],
+    ],
+)
+def test_a_gap_a_repeat_or_a_wrong_order_is_an_error_and_not_an_answer(
+    events: list[Started | Chunk | Finished],
+) -> None:
+    with pytest.raises(BatonError) as failed:
+        check_all(*events)
+    assert failed.value.reason is Reason.INTERNAL
+
+
+def test_a_connection_lost_after_tokens_came_is_not_one_to_retry() -> None:
+    lost = engine_failed("127.0.0.1:1", "connection reset")
+    grammar = StreamGrammar()
+    grammar.check(STARTED)
+    assert grammar.broken(lost) is lost
+    assert lost.status is StatusName.UNAVAILABLE
+    grammar.check(chunk(0, 3))
+    broken = grammar.broken(lost)
+    assert (broken.status, broken.metadata["emitted_token_count"]) == (StatusName.ABORTED, "3")
+    shed = queue_full(1, 1, 1.0)
+    assert grammar.broken(shed) is shed
+
+
+@pytest.mark.parametrize("timeout", [0.0, -1.0, math.inf, math.nan])
+async def test_a_timeout_that_is_none_is_refused_before_anything_is_sent(timeout: float) -> None:
+    async with BatonClient("127.0.0.1:1") as client:
+        with pytest.raises(ValueError, match="timeout"):
+            client.generate("hi", timeout=timeout)
+
+
+async def test_a_server_that_is_not_there_is_unavailable_within_the_timeout() -> None:
+    async with BatonClient("127.0.0.1:1") as client:
+        with pytest.raises(BatonError) as failed:
+            await anext(client.generate("hi", timeout=5))
+        assert failed.value.status is StatusName.UNAVAILABLE
+        assert not await client.is_serving(timeout=1)
+
+
+def test_only_unavailable_is_retried() -> None:
+    (method,) = SERVICE_CONFIG["methodConfig"]
+    assert method["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]  # type: ignore[index]
+
+
+def test_a_proxy_from_the_environment_is_not_asked_for_loopback() -> None:
+    assert ("grpc.enable_http_proxy", 0) in channel_options("127.0.0.1:50051")
+    assert ("grpc.enable_http_proxy", 0) in channel_options("[::1]:50051")
+    assert ("grpc.enable_http_proxy", 0) not in channel_options("baton.example:50051")
+
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+int32 = st.integers(-(2**31), 2**31 - 1)
+
+
+@given(
+    prompt=st.one_of(
+        st.builds(TextPrompt, st.text()),
+        st.builds(TokenPrompt, st.lists(int32).map(tuple)),
+        st.builds(ChatPrompt, st.lists(st.builds(ChatMessage, st.text(), st.text())).map(tuple)),
+    ),
+    sampling=st.builds(Sampling, finite, finite, int32, finite, st.none() | st.integers(-(2**63), 2**63 - 1)),
+    stop=st.builds(
+        StopConditions,
+        st.none() | int32,
+        st.lists(st.text()).map(tuple),
+        st.lists(int32).map(tuple),
+        st.booleans(),
+    ),
+    output=st.sampled_from(
+        [
+            OutputOptions(),
+            OutputOptions(False, True, 1),
+            OutputOptions(True, True, 7),
+            OutputOptions(max_chunk_token_count=0),
+        ]
+    ),
+)
+def test_a_request_arrives_as_it_was_meant(
+    prompt: TextPrompt | TokenPrompt | ChatPrompt, sampling: Sampling, stop: StopConditions, output: OutputOptions
+) -> None:
+    message = request_to_proto(
+        prompt,
+        model="m",
+        sampling=sampling,
+        stop=stop,
+        output=output,
+        priority=-3,
+        session_id="s",
+        correlation_id="c",
+    )
+    received, violations = request_from_proto(pb.GenerateRequest.FromString(message.SerializeToString()))
+    assert violations == []
+    assert received == GenerateRequest(prompt, "m", sampling, stop, output, -3, "s", "c")
+
+
+def test_a_bare_request_means_greedy_text_until_the_model_stops() -> None:
+    received, _ = request_from_proto(pb.GenerateRequest(text="hi"))
+    assert received == GenerateRequest(TextPrompt("hi"))
+
+
+def test_an_unknown_output_content_is_a_violation() -> None:
+    message = pb.GenerateRequest(text="hi", output=pb.OutputOptions(content=17))  # type: ignore[arg-type]
+    _, violations = request_from_proto(message)
+    assert [violation.field for violation in violations] == ["output.content"]
+
+
+def test_events_arrive_as_they_were_sent_and_the_phases_keep_their_sum() -> None:
+    seconds = {phase: 0.001 * (n + 1) / 3 for n, phase in enumerate(PHASES)}
+    report = PhaseReport(
+        PhaseDurations(seconds, sum(seconds.values()), 0.0015),
+        1 << 33,
+        "p-0",
+        "d-0",
+        2,
+        PlacementMode.LOCAL,
+        "recompute",
+        5,
+    )
+    finished = event_from_proto(finished_to_proto(FinishReason.CONTEXT_FULL, "###", 0, Usage(7, 5, 3), report))
+    assert isinstance(finished, Finished)
+    assert finished.reason is FinishReason.CONTEXT_FULL
+    assert (finished.matched_stop_sequence, finished.matched_stop_token_id) == ("###", 0)
+    assert finished.usage == Usage(7, 5, 3)
+    phases = finished.phases
+    assert phases.total_s == pytest.approx(sum(seconds.values()), abs=1e-8)
+    assert phases[Phase.KV_TRANSFER] == pytest.approx(seconds[Phase.KV_TRANSFER], abs=1e-9)
+    assert (phases.kv_transfer_bytes, phases.attempt_count, phases.recomputed_token_count) == (1 << 33, 2, 5)
+    assert phases.placement_mode is PlacementMode.LOCAL
+    assert event_from_proto(started_to_proto("gen-1", "tiny", 3)) == STARTED
+    both = OutputOptions(wants_token_ids=True)
+    assert event_from_proto(chunk_to_proto(4, (7, 8), "hi", both)) == Chunk(4, "hi", (7, 8), 2)
+    only_text = event_from_proto(chunk_to_proto(4, (7, 8), "hi", OutputOptions()))
+    assert only_text == Chunk(4, "hi", (), 2)
+
+
+def test_values_of_a_newer_server_are_tolerated() -> None:
+    response = pb.GenerateResponse(finished=pb.Finished(reason=99))  # type: ignore[arg-type]
+    finished = event_from_proto(response)
+    assert isinstance(finished, Finished)
+    assert finished.reason is None
+    assert event_from_proto(pb.GenerateResponse()) is None
+
+
+def test_prompts_take_text_ids_and_messages() -> None:
+    assert prompt_of("hi") == TextPrompt("hi")
+    assert prompt_of([1, 2]) == TokenPrompt((1, 2))
+    assert chat_prompt([("user", "hi"), ChatMessage("assistant", "yes")]).messages[0] == ChatMessage("user", "hi")
+
+
+def test_the_client_and_its_command_import_nothing_of_the_server() -> None:
+    script = (
+        "import sys, baton.client, baton.admin_client, baton.__main__\n"
+        "bad = {'tokenizers', 'jinja2', 'prometheus_client', 'ray', 'vllm', 'torch', 'rich', 'uvloop',"
+        " 'grpc_status', 'google.rpc', 'router', 'fleet', 'engine'} & set(sys.modules)\n"
+        "sys.exit(', '.join(sorted(bad)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr

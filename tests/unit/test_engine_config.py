@@ -1,0 +1,84 @@
+"""An engine's configuration is refused before it costs a process, with the key and the fix."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from engine.config import EngineConfig
+from engine.environment import engine_environment, put_in_force
+
+GOOD = EngineConfig(model_path="/models/small", model_name="small", kv_cache_bytes=64 << 20)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kind": "magic"},
+        {"device": "tpu"},
+        {"dtype": "int3"},
+        {"model_name": ""},
+        {"model_path": ""},
+        {"kv_cache_bytes": 0},
+        {"kv_cache_bytes": True},
+        {"block_token_count": 100},
+        {"max_context_token_count": 1},
+        {"max_running_count": 0},
+        {"max_batched_token_count": 8, "max_running_count": 9},
+        {"cores": (0, 0)},
+        {"cores": (-1,)},
+        {"peer_hosts": ("",)},
+        {"side_channel_host": ""},
+        {"side_channel_port": 0},
+        {"side_channel_port": 65_536},
+        {"lease_s": 0.0},
+        {"lease_s": float("nan")},
+        {"seed": -1},
+        {"extra_args": {"enable_log_requests": True}},
+        {"extra_args": {"max_model_len": 64}},
+    ],
+    ids=lambda wrong: ",".join(f"{key}={value}" for key, value in wrong.items()),
+)
+def test_a_wrong_value_is_refused_with_its_key(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        replace(GOOD, **wrong)
+
+
+def test_a_simulated_engine_needs_no_model_and_any_block_size() -> None:
+    config = EngineConfig(kind="simulated", model_name="sim", kv_cache_bytes=1 << 20, block_token_count=16)
+    assert config.model_path == ""
+
+
+def test_lists_of_a_configuration_file_become_values_that_do_not_change() -> None:
+    extra = {"max_logprobs": 5}
+    config = replace(GOOD, cores=[0, 1], extra_args=extra)  # type: ignore[arg-type]
+    extra["max_logprobs"] = 6
+    assert config.cores == (0, 1)
+    assert config.extra_args == {"max_logprobs": 5}
+
+
+def test_configuration_imports_without_an_engine() -> None:
+    banned = "{'vllm', 'torch', 'ray', 'grpc', 'nixl'}"
+    code = f"import engine.config, engine.environment, sys; sys.exit(bool({banned} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_engine_on_cpu_gets_a_thread_per_core_and_no_way_out_of_the_machine() -> None:
+    variables = engine_environment(replace(GOOD, cores=(3, 5)))
+    assert variables["OMP_NUM_THREADS"] == "2"
+    assert variables["HF_HUB_OFFLINE"] == variables["VLLM_NO_USAGE_STATS"] == variables["DO_NOT_TRACK"] == "1"
+    assert "OMP_NUM_THREADS" not in engine_environment(replace(GOOD, device="cuda"))
+
+
+def test_two_engines_of_a_process_cannot_ask_for_different_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.environment._in_force", {})
+    for name in ("BATON_TEST_A", "BATON_TEST_B", "VLLM_LOGGING_LEVEL"):
+        monkeypatch.setenv(name, "before")
+    put_in_force({"BATON_TEST_A": "1"})
+    put_in_force({"BATON_TEST_A": "1", "BATON_TEST_B": "2"})
+    with pytest.raises(ValueError, match="BATON_TEST_A"):
+        put_in_force({"BATON_TEST_A": "3"})

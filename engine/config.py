@@ -30,8 +30,8 @@ _OWN_KEYS = {
 }
 _FIXED_ARGUMENTS = frozenset(
     {
-        *("kv_transfer_config", "distributed_executor_backend", "worker_extension_cls", "async_scheduling"),
-        *("scheduling_policy", "disable_log_stats"),
+        *("kv_transfer_config", "distributed_executor_backend", "worker_cls", "worker_extension_cls"),
+        *("async_scheduling", "scheduling_policy", "disable_log_stats"),
         "enable_log_requests",  # it logs prompts
     }
 )

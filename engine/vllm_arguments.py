@@ -43,4 +43,8 @@ def engine_arguments(config: EngineConfig, identity: EngineIdentity) -> dict[str
         "enable_log_requests": False,
         "disable_log_stats": True,
     }
+    if config.device == "cpu":
+        from kvtransfer.connector_runner import CPU_WORKER
+
+        arguments["worker_cls"] = CPU_WORKER
     return {**arguments, **config.extra_args}

@@ -11,7 +11,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-from engine_pair import Pair, alone, continuation, decoded, is_idle, kv_of, prefilled, prompt, running_pair
+from engine_pair import Pair, alone, continuation, decoded, is_idle, kv_of, prefilled, prompt, running_pair, stop
+
+from baton.request import Sampling
+from engine.protocol import DecodeJob
 
 pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
@@ -68,3 +71,17 @@ async def test_held_kv_that_nobody_fetches_expires_and_its_ticket_with_it(pair: 
     assert [first.first_token_id, *rest] == expected
     assert adopted.recomputed_token_count == 300
     await pair.prefiller.release(kv_of(intruder).handle)
+
+
+async def test_a_seeded_answer_does_not_depend_on_how_many_steps_its_prompt_took(pair: Pair) -> None:
+    """A step that computes part of a prompt draws a token that nobody sees: it must cost the seed nothing."""
+    ids = prompt(3000, seed=11)
+    sampling = Sampling(temperature=1.0, seed=7)
+    await pair.decoder.reset_prefix_cache()
+    in_two_steps = await decoded(pair.decoder, DecodeJob("cold", ids, sampling, stop(8)))
+    in_one_step = await decoded(pair.decoder, DecodeJob("warm", ids, sampling, stop(8)))
+    assert in_two_steps[0].cached_token_count == 0
+    assert in_one_step[0].cached_token_count > 2048 - 128
+    assert in_two_steps[1] == in_one_step[1]
+    other = await decoded(pair.decoder, DecodeJob("other", ids, Sampling(temperature=1.0, seed=8), stop(8)))
+    assert other[1] != in_one_step[1], "the seed is used"

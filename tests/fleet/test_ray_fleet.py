@@ -154,7 +154,8 @@ async def test_a_fleet_in_the_foreground_ends_clean_on_a_signal(tmp_path: Path, 
             if not is_early:  # Ray's monitor reports its end to us before it ends: the signal to all made that a race
                 family |= process_tree.descendants(process.pid)
                 await _end(_by_name(process.pid, "autoscaler/_private/monitor.py"))
-                status_code, status = await baton("status", "--config", config.source)  # time for the report to arrive
+                # Which also gives the report time to arrive.
+                status_code, status = await baton("status", "--config", config.source)
                 assert status_code == 0, status
             (os.kill if is_early else os.killpg)(process.pid, number)
             async with asyncio.timeout(SOON_S):

@@ -5,12 +5,13 @@ Engines speak the same events, so a decode's stream passes from engine to router
 
 from __future__ import annotations
 
+import enum
 import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from baton.request import EngineStop, LegFinish, Role, Sampling
+from baton.request import EngineStop, LegFinish, Role, Sampling, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,12 @@ class PrefillOrder:
     """Of the whole answer: with ``max_token_count`` 1 the first token is the last and nothing is held."""
     lease_s: float
     priority: int = 0
+    output_token_count: int = 0
+    """How many of the last ``prompt_token_ids`` were generated for this answer already: to penalties, minimum
+    length, seed and structure they are output, not prompt."""
+    top_logprob_count: int | None = None
+    """See ``baton.request.OutputOptions``."""
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +46,7 @@ class PrefillReply:
     compute_s: float
     cached_token_count: int
     kv_bytes: int
+    first_logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,26 @@ class DecodeOrder:
     stop: EngineStop
     ticket: bytes = field(default=b"", repr=False)
     priority: int = 0
+    output_token_count: int = 0
+    """How many of the last ``prompt_token_ids`` were generated for this answer already: to penalties, minimum
+    length, seed and structure they are output, not prompt."""
+    top_logprob_count: int | None = None
+    """See ``baton.request.OutputOptions``."""
+    tenant: str = ""
+
+
+class RecomputeReason(enum.Enum):
+    """Why KV that was to be pulled could not be used."""
+
+    FAILED = "failed"
+    """Handshake, post or read failed: the peer is gone, unreachable or refused."""
+    TIMED_OUT = "timed_out"
+    EXPIRED = "expired"
+    """The hold had ended before the read began."""
+    STALE = "stale"
+    """The hold ended while it was read: the blocks may have been another request's by then."""
+    CORRUPT = "corrupt"
+    """What arrived is not what was held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +102,16 @@ class KvAdopted:
     first_step_s: float = 0.0
     """From the start of the first decode step to this event's leaving: 0 where it is told at the step's start,
     the step's time where it comes with the step's tokens."""
+    recompute_reason: RecomputeReason | None = None
+    """Why what was to be pulled was computed instead; None when it was not."""
+    pull_count: int = 0
+    """Pulls tried: 0 where all was in this engine's own cache."""
+    post_s: float = 0.0
+    """Of the transfer: preparing and posting the reads."""
+    wire_s: float = 0.0
+    """Of the transfer: bytes moving, by the transfer library's own count."""
+    verify_s: float = 0.0
+    """Of the transfer: making sure that what came is what was held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +119,8 @@ class Stepped:
     """Tokens of one or more engine steps, in order."""
 
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """Empty, or one of each token."""
 
 
 @dataclass(frozen=True, slots=True)

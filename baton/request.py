@@ -42,6 +42,25 @@ class PlacementMode(enum.Enum):
     PREFILL_ONLY = "prefill_only"
 
 
+class StructureKind(enum.Enum):
+    """What an answer's text must match; the engine masks every token that cannot."""
+
+    JSON_SCHEMA = "json_schema"
+    JSON_OBJECT = "json_object"
+    REGEX = "regex"
+    CHOICE = "choice"
+    GRAMMAR = "grammar"
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """``text`` is the schema (JSON), the expression or the grammar (EBNF); ``choices`` serves CHOICE alone."""
+
+    kind: StructureKind
+    text: str = field(default="", repr=False)
+    choices: tuple[str, ...] = field(default=(), repr=False)
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How a token is drawn. The defaults are greedy and unrestricted."""
@@ -51,6 +70,19 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    """Taken off the logit of each token that the answer has already; -2 to 2."""
+    frequency_penalty: float = 0.0
+    """The same once per occurrence; -2 to 2."""
+    repetition_penalty: float = 1.0
+    """Divides (multiplies, if negative) the logits of tokens of prompt and answer; above 0, 1 is none."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, added to its logit), -100 to 100."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """Empty: all."""
+    bad_token_sequences: tuple[tuple[int, ...], ...] = ()
+    """Never completed in the answer."""
+    structure: Structure | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -62,8 +94,11 @@ class EngineStop:
     """When an engine stops by itself. Stop *sequences* are text, hence the router's business."""
 
     max_token_count: int
+    """Tokens this leg may still generate."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_token_count: int = 0
+    """Of the whole answer: no end or stop token is drawn before, tokens that earlier legs emitted included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +133,7 @@ class StopConditions:
     stop_sequences: tuple[str, ...] = field(default=(), repr=False)
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_output_token_count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +141,19 @@ class OutputOptions:
     wants_text: bool = True
     wants_token_ids: bool = False
     max_chunk_token_count: int = 64
+    top_logprob_count: int | None = None
+    """None: no logprobs. 0: of the tokens drawn. More: also of so many likeliest."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities, of one drawn token and of the likeliest at its place."""
+
+    logprob: float
+    rank: int
+    """1 is the likeliest."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, logprob), likeliest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +168,8 @@ class GenerateRequest:
     priority: int = 0
     session_id: str = ""
     correlation_id: str = ""
+    tenant: str = ""
+    """Whose request it is: KV is shared, cached and handed over within a tenant only. Empty: the common one."""
 
 
 @dataclass(frozen=True, slots=True)

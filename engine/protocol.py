@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from baton.leg import DecodeDone, DecodeEvent, KvAdopted, Stepped
-from baton.request import EngineStop, LegFinish, Sampling
+from baton.request import EngineStop, LegFinish, Sampling, TokenLogprobs
 
 __all__ = [
     "DecodeDone",
@@ -66,6 +66,11 @@ class PrefillJob:
     hold_kv: bool = True
     lease_s: float = 30.0
     """How long the engine's own backstop must keep the KV at least; the ledger is the real owner."""
+    output_token_count: int = 0
+    """How many of the last ``prompt_token_ids`` are output of this answer already (see ``baton.leg``)."""
+    top_logprob_count: int | None = None
+    tenant: str = ""
+    """Prefixes are cached and shared within a tenant only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,7 @@ class Prefilled:
     queue_s: float
     compute_s: float
     cached_token_count: int
+    first_logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +108,11 @@ class DecodeJob:
     stop: EngineStop = EngineStop(max_token_count=1)
     priority: int = 0
     pull: dict[str, Any] | None = field(default=None, repr=False)
+    output_token_count: int = 0
+    """How many of the last ``prompt_token_ids`` are output of this answer already (see ``baton.leg``)."""
+    top_logprob_count: int | None = None
+    tenant: str = ""
+    """Prefixes are cached and shared within a tenant only."""
 
 
 class Engine(Protocol):

@@ -1,20 +1,22 @@
 """The volumes behind the promises: ``python -m bench.soak [section ...]`` writes docs/evidence/.
 
-Sections: exactness, books, deaths, interleavings. Each judges for itself, writes its page whatever it
-finds, and the command's exit status is 1 if any promise was broken. Nothing here asserts a time but the two
-that are promised: rest within a second of a storm, and no request beyond its deadline by more.
+``SECTIONS`` lists them. Each judges for itself, writes its page whatever it finds, and the command's exit status
+is 1 if any promise was broken. Nothing here asserts a time but the two that are promised: rest within a second of a
+storm, and no request beyond its deadline by more.
+
+A new section is a module with ``run(options)`` and, if it has volumes of its own, ``add_options(parser)``; it takes
+what it shares with the others from ``bench/soaking.py``, and its line in ``SECTIONS`` is all that is needed here.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +36,10 @@ from bench.fleet_under_test import running_fleet
 from bench.questions import Questions, ask_oracle, make_questions
 from bench.real_fleet import fleet_config
 from bench.simulated_deaths import run_interleavings
+from bench.soaking import SEED, model_directory, say
 
-SEED = 20261121
 QUIET_WITHIN_S = 1.0
 DEADLINE_SLACK_S = 1.0
-
-
-def model_directory() -> Path:
-    home = Path(os.environ.get("BATON_HOME", "~/.cache/baton")).expanduser()
-    return home / "models" / "smollm2-135m-instruct"
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 async def exactness(options: argparse.Namespace) -> bool:
@@ -241,11 +234,19 @@ async def interleavings(options: argparse.Namespace) -> bool:
     return not report.failures
 
 
-SECTIONS: dict[str, Callable[[argparse.Namespace], Awaitable[bool]]] = {
-    "exactness": exactness,
-    "books": books,
-    "deaths": deaths,
-    "interleavings": interleavings,
+@dataclass(frozen=True, slots=True)
+class Section:
+    """``run`` returns whether every promise was kept; ``add_options`` adds the section's volumes."""
+
+    run: Callable[[argparse.Namespace], Awaitable[bool]]
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+
+
+SECTIONS: dict[str, Section] = {
+    "exactness": Section(exactness),
+    "books": Section(books),
+    "deaths": Section(deaths),
+    "interleavings": Section(interleavings),
 }
 
 
@@ -258,10 +259,12 @@ def main() -> int:
     parser.add_argument("--storm-size", type=int, default=50)
     parser.add_argument("--deaths", type=int, default=1, help="kills at each stage")
     parser.add_argument("--interleavings", type=int, default=5000)
+    for section in SECTIONS.values():
+        section.add_options(parser)
     options = parser.parse_args()
     is_kept = True
     for name in options.sections or SECTIONS:
-        kept = asyncio.run(_run(SECTIONS[name], options))
+        kept = asyncio.run(_run(SECTIONS[name].run, options))
         say(f"{name}: {'kept' if kept else 'BROKEN'}")
         is_kept &= kept
     return 0 if is_kept else 1

@@ -10,6 +10,20 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+MAX_TOP_LOGPROB_COUNT = 20
+MAX_BIAS_COUNT = 1024
+MAX_BIAS = 100.0
+MAX_PENALTY = 2.0
+"""Of presence and frequency, either way."""
+MIN_REPETITION_PENALTY = 0.01
+MAX_REPETITION_PENALTY = 100.0
+MAX_BAD_SEQUENCE_COUNT = 256
+MAX_BAD_SEQUENCE_LENGTH = 64
+MAX_STRUCTURE_BYTES = 64 * 1024
+"""Of a schema, expression or grammar, or of all choices together, in UTF-8."""
+MAX_CHOICE_COUNT = 256
+MAX_TENANT_BYTES = 128
+
 
 class FinishReason(enum.Enum):
     """Why an answer ended."""
@@ -75,7 +89,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     """The same once per occurrence; -2 to 2."""
     repetition_penalty: float = 1.0
-    """Divides (multiplies, if negative) the logits of tokens of prompt and answer; above 0, 1 is none."""
+    """Divides (multiplies, if negative) the logits of tokens of prompt and answer; 0.01 to 100, 1 is none."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token id, added to its logit), -100 to 100."""
     allowed_token_ids: tuple[int, ...] = ()

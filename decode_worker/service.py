@@ -7,32 +7,33 @@ from typing import Any
 
 import grpc
 
-from baton.leg import DecodeDone, DecodeEvent, DecodeOrder, KvAdopted, Stepped
+from baton.leg import DecodeDone, DecodeEvent, DecodeOrder, KvAdopted, RecomputeReason, Stepped
 from baton.worker.v1 import worker_pb2, worker_pb2_grpc
 from decode_worker.worker import DecodeWorker
-from engine.order_proto import FINISH_TO_PROTO, order_parts
+from engine.order_proto import FINISH_TO_PROTO, logprobs_to_proto, order_fields
 from engine.service import answering
 
 SERVICE = "baton.worker.v1.DecodeService"
+RECOMPUTE_REASON_TO_PROTO = {
+    None: worker_pb2.RECOMPUTE_REASON_UNSPECIFIED,
+    RecomputeReason.FAILED: worker_pb2.RECOMPUTE_REASON_FAILED,
+    RecomputeReason.TIMED_OUT: worker_pb2.RECOMPUTE_REASON_TIMED_OUT,
+    RecomputeReason.EXPIRED: worker_pb2.RECOMPUTE_REASON_EXPIRED,
+    RecomputeReason.STALE: worker_pb2.RECOMPUTE_REASON_STALE,
+    RecomputeReason.CORRUPT: worker_pb2.RECOMPUTE_REASON_CORRUPT,
+}
 
 
 def order_from_proto(request: Any) -> DecodeOrder:
     """Raises INVALID_REQUEST. Ranges and the ticket are the worker's to check."""
-    prompt_token_ids, sampling, stop = order_parts(request)
-    return DecodeOrder(
-        leg_id=request.leg_id,
-        prompt_token_ids=prompt_token_ids,
-        sampling=sampling,
-        stop=stop,
-        ticket=request.ticket,
-        priority=request.priority,
-    )
+    return DecodeOrder(ticket=request.ticket, **order_fields(request))
 
 
 def event_to_proto(event: DecodeEvent) -> worker_pb2.DecodeResponse:
     match event:
         case Stepped():
-            return worker_pb2.DecodeResponse(step=worker_pb2.Step(token_ids=event.token_ids))
+            logprobs = [logprobs_to_proto(each) for each in event.logprobs]
+            return worker_pb2.DecodeResponse(step=worker_pb2.Step(token_ids=event.token_ids, logprobs=logprobs))
         case KvAdopted():
             return worker_pb2.DecodeResponse(
                 adopted=worker_pb2.Adopted(
@@ -45,6 +46,11 @@ def event_to_proto(event: DecodeEvent) -> worker_pb2.DecodeResponse:
                     prefill_s=event.prefill_s,
                     cached_token_count=event.cached_token_count,
                     first_step_s=event.first_step_s,
+                    recompute_reason=RECOMPUTE_REASON_TO_PROTO[event.recompute_reason],
+                    pull_count=event.pull_count,
+                    post_s=event.post_s,
+                    wire_s=event.wire_s,
+                    verify_s=event.verify_s,
                 )
             )
         case DecodeDone():

@@ -114,7 +114,7 @@ class DecodeWorker:
             self._metrics.leg_ended(PHASE, outcome)
 
     def _job(self, order: DecodeOrder) -> DecodeJob:
-        check_order(order.leg_id, order.prompt_token_ids, order.sampling, order.stop, self._engine.info)
+        check_order(order, self._engine.info)
         pull = self._admitted(order) if order.ticket else None
         return DecodeJob(
             leg_id=order.leg_id,
@@ -123,6 +123,9 @@ class DecodeWorker:
             stop=order.stop,
             priority=order.priority,
             pull=pull,
+            output_token_count=order.output_token_count,
+            top_logprob_count=order.top_logprob_count,
+            tenant=order.tenant,
         )
 
     def _admitted(self, order: DecodeOrder) -> dict[str, Any]:

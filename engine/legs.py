@@ -10,12 +10,26 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from baton.errors import FieldViolation, draining, invalid_request, prompt_too_long, queue_full
-from baton.request import EngineStop, Sampling
+from baton.leg import DecodeOrder, PrefillOrder
+from baton.request import (
+    MAX_BAD_SEQUENCE_COUNT,
+    MAX_BAD_SEQUENCE_LENGTH,
+    MAX_BIAS,
+    MAX_BIAS_COUNT,
+    MAX_PENALTY,
+    MAX_REPETITION_PENALTY,
+    MAX_TENANT_BYTES,
+    MAX_TOP_LOGPROB_COUNT,
+    MIN_REPETITION_PENALTY,
+    EngineStop,
+    Sampling,
+)
 from engine.protocol import EngineInfo
+from engine.structures import structure_problem
 
 MAX_STOP_TOKEN_COUNT = 1024
 MAX_TEMPERATURE = 100.0
@@ -71,31 +85,37 @@ class Legs:
 
 
 def check_order(
-    leg_id: str,
-    prompt_token_ids: tuple[int, ...],
-    sampling: Sampling,
-    stop: EngineStop,
-    info: EngineInfo,
-    more: list[FieldViolation] | None = None,
+    order: PrefillOrder | DecodeOrder, info: EngineInfo, more: list[FieldViolation] | None = None
 ) -> None:
     """Raises INVALID_REQUEST with every broken rule, and those in ``more``, or PROMPT_TOO_LONG."""
+    prompt_token_ids = order.prompt_token_ids
     context = info.max_context_token_count
     if len(prompt_token_ids) > context - 1:
         raise prompt_too_long(len(prompt_token_ids), context - 1)
     violations = list(more or ())
-    if not _LEG_ID.fullmatch(leg_id):
+    if not _LEG_ID.fullmatch(order.leg_id):
         violations.append(FieldViolation("leg_id", "must be 1 to 128 letters, digits or any of _ . : / -"))
     if not prompt_token_ids:
         violations.append(FieldViolation("prompt_token_ids", "is empty"))
-    elif min(prompt_token_ids) < 0 or max(prompt_token_ids) >= info.vocab_size:
+    elif not _are_ids(prompt_token_ids, info):
         violations.append(FieldViolation("prompt_token_ids", f"has an id not within 0 to {info.vocab_size - 1}"))
-    violations += _sampling_violations(sampling)
-    violations += _stop_violations(stop, len(prompt_token_ids), info)
+    if not 0 <= order.output_token_count <= max(0, len(prompt_token_ids) - 1):
+        violations.append(FieldViolation("output_token_count", "must leave at least one token of prompt"))
+    if order.top_logprob_count is not None and not 0 <= order.top_logprob_count <= MAX_TOP_LOGPROB_COUNT:
+        violations.append(FieldViolation("top_logprob_count", f"must be within 0 to {MAX_TOP_LOGPROB_COUNT}"))
+    if len(order.tenant.encode()) > MAX_TENANT_BYTES:
+        violations.append(FieldViolation("tenant", f"has more than {MAX_TENANT_BYTES} bytes"))
+    violations += sampling_violations(order.sampling, info)
+    violations += _stop_violations(order.stop, len(prompt_token_ids), info)
     if violations:
         raise invalid_request(violations)
 
 
-def _sampling_violations(sampling: Sampling) -> Iterator[FieldViolation]:
+def _are_ids(token_ids: Collection[int], info: EngineInfo) -> bool:
+    return not token_ids or (min(token_ids) >= 0 and max(token_ids) < info.vocab_size)
+
+
+def sampling_violations(sampling: Sampling, info: EngineInfo) -> Iterator[FieldViolation]:
     # Written as "not (within)", so that NaN is refused.
     if not 0 <= sampling.temperature <= MAX_TEMPERATURE:
         yield FieldViolation("sampling.temperature", f"must be within 0 to {MAX_TEMPERATURE:g}")
@@ -107,6 +127,45 @@ def _sampling_violations(sampling: Sampling) -> Iterator[FieldViolation]:
         yield FieldViolation("sampling.min_p", "must be within 0 to 1")
     if sampling.seed is not None and not 0 <= sampling.seed <= _MAX_SEED:
         yield FieldViolation("sampling.seed", f"must be within 0 to {_MAX_SEED}")
+    for name in ("presence_penalty", "frequency_penalty"):
+        if not -MAX_PENALTY <= getattr(sampling, name) <= MAX_PENALTY:
+            yield FieldViolation(f"sampling.{name}", f"must be within {-MAX_PENALTY:g} to {MAX_PENALTY:g}")
+    if not MIN_REPETITION_PENALTY <= sampling.repetition_penalty <= MAX_REPETITION_PENALTY:
+        yield FieldViolation(
+            "sampling.repetition_penalty",
+            f"must be within {MIN_REPETITION_PENALTY:g} to {MAX_REPETITION_PENALTY:g}",
+        )
+    yield from _token_list_violations(sampling, info)
+    if sampling.structure is not None:
+        problem = structure_problem(sampling.structure)
+        if problem is not None:
+            yield FieldViolation("sampling.structure", problem)
+
+
+def _token_list_violations(sampling: Sampling, info: EngineInfo) -> Iterator[FieldViolation]:
+    not_ids = f"has an id not within 0 to {info.vocab_size - 1}"
+    biased = [token_id for token_id, _ in sampling.logit_bias]
+    if len(biased) > MAX_BIAS_COUNT:
+        yield FieldViolation("sampling.logit_bias", f"has more than {MAX_BIAS_COUNT} tokens")
+    elif not _are_ids(biased, info):
+        yield FieldViolation("sampling.logit_bias", not_ids)
+    elif len(set(biased)) != len(biased):
+        yield FieldViolation("sampling.logit_bias", "names a token twice")
+    elif not all(-MAX_BIAS <= bias <= MAX_BIAS for _, bias in sampling.logit_bias):
+        yield FieldViolation("sampling.logit_bias", f"has a bias not within {-MAX_BIAS:g} to {MAX_BIAS:g}")
+    if len(sampling.allowed_token_ids) > info.vocab_size:
+        yield FieldViolation("sampling.allowed_token_ids", "has more ids than there are tokens")
+    elif not _are_ids(sampling.allowed_token_ids, info):
+        yield FieldViolation("sampling.allowed_token_ids", not_ids)
+    bad = sampling.bad_token_sequences
+    if len(bad) > MAX_BAD_SEQUENCE_COUNT:
+        yield FieldViolation("sampling.bad_token_sequences", f"has more than {MAX_BAD_SEQUENCE_COUNT} sequences")
+    elif not all(1 <= len(each) <= MAX_BAD_SEQUENCE_LENGTH for each in bad):
+        yield FieldViolation(
+            "sampling.bad_token_sequences", f"has a sequence not of 1 to {MAX_BAD_SEQUENCE_LENGTH} tokens"
+        )
+    elif not all(_are_ids(each, info) for each in bad):
+        yield FieldViolation("sampling.bad_token_sequences", not_ids)
 
 
 def _stop_violations(stop: EngineStop, prompt_token_count: int, info: EngineInfo) -> Iterator[FieldViolation]:
@@ -118,9 +177,11 @@ def _stop_violations(stop: EngineStop, prompt_token_count: int, info: EngineInfo
             f"is {stop.max_token_count}, with a prompt of {prompt_token_count} more than the context of "
             f"{info.max_context_token_count}",
         )
+    if not 0 <= stop.min_token_count <= info.max_context_token_count:
+        yield FieldViolation("stop.min_token_count", f"must be within 0 to {info.max_context_token_count}")
     if len(stop.stop_token_ids) > MAX_STOP_TOKEN_COUNT:
         yield FieldViolation("stop.stop_token_ids", f"has more than {MAX_STOP_TOKEN_COUNT} ids")
-    elif stop.stop_token_ids and not 0 <= min(stop.stop_token_ids) <= max(stop.stop_token_ids) < info.vocab_size:
+    elif not _are_ids(stop.stop_token_ids, info):
         yield FieldViolation("stop.stop_token_ids", f"has an id not within 0 to {info.vocab_size - 1}")
 
 

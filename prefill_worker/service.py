@@ -8,7 +8,7 @@ import grpc
 
 from baton.leg import PrefillOrder, PrefillReply
 from baton.worker.v1 import worker_pb2, worker_pb2_grpc
-from engine.order_proto import FINISH_TO_PROTO, order_parts
+from engine.order_proto import FINISH_TO_PROTO, logprobs_to_proto, order_fields
 from engine.service import answering
 from prefill_worker.worker import PrefillWorker
 
@@ -17,15 +17,7 @@ SERVICE = "baton.worker.v1.PrefillService"
 
 def order_from_proto(request: Any) -> PrefillOrder:
     """Raises INVALID_REQUEST. Ranges are the worker's to check."""
-    prompt_token_ids, sampling, stop = order_parts(request)
-    return PrefillOrder(
-        leg_id=request.leg_id,
-        prompt_token_ids=prompt_token_ids,
-        sampling=sampling,
-        stop=stop,
-        lease_s=request.lease_s,
-        priority=request.priority,
-    )
+    return PrefillOrder(lease_s=request.lease_s, **order_fields(request))
 
 
 def reply_to_proto(reply: PrefillReply) -> worker_pb2.PrefillResponse:
@@ -38,6 +30,7 @@ def reply_to_proto(reply: PrefillReply) -> worker_pb2.PrefillResponse:
         compute_s=reply.compute_s,
         cached_token_count=reply.cached_token_count,
         kv_byte_count=reply.kv_bytes,
+        first_logprobs=None if reply.first_logprobs is None else logprobs_to_proto(reply.first_logprobs),
     )
 
 

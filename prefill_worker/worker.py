@@ -128,6 +128,9 @@ class PrefillWorker:
                     priority=order.priority,
                     hold_kv=order.stop.max_token_count > 1,
                     lease_s=self.limits.max_hold_s,  # the backstop must outlast every extension of ours
+                    output_token_count=order.output_token_count,
+                    top_logprob_count=order.top_logprob_count,
+                    tenant=order.tenant,
                 )
             )
             # From here to the grant nothing awaits: no cancellation can fall between held KV and its lease.
@@ -166,6 +169,7 @@ class PrefillWorker:
             compute_s=prefilled.compute_s,
             cached_token_count=prefilled.cached_token_count,
             kv_bytes=held.kv_bytes,
+            first_logprobs=prefilled.first_logprobs,
         )
 
     def _reply_without_ticket(self, prefilled: Prefilled) -> PrefillReply:
@@ -180,6 +184,7 @@ class PrefillWorker:
             compute_s=prefilled.compute_s,
             cached_token_count=prefilled.cached_token_count,
             kv_bytes=0,
+            first_logprobs=prefilled.first_logprobs,
         )
 
     def _seal(self, order: PrefillOrder, prefilled: Prefilled, held: HeldKv) -> tuple[bytes, str]:
@@ -206,7 +211,7 @@ class PrefillWorker:
         more = []
         if not is_duration(order.lease_s, self.limits.max_hold_s):
             more.append(FieldViolation("lease_s", f"must be above 0 and at most {self.limits.max_hold_s:g}"))
-        check_order(order.leg_id, order.prompt_token_ids, order.sampling, order.stop, self._engine.info, more)
+        check_order(order, self._engine.info, more)
 
     def _observe(self, order: PrefillOrder, prefilled: Prefilled) -> None:
         self._metrics.leg_queue.labels(PHASE).observe(prefilled.queue_s)

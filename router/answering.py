@@ -38,6 +38,12 @@ class RoutedRequest:
     priority: int = 0
     session_id: str = ""
     correlation_id: str = ""
+    min_output_token_count: int = 0
+    """Of the whole answer: no end or stop token is drawn before."""
+    top_logprob_count: int | None = None
+    """See ``baton.request.OutputOptions``."""
+    tenant: str = ""
+    """Prefixes are cached and handed over within a tenant only."""
 
     @property
     def end_token_ids(self) -> frozenset[int]:

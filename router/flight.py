@@ -306,7 +306,8 @@ class Flight:
                         case KvAdopted():
                             await self._facts.put(Adopted(action.leg, event))
                         case Stepped():
-                            await self._facts.put(TokensArrived(action.leg, token_count, event.token_ids))
+                            tokens = TokensArrived(action.leg, token_count, event.token_ids, event.logprobs)
+                            await self._facts.put(tokens)
                             token_count += len(event.token_ids)
                         case DecodeDone():
                             self._facts.put_now(DecodeEnded(action.leg, token_count, event.finish))

@@ -21,12 +21,13 @@ from baton.leg import (
     KvAdopted,
     PrefillOrder,
     PrefillReply,
+    RecomputeReason,
     Stepped,
     WorkerInfo,
     WorkerLoad,
     pack_token_ids,
 )
-from baton.request import EngineStop, LegFinish, Role, Sampling
+from baton.request import EngineStop, LegFinish, Role, Sampling, StructureKind, TokenLogprobs
 from baton.secret import TOKEN_KEY, cluster_token
 from baton.status import from_rpc_error
 from baton.worker.v1 import worker_pb2 as pb
@@ -57,6 +58,20 @@ LATE_RELEASE_PAUSE_S = 0.2
 logger = logging.getLogger(__name__)
 
 _FINISH = {pb.LEG_FINISH_STOP: LegFinish.STOP, pb.LEG_FINISH_LENGTH: LegFinish.LENGTH}
+_RECOMPUTE_REASONS = {
+    pb.RECOMPUTE_REASON_FAILED: RecomputeReason.FAILED,
+    pb.RECOMPUTE_REASON_TIMED_OUT: RecomputeReason.TIMED_OUT,
+    pb.RECOMPUTE_REASON_EXPIRED: RecomputeReason.EXPIRED,
+    pb.RECOMPUTE_REASON_STALE: RecomputeReason.STALE,
+    pb.RECOMPUTE_REASON_CORRUPT: RecomputeReason.CORRUPT,
+}
+_STRUCTURE_KINDS = {
+    StructureKind.JSON_SCHEMA: pb.STRUCTURE_KIND_JSON_SCHEMA,
+    StructureKind.JSON_OBJECT: pb.STRUCTURE_KIND_JSON_OBJECT,
+    StructureKind.REGEX: pb.STRUCTURE_KIND_REGEX,
+    StructureKind.CHOICE: pb.STRUCTURE_KIND_CHOICE,
+    StructureKind.GRAMMAR: pb.STRUCTURE_KIND_GRAMMAR,
+}
 
 
 class GrpcWorkerClient:
@@ -82,6 +97,9 @@ class GrpcWorkerClient:
             stop=_stop(order.stop),
             lease_s=order.lease_s,
             priority=order.priority,
+            output_token_count=order.output_token_count,
+            top_logprob_count=order.top_logprob_count,
+            tenant=order.tenant,
         )
         call = self._open(self._prefill_stub.Prefill, request, timeout_s)
         try:
@@ -101,6 +119,7 @@ class GrpcWorkerClient:
             compute_s=reply.compute_s,
             cached_token_count=reply.cached_token_count,
             kv_bytes=reply.kv_byte_count,
+            first_logprobs=_logprobs(reply.first_logprobs) if reply.HasField("first_logprobs") else None,
         )
 
     async def release_kv(self, ticket_id: str, *, timeout_s: float) -> bool:
@@ -123,6 +142,9 @@ class GrpcWorkerClient:
             stop=_stop(order.stop),
             ticket=order.ticket,
             priority=order.priority,
+            output_token_count=order.output_token_count,
+            top_logprob_count=order.top_logprob_count,
+            tenant=order.tenant,
         )
         call = self._open(self._decode_stub.Decode, request, timeout_s)
         try:
@@ -219,7 +241,7 @@ class GrpcWorkerClient:
 def _event(message: Any) -> DecodeEvent:
     match message.WhichOneof("event"):
         case "step":
-            return Stepped(tuple(message.step.token_ids))
+            return Stepped(tuple(message.step.token_ids), tuple(map(_logprobs, message.step.logprobs)))
         case "adopted":
             adopted = message.adopted
             return KvAdopted(
@@ -232,6 +254,11 @@ def _event(message: Any) -> DecodeEvent:
                 prefill_s=adopted.prefill_s,
                 cached_token_count=adopted.cached_token_count,
                 first_step_s=adopted.first_step_s,
+                recompute_reason=_RECOMPUTE_REASONS.get(adopted.recompute_reason),
+                pull_count=adopted.pull_count,
+                post_s=adopted.post_s,
+                wire_s=adopted.wire_s,
+                verify_s=adopted.verify_s,
             )
         case "finished" if message.finished.finish in _FINISH:
             return DecodeDone(_FINISH[message.finished.finish])
@@ -239,17 +266,34 @@ def _event(message: Any) -> DecodeEvent:
             raise internal(f"a decode brought an event this router does not know: {other}")
 
 
+def _logprobs(message: Any) -> TokenLogprobs:
+    return TokenLogprobs(message.logprob, message.rank, tuple((each.token_id, each.logprob) for each in message.top))
+
+
 def _sampling(sampling: Sampling) -> pb.SamplingSpec:
+    structure = sampling.structure
     return pb.SamplingSpec(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         min_p=sampling.min_p,
         seed=sampling.seed,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=[pb.TokenBias(token_id=token_id, bias=bias) for token_id, bias in sampling.logit_bias],
+        allowed_token_ids=sampling.allowed_token_ids,
+        bad_token_sequences=[pb.TokenSequence(token_ids=each) for each in sampling.bad_token_sequences],
+        structure=None
+        if structure is None
+        else pb.StructureSpec(kind=_STRUCTURE_KINDS[structure.kind], text=structure.text, choices=structure.choices),
     )
 
 
 def _stop(stop: EngineStop) -> pb.StopSpec:
     return pb.StopSpec(
-        max_token_count=stop.max_token_count, stop_token_ids=stop.stop_token_ids, ignore_eos=stop.ignore_eos
+        max_token_count=stop.max_token_count,
+        stop_token_ids=stop.stop_token_ids,
+        ignore_eos=stop.ignore_eos,
+        min_token_count=stop.min_token_count,
     )

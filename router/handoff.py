@@ -34,7 +34,7 @@ import enum
 
 from baton.errors import BatonError, Reason, attempts_exhausted, deadline_exceeded, engine_failed, internal
 from baton.leg import DecodeOrder, KvAdopted, PrefillOrder, PrefillReply
-from baton.request import EngineStop, FinishReason, LegFinish, PlacementMode
+from baton.request import EngineStop, FinishReason, LegFinish, PlacementMode, TokenLogprobs
 from baton.timeline import Phase
 from router.answering import RoutedRequest
 from router.cluster_view import WorkerIdentity
@@ -208,7 +208,7 @@ class Handoff:
             case State.STARTING, TokensArrived() | DecodeEnded() if fact.leg == self._leg:
                 return self._lost(internal("tokens came before their KV was adopted"))
             case State.DECODING, TokensArrived() if fact.leg == self._leg:
-                return self._stepped(fact.first_index, fact.token_ids)
+                return self._stepped(fact)
             case State.DECODING, DecodeEnded() if fact.leg == self._leg:
                 return self._decode_ended(fact)
             case State.PREFILLING | State.STARTING | State.DECODING, LegFailed() if fact.leg == self._leg:
@@ -241,6 +241,9 @@ class Handoff:
             stop=self._stop(),
             lease_s=self._lease_s,
             priority=self._request.priority,
+            output_token_count=len(self._emitted),
+            top_logprob_count=self._request.top_logprob_count,
+            tenant=self._request.tenant,
         )
         return [StartPrefill(leg, placement.prefill, order)]
 
@@ -256,7 +259,10 @@ class Handoff:
         self._reply = reply
         self._note_cached(reply.cached_token_count)
         keep: list[Action] = [KeepLease(worker, reply.ticket_id)] if reply.ticket_id else []
-        return [*keep, self._emit((reply.first_token_id,))]
+        logprobs = () if reply.first_logprobs is None else (reply.first_logprobs,)
+        if bool(logprobs) != self._wants_logprobs:
+            return self._lost(internal(f"worker {worker.worker_id} brought logprobs unasked, or did not"))
+        return [*keep, self._emit((reply.first_token_id,), logprobs)]
 
     def _hand_over(self) -> list[Action]:
         reply = self._reply
@@ -279,6 +285,9 @@ class Handoff:
             stop=self._stop(),
             ticket=ticket,
             priority=self._request.priority,
+            output_token_count=len(self._emitted),
+            top_logprob_count=self._request.top_logprob_count,
+            tenant=self._request.tenant,
         )
         return [StartDecode(leg, self._placement.decode, order)]
 
@@ -290,16 +299,19 @@ class Handoff:
             self._note_cached(kv.cached_token_count)
         return self._release_held()
 
-    def _stepped(self, first_index: int, token_ids: tuple[int, ...]) -> list[Action]:
-        if first_index > self._leg_token_count:
-            return self._lost(internal(f"tokens are missing before index {first_index} of a leg"))
-        fresh = token_ids[self._leg_token_count - first_index :]
+    def _stepped(self, fact: TokensArrived) -> list[Action]:
+        if fact.first_index > self._leg_token_count:
+            return self._lost(internal(f"tokens are missing before index {fact.first_index} of a leg"))
+        if len(fact.logprobs) != (len(fact.token_ids) if self._wants_logprobs else 0):
+            return self._lost(internal("a leg brought other logprobs than it was asked for"))
+        repeated_count = self._leg_token_count - fact.first_index
+        fresh = fact.token_ids[repeated_count:]
         if not fresh:
             return []
         if len(self._emitted) + len(fresh) > self._request.max_output_token_count:
             return self._lost(internal("a leg brought more tokens than it was asked for"))
         self._leg_token_count += len(fresh)
-        return [self._emit(fresh)]
+        return [self._emit(fresh, fact.logprobs[repeated_count:])]
 
     def _decode_ended(self, fact: DecodeEnded) -> list[Action]:
         if fact.token_count != self._leg_token_count:
@@ -409,12 +421,17 @@ class Handoff:
             max_token_count=self._request.max_output_token_count - len(self._emitted),
             stop_token_ids=self._request.stop_token_ids,
             ignore_eos=self._request.ignore_eos,
+            min_token_count=self._request.min_output_token_count,
         )
 
-    def _emit(self, token_ids: tuple[int, ...]) -> Emit:
+    @property
+    def _wants_logprobs(self) -> bool:
+        return self._request.top_logprob_count is not None
+
+    def _emit(self, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> Emit:
         first_index = len(self._emitted)
         self._emitted.extend(token_ids)
-        return Emit(first_index, token_ids)
+        return Emit(first_index, token_ids, logprobs)
 
     def _note_cached(self, token_count: int) -> None:
         self.cached_prompt_token_count = min(token_count, len(self._request.prompt_token_ids))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from baton.errors import BatonError
 from baton.leg import DecodeOrder, KvAdopted, PrefillOrder, PrefillReply
-from baton.request import FinishReason, LegFinish
+from baton.request import FinishReason, LegFinish, TokenLogprobs
 from router.cluster_view import WorkerIdentity
 from router.placement import Placement
 
@@ -45,6 +45,8 @@ class TokensArrived:
     first_index: int
     """Of the first of these tokens among the leg's own, from 0."""
     token_ids: tuple[int, ...] = field(repr=False)
+    logprobs: tuple[TokenLogprobs, ...] = field(default=(), repr=False)
+    """Empty, or one of each token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,8 @@ class Emit:
     first_index: int
     """Of the first of these tokens in the answer, from 0."""
     token_ids: tuple[int, ...] = field(repr=False)
+    logprobs: tuple[TokenLogprobs, ...] = field(default=(), repr=False)
+    """Empty, or one of each token."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,57 +7,151 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class StructureKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STRUCTURE_KIND_UNSPECIFIED: _ClassVar[StructureKind]
+    STRUCTURE_KIND_JSON_SCHEMA: _ClassVar[StructureKind]
+    STRUCTURE_KIND_JSON_OBJECT: _ClassVar[StructureKind]
+    STRUCTURE_KIND_REGEX: _ClassVar[StructureKind]
+    STRUCTURE_KIND_CHOICE: _ClassVar[StructureKind]
+    STRUCTURE_KIND_GRAMMAR: _ClassVar[StructureKind]
+
 class LegFinish(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     LEG_FINISH_UNSPECIFIED: _ClassVar[LegFinish]
     LEG_FINISH_STOP: _ClassVar[LegFinish]
     LEG_FINISH_LENGTH: _ClassVar[LegFinish]
+
+class RecomputeReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RECOMPUTE_REASON_UNSPECIFIED: _ClassVar[RecomputeReason]
+    RECOMPUTE_REASON_FAILED: _ClassVar[RecomputeReason]
+    RECOMPUTE_REASON_TIMED_OUT: _ClassVar[RecomputeReason]
+    RECOMPUTE_REASON_EXPIRED: _ClassVar[RecomputeReason]
+    RECOMPUTE_REASON_STALE: _ClassVar[RecomputeReason]
+    RECOMPUTE_REASON_CORRUPT: _ClassVar[RecomputeReason]
+STRUCTURE_KIND_UNSPECIFIED: StructureKind
+STRUCTURE_KIND_JSON_SCHEMA: StructureKind
+STRUCTURE_KIND_JSON_OBJECT: StructureKind
+STRUCTURE_KIND_REGEX: StructureKind
+STRUCTURE_KIND_CHOICE: StructureKind
+STRUCTURE_KIND_GRAMMAR: StructureKind
 LEG_FINISH_UNSPECIFIED: LegFinish
 LEG_FINISH_STOP: LegFinish
 LEG_FINISH_LENGTH: LegFinish
+RECOMPUTE_REASON_UNSPECIFIED: RecomputeReason
+RECOMPUTE_REASON_FAILED: RecomputeReason
+RECOMPUTE_REASON_TIMED_OUT: RecomputeReason
+RECOMPUTE_REASON_EXPIRED: RecomputeReason
+RECOMPUTE_REASON_STALE: RecomputeReason
+RECOMPUTE_REASON_CORRUPT: RecomputeReason
 
 class SamplingSpec(_message.Message):
-    __slots__ = ("temperature", "top_p", "top_k", "min_p", "seed")
+    __slots__ = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_token_sequences", "structure")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     MIN_P_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    BAD_TOKEN_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    STRUCTURE_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_p: float
     top_k: int
     min_p: float
     seed: int
-    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: _containers.RepeatedCompositeFieldContainer[TokenBias]
+    allowed_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    bad_token_sequences: _containers.RepeatedCompositeFieldContainer[TokenSequence]
+    structure: StructureSpec
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Iterable[_Union[TokenBias, _Mapping]]] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ..., bad_token_sequences: _Optional[_Iterable[_Union[TokenSequence, _Mapping]]] = ..., structure: _Optional[_Union[StructureSpec, _Mapping]] = ...) -> None: ...
+
+class TokenBias(_message.Message):
+    __slots__ = ("token_id", "bias")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    BIAS_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    bias: float
+    def __init__(self, token_id: _Optional[int] = ..., bias: _Optional[float] = ...) -> None: ...
+
+class TokenSequence(_message.Message):
+    __slots__ = ("token_ids",)
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class StructureSpec(_message.Message):
+    __slots__ = ("kind", "text", "choices")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    kind: StructureKind
+    text: str
+    choices: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, kind: _Optional[_Union[StructureKind, str]] = ..., text: _Optional[str] = ..., choices: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class TokenLogprob(_message.Message):
+    __slots__ = ("token_id", "logprob")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    logprob: float
+    def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
+
+class DrawnLogprobs(_message.Message):
+    __slots__ = ("logprob", "rank", "top")
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    TOP_FIELD_NUMBER: _ClassVar[int]
+    logprob: float
+    rank: int
+    top: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
+    def __init__(self, logprob: _Optional[float] = ..., rank: _Optional[int] = ..., top: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...) -> None: ...
 
 class StopSpec(_message.Message):
-    __slots__ = ("max_token_count", "stop_token_ids", "ignore_eos")
+    __slots__ = ("max_token_count", "stop_token_ids", "ignore_eos", "min_token_count")
     MAX_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    MIN_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     max_token_count: int
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
     ignore_eos: bool
-    def __init__(self, max_token_count: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ...) -> None: ...
+    min_token_count: int
+    def __init__(self, max_token_count: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., min_token_count: _Optional[int] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("leg_id", "prompt_token_ids", "sampling", "stop", "lease_s", "priority")
+    __slots__ = ("leg_id", "prompt_token_ids", "sampling", "stop", "lease_s", "priority", "output_token_count", "top_logprob_count", "tenant")
     LEG_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROB_COUNT_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     leg_id: str
     prompt_token_ids: bytes
     sampling: SamplingSpec
     stop: StopSpec
     lease_s: float
     priority: int
-    def __init__(self, leg_id: _Optional[str] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingSpec, _Mapping]] = ..., stop: _Optional[_Union[StopSpec, _Mapping]] = ..., lease_s: _Optional[float] = ..., priority: _Optional[int] = ...) -> None: ...
+    output_token_count: int
+    top_logprob_count: int
+    tenant: str
+    def __init__(self, leg_id: _Optional[str] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingSpec, _Mapping]] = ..., stop: _Optional[_Union[StopSpec, _Mapping]] = ..., lease_s: _Optional[float] = ..., priority: _Optional[int] = ..., output_token_count: _Optional[int] = ..., top_logprob_count: _Optional[int] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
-    __slots__ = ("first_token_id", "finish", "ticket", "ticket_id", "queue_s", "compute_s", "cached_token_count", "kv_byte_count")
+    __slots__ = ("first_token_id", "finish", "ticket", "ticket_id", "queue_s", "compute_s", "cached_token_count", "kv_byte_count", "first_logprobs")
     FIRST_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +160,7 @@ class PrefillResponse(_message.Message):
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     KV_BYTE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     first_token_id: int
     finish: LegFinish
     ticket: bytes
@@ -74,7 +169,8 @@ class PrefillResponse(_message.Message):
     compute_s: float
     cached_token_count: int
     kv_byte_count: int
-    def __init__(self, first_token_id: _Optional[int] = ..., finish: _Optional[_Union[LegFinish, str]] = ..., ticket: _Optional[bytes] = ..., ticket_id: _Optional[str] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., cached_token_count: _Optional[int] = ..., kv_byte_count: _Optional[int] = ...) -> None: ...
+    first_logprobs: DrawnLogprobs
+    def __init__(self, first_token_id: _Optional[int] = ..., finish: _Optional[_Union[LegFinish, str]] = ..., ticket: _Optional[bytes] = ..., ticket_id: _Optional[str] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., cached_token_count: _Optional[int] = ..., kv_byte_count: _Optional[int] = ..., first_logprobs: _Optional[_Union[DrawnLogprobs, _Mapping]] = ...) -> None: ...
 
 class ReleaseKvRequest(_message.Message):
     __slots__ = ("ticket_id",)
@@ -103,20 +199,26 @@ class ExtendLeaseResponse(_message.Message):
     def __init__(self, is_held: bool = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("leg_id", "prompt_token_ids", "sampling", "stop", "ticket", "priority")
+    __slots__ = ("leg_id", "prompt_token_ids", "sampling", "stop", "ticket", "priority", "output_token_count", "top_logprob_count", "tenant")
     LEG_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROB_COUNT_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     leg_id: str
     prompt_token_ids: bytes
     sampling: SamplingSpec
     stop: StopSpec
     ticket: bytes
     priority: int
-    def __init__(self, leg_id: _Optional[str] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingSpec, _Mapping]] = ..., stop: _Optional[_Union[StopSpec, _Mapping]] = ..., ticket: _Optional[bytes] = ..., priority: _Optional[int] = ...) -> None: ...
+    output_token_count: int
+    top_logprob_count: int
+    tenant: str
+    def __init__(self, leg_id: _Optional[str] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingSpec, _Mapping]] = ..., stop: _Optional[_Union[StopSpec, _Mapping]] = ..., ticket: _Optional[bytes] = ..., priority: _Optional[int] = ..., output_token_count: _Optional[int] = ..., top_logprob_count: _Optional[int] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
     __slots__ = ("adopted", "step", "finished")
@@ -129,7 +231,7 @@ class DecodeResponse(_message.Message):
     def __init__(self, adopted: _Optional[_Union[Adopted, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., finished: _Optional[_Union[DecodeFinished, _Mapping]] = ...) -> None: ...
 
 class Adopted(_message.Message):
-    __slots__ = ("wait_s", "transfer_s", "decode_wait_s", "transfer_byte_count", "descriptor_count", "recomputed_token_count", "prefill_s", "cached_token_count", "first_step_s")
+    __slots__ = ("wait_s", "transfer_s", "decode_wait_s", "transfer_byte_count", "descriptor_count", "recomputed_token_count", "prefill_s", "cached_token_count", "first_step_s", "recompute_reason", "pull_count", "post_s", "wire_s", "verify_s")
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
     DECODE_WAIT_S_FIELD_NUMBER: _ClassVar[int]
@@ -139,6 +241,11 @@ class Adopted(_message.Message):
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     FIRST_STEP_S_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTE_REASON_FIELD_NUMBER: _ClassVar[int]
+    PULL_COUNT_FIELD_NUMBER: _ClassVar[int]
+    POST_S_FIELD_NUMBER: _ClassVar[int]
+    WIRE_S_FIELD_NUMBER: _ClassVar[int]
+    VERIFY_S_FIELD_NUMBER: _ClassVar[int]
     wait_s: float
     transfer_s: float
     decode_wait_s: float
@@ -148,13 +255,20 @@ class Adopted(_message.Message):
     prefill_s: float
     cached_token_count: int
     first_step_s: float
-    def __init__(self, wait_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., decode_wait_s: _Optional[float] = ..., transfer_byte_count: _Optional[int] = ..., descriptor_count: _Optional[int] = ..., recomputed_token_count: _Optional[int] = ..., prefill_s: _Optional[float] = ..., cached_token_count: _Optional[int] = ..., first_step_s: _Optional[float] = ...) -> None: ...
+    recompute_reason: RecomputeReason
+    pull_count: int
+    post_s: float
+    wire_s: float
+    verify_s: float
+    def __init__(self, wait_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., decode_wait_s: _Optional[float] = ..., transfer_byte_count: _Optional[int] = ..., descriptor_count: _Optional[int] = ..., recomputed_token_count: _Optional[int] = ..., prefill_s: _Optional[float] = ..., cached_token_count: _Optional[int] = ..., first_step_s: _Optional[float] = ..., recompute_reason: _Optional[_Union[RecomputeReason, str]] = ..., pull_count: _Optional[int] = ..., post_s: _Optional[float] = ..., wire_s: _Optional[float] = ..., verify_s: _Optional[float] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("token_ids",)
+    __slots__ = ("token_ids", "logprobs")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    logprobs: _containers.RepeatedCompositeFieldContainer[DrawnLogprobs]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[DrawnLogprobs, _Mapping]]] = ...) -> None: ...
 
 class DecodeFinished(_message.Message):
     __slots__ = ("finish",)

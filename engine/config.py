@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from kvtransfer.faults import FaultPlan
+
 __all__ = ["EngineConfig", "EngineIdentity"]
 
 _KINDS = ("vllm", "simulated")
@@ -81,11 +83,16 @@ class EngineConfig:
     extra_args: Mapping[str, Any] = field(default_factory=dict)
     """Further engine arguments by name: none that has a key of its own here, none that Baton rests on."""
     device: Literal["cpu", "cuda"] = "cpu"
+    pull_timeout_s: float = 10.0
+    """How long a pull of KV may take, first contact included, before the request goes on without it."""
+    transfer_faults: Mapping[str, Any] = field(default_factory=dict)
+    """For tests: how often what the transfer library does goes wrong (``kvtransfer.faults.FaultPlan``)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cores", tuple(self.cores))
         object.__setattr__(self, "peer_hosts", tuple(self.peer_hosts))
         object.__setattr__(self, "extra_args", dict(self.extra_args))
+        object.__setattr__(self, "transfer_faults", dict(self.transfer_faults))
         _one_of("kind", self.kind, _KINDS)
         _one_of("device", self.device, _DEVICES)
         _one_of("dtype", self.dtype, _DTYPES)
@@ -119,6 +126,10 @@ class EngineConfig:
             raise ValueError("peer_hosts: has an empty entry; list host names or addresses")
         if isinstance(self.lease_s, bool) or not math.isfinite(self.lease_s) or not 1 <= self.lease_s <= 3600:
             raise ValueError(f"lease_s: is {self.lease_s}; give between 1 and 3600 seconds")
+        if isinstance(self.pull_timeout_s, bool) or not 0.1 <= self.pull_timeout_s <= 600:
+            raise ValueError(f"pull_timeout_s: is {self.pull_timeout_s}; give between 0.1 and 600 seconds")
+        if self.transfer_faults:
+            FaultPlan.of(self.transfer_faults)
         _whole("seed", self.seed, 0, (1 << 32) - 1)
         for name in self.extra_args:
             if name in _OWN_KEYS:

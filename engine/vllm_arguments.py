@@ -38,6 +38,8 @@ def engine_arguments(config: EngineConfig, identity: EngineIdentity) -> dict[str
             lease_s=config.lease_s,
             enable_progress_thread=config.enable_progress_thread,
             device=config.device,
+            pull_timeout_s=config.pull_timeout_s,
+            transfer_faults=config.transfer_faults,
         ),
         # Requests, hence prompts, are never logged; statistics reach us through ``reports`` alone.
         "enable_log_requests": False,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.config import KVTransferConfig
 
 from kvtransfer.connector import CONNECTOR, CONNECTOR_MODULE
+from kvtransfer.connector_faults import FAULTS_KEY
 from kvtransfer.connector_scheduler import SIDE_CHANNEL_HOST_KEY, SIDE_CHANNEL_PORT_KEY
 from kvtransfer.connector_worker import PROGRESS_THREAD_KEY
+from kvtransfer.pull_deadlines import PULL_TIMEOUT_KEY
 
 
 def transfer_config(
@@ -20,6 +23,8 @@ def transfer_config(
     lease_s: float,
     enable_progress_thread: bool,
     device: str,
+    pull_timeout_s: float,
+    transfer_faults: Mapping[str, Any],
 ) -> Any:
     return KVTransferConfig(
         kv_connector=CONNECTOR,
@@ -37,5 +42,7 @@ def transfer_config(
             SIDE_CHANNEL_HOST_KEY: side_channel_host,
             SIDE_CHANNEL_PORT_KEY: side_channel_port,
             PROGRESS_THREAD_KEY: enable_progress_thread,
+            PULL_TIMEOUT_KEY: pull_timeout_s,
+            **({FAULTS_KEY: dict(transfer_faults)} if transfer_faults else {}),
         },
     )

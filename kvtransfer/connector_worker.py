@@ -22,6 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata, ReqMeta
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 
+from kvtransfer.connector_faults import faulty
 from kvtransfer.connector_telemetry import PullRecord, PullStats
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class PullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
             # The stock constructor moves this thread, which is also the one that computes, to the last
             # core of the machine: every engine on the host would share it.
             os.sched_setaffinity(0, affinity)
-        self.nixl_wrapper = SilentAgent(self.nixl_wrapper)
+        self.nixl_wrapper = SilentAgent(faulty(self.nixl_wrapper, transfer_config.kv_connector_extra_config))
         self.xfer_stats = PullStats()
         self._release_wanted: set[str] = set()
         self._pull_started: dict[str, float] = {}

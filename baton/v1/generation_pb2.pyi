@@ -23,6 +23,21 @@ class PlacementMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PLACEMENT_MODE_SPLIT: _ClassVar[PlacementMode]
     PLACEMENT_MODE_LOCAL: _ClassVar[PlacementMode]
     PLACEMENT_MODE_PREFILL_ONLY: _ClassVar[PlacementMode]
+
+class HandoverMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    HANDOVER_MODE_UNSPECIFIED: _ClassVar[HandoverMode]
+    HANDOVER_MODE_NONE: _ClassVar[HandoverMode]
+    HANDOVER_MODE_OUTPUT_INJECTION: _ClassVar[HandoverMode]
+
+class RecomputeReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RECOMPUTE_REASON_UNSPECIFIED: _ClassVar[RecomputeReason]
+    RECOMPUTE_REASON_FAILED: _ClassVar[RecomputeReason]
+    RECOMPUTE_REASON_TIMED_OUT: _ClassVar[RecomputeReason]
+    RECOMPUTE_REASON_EXPIRED: _ClassVar[RecomputeReason]
+    RECOMPUTE_REASON_STALE: _ClassVar[RecomputeReason]
+    RECOMPUTE_REASON_CORRUPT: _ClassVar[RecomputeReason]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_MAX_OUTPUT_TOKENS: FinishReason
@@ -31,9 +46,18 @@ PLACEMENT_MODE_UNSPECIFIED: PlacementMode
 PLACEMENT_MODE_SPLIT: PlacementMode
 PLACEMENT_MODE_LOCAL: PlacementMode
 PLACEMENT_MODE_PREFILL_ONLY: PlacementMode
+HANDOVER_MODE_UNSPECIFIED: HandoverMode
+HANDOVER_MODE_NONE: HandoverMode
+HANDOVER_MODE_OUTPUT_INJECTION: HandoverMode
+RECOMPUTE_REASON_UNSPECIFIED: RecomputeReason
+RECOMPUTE_REASON_FAILED: RecomputeReason
+RECOMPUTE_REASON_TIMED_OUT: RecomputeReason
+RECOMPUTE_REASON_EXPIRED: RecomputeReason
+RECOMPUTE_REASON_STALE: RecomputeReason
+RECOMPUTE_REASON_CORRUPT: RecomputeReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "text", "token_ids", "chat", "sampling", "stop", "output", "priority", "session_id", "correlation_id")
+    __slots__ = ("model", "text", "token_ids", "chat", "sampling", "stop", "output", "priority", "session_id", "correlation_id", "tenant")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +68,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     CORRELATION_ID_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     model: str
     text: str
     token_ids: TokenIds
@@ -54,7 +79,8 @@ class GenerateRequest(_message.Message):
     priority: int
     session_id: str
     correlation_id: str
-    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stop: _Optional[_Union[StopConditions, _Mapping]] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., priority: _Optional[int] = ..., session_id: _Optional[str] = ..., correlation_id: _Optional[str] = ...) -> None: ...
+    tenant: str
+    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stop: _Optional[_Union[StopConditions, _Mapping]] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., priority: _Optional[int] = ..., session_id: _Optional[str] = ..., correlation_id: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -77,33 +103,81 @@ class ChatMessage(_message.Message):
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
 
 class Sampling(_message.Message):
-    __slots__ = ("temperature", "top_p", "top_k", "min_p", "seed")
+    __slots__ = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_token_sequences", "structure")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     MIN_P_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    BAD_TOKEN_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    STRUCTURE_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_p: float
     top_k: int
     min_p: float
     seed: int
-    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: _containers.RepeatedCompositeFieldContainer[TokenBias]
+    allowed_token_ids: TokenIds
+    bad_token_sequences: _containers.RepeatedCompositeFieldContainer[TokenIds]
+    structure: StructuredOutput
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Iterable[_Union[TokenBias, _Mapping]]] = ..., allowed_token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., bad_token_sequences: _Optional[_Iterable[_Union[TokenIds, _Mapping]]] = ..., structure: _Optional[_Union[StructuredOutput, _Mapping]] = ...) -> None: ...
+
+class TokenBias(_message.Message):
+    __slots__ = ("token_id", "bias")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    BIAS_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    bias: float
+    def __init__(self, token_id: _Optional[int] = ..., bias: _Optional[float] = ...) -> None: ...
+
+class StructuredOutput(_message.Message):
+    __slots__ = ("json_schema", "json_object", "regex", "choice", "grammar")
+    JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    JSON_OBJECT_FIELD_NUMBER: _ClassVar[int]
+    REGEX_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    json_schema: str
+    json_object: JsonObject
+    regex: str
+    choice: Choices
+    grammar: str
+    def __init__(self, json_schema: _Optional[str] = ..., json_object: _Optional[_Union[JsonObject, _Mapping]] = ..., regex: _Optional[str] = ..., choice: _Optional[_Union[Choices, _Mapping]] = ..., grammar: _Optional[str] = ...) -> None: ...
+
+class JsonObject(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Choices(_message.Message):
+    __slots__ = ("texts",)
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    texts: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, texts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StopConditions(_message.Message):
-    __slots__ = ("max_output_token_count", "stop_sequences", "stop_token_ids", "ignore_eos")
+    __slots__ = ("max_output_token_count", "stop_sequences", "stop_token_ids", "ignore_eos", "min_output_token_count")
     MAX_OUTPUT_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     STOP_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    MIN_OUTPUT_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     max_output_token_count: int
     stop_sequences: _containers.RepeatedScalarFieldContainer[str]
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
     ignore_eos: bool
-    def __init__(self, max_output_token_count: _Optional[int] = ..., stop_sequences: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ...) -> None: ...
+    min_output_token_count: int
+    def __init__(self, max_output_token_count: _Optional[int] = ..., stop_sequences: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., min_output_token_count: _Optional[int] = ...) -> None: ...
 
 class OutputOptions(_message.Message):
-    __slots__ = ("content", "max_chunk_token_count")
+    __slots__ = ("content", "top_logprob_count", "max_chunk_token_count")
     class Content(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         CONTENT_UNSPECIFIED: _ClassVar[OutputOptions.Content]
@@ -115,10 +189,12 @@ class OutputOptions(_message.Message):
     CONTENT_TOKEN_IDS: OutputOptions.Content
     CONTENT_BOTH: OutputOptions.Content
     CONTENT_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROB_COUNT_FIELD_NUMBER: _ClassVar[int]
     MAX_CHUNK_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     content: OutputOptions.Content
+    top_logprob_count: int
     max_chunk_token_count: int
-    def __init__(self, content: _Optional[_Union[OutputOptions.Content, str]] = ..., max_chunk_token_count: _Optional[int] = ...) -> None: ...
+    def __init__(self, content: _Optional[_Union[OutputOptions.Content, str]] = ..., top_logprob_count: _Optional[int] = ..., max_chunk_token_count: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("started", "chunk", "finished")
@@ -141,30 +217,54 @@ class Started(_message.Message):
     def __init__(self, generation_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_count: _Optional[int] = ...) -> None: ...
 
 class Chunk(_message.Message):
-    __slots__ = ("first_token_index", "text", "token_ids", "token_count")
+    __slots__ = ("first_token_index", "text", "token_ids", "token_count", "logprobs")
     FIRST_TOKEN_INDEX_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     first_token_index: int
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     token_count: int
-    def __init__(self, first_token_index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., token_count: _Optional[int] = ...) -> None: ...
+    logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
+    def __init__(self, first_token_index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., token_count: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
+
+class TokenLogprobs(_message.Message):
+    __slots__ = ("token_id", "logprob", "rank", "top")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    TOP_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    logprob: float
+    rank: int
+    top: _containers.RepeatedCompositeFieldContainer[TopLogprob]
+    def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., rank: _Optional[int] = ..., top: _Optional[_Iterable[_Union[TopLogprob, _Mapping]]] = ...) -> None: ...
+
+class TopLogprob(_message.Message):
+    __slots__ = ("token_id", "logprob")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    logprob: float
+    def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class Finished(_message.Message):
-    __slots__ = ("reason", "matched_stop_sequence", "usage", "phases", "matched_stop_token_id")
+    __slots__ = ("reason", "matched_stop_sequence", "usage", "phases", "matched_stop_token_id", "cumulative_logprob")
     REASON_FIELD_NUMBER: _ClassVar[int]
     MATCHED_STOP_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     PHASES_FIELD_NUMBER: _ClassVar[int]
     MATCHED_STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    CUMULATIVE_LOGPROB_FIELD_NUMBER: _ClassVar[int]
     reason: FinishReason
     matched_stop_sequence: str
     usage: Usage
     phases: PhaseTimings
     matched_stop_token_id: int
-    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., matched_stop_sequence: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., phases: _Optional[_Union[PhaseTimings, _Mapping]] = ..., matched_stop_token_id: _Optional[int] = ...) -> None: ...
+    cumulative_logprob: float
+    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., matched_stop_sequence: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., phases: _Optional[_Union[PhaseTimings, _Mapping]] = ..., matched_stop_token_id: _Optional[int] = ..., cumulative_logprob: _Optional[float] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_token_count", "output_token_count", "cached_prompt_token_count")
@@ -177,7 +277,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_token_count: _Optional[int] = ..., output_token_count: _Optional[int] = ..., cached_prompt_token_count: _Optional[int] = ...) -> None: ...
 
 class PhaseTimings(_message.Message):
-    __slots__ = ("queue", "prefill", "handoff_wait", "kv_transfer", "decode_wait", "decode", "time_to_first_token", "kv_transfer_byte_count", "prefill_worker_id", "decode_worker_id", "attempt_count", "placement_mode", "placement_reason", "recomputed_token_count")
+    __slots__ = ("queue", "prefill", "handoff_wait", "kv_transfer", "decode_wait", "decode", "time_to_first_token", "kv_transfer_byte_count", "prefill_worker_id", "decode_worker_id", "attempt_count", "placement_mode", "placement_reason", "recomputed_token_count", "handover_mode", "kv_transfer_descriptor_count", "kv_pull_count", "kv_post", "kv_wire", "kv_verify", "recompute_reason")
     QUEUE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_WAIT_FIELD_NUMBER: _ClassVar[int]
@@ -192,6 +292,13 @@ class PhaseTimings(_message.Message):
     PLACEMENT_MODE_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_REASON_FIELD_NUMBER: _ClassVar[int]
     RECOMPUTED_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    HANDOVER_MODE_FIELD_NUMBER: _ClassVar[int]
+    KV_TRANSFER_DESCRIPTOR_COUNT_FIELD_NUMBER: _ClassVar[int]
+    KV_PULL_COUNT_FIELD_NUMBER: _ClassVar[int]
+    KV_POST_FIELD_NUMBER: _ClassVar[int]
+    KV_WIRE_FIELD_NUMBER: _ClassVar[int]
+    KV_VERIFY_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTE_REASON_FIELD_NUMBER: _ClassVar[int]
     queue: _duration_pb2.Duration
     prefill: _duration_pb2.Duration
     handoff_wait: _duration_pb2.Duration
@@ -206,4 +313,11 @@ class PhaseTimings(_message.Message):
     placement_mode: PlacementMode
     placement_reason: str
     recomputed_token_count: int
-    def __init__(self, queue: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., prefill: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., handoff_wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., kv_transfer: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., decode_wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., decode: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., time_to_first_token: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., kv_transfer_byte_count: _Optional[int] = ..., prefill_worker_id: _Optional[str] = ..., decode_worker_id: _Optional[str] = ..., attempt_count: _Optional[int] = ..., placement_mode: _Optional[_Union[PlacementMode, str]] = ..., placement_reason: _Optional[str] = ..., recomputed_token_count: _Optional[int] = ...) -> None: ...
+    handover_mode: HandoverMode
+    kv_transfer_descriptor_count: int
+    kv_pull_count: int
+    kv_post: _duration_pb2.Duration
+    kv_wire: _duration_pb2.Duration
+    kv_verify: _duration_pb2.Duration
+    recompute_reason: RecomputeReason
+    def __init__(self, queue: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., prefill: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., handoff_wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., kv_transfer: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., decode_wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., decode: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., time_to_first_token: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., kv_transfer_byte_count: _Optional[int] = ..., prefill_worker_id: _Optional[str] = ..., decode_worker_id: _Optional[str] = ..., attempt_count: _Optional[int] = ..., placement_mode: _Optional[_Union[PlacementMode, str]] = ..., placement_reason: _Optional[str] = ..., recomputed_token_count: _Optional[int] = ..., handover_mode: _Optional[_Union[HandoverMode, str]] = ..., kv_transfer_descriptor_count: _Optional[int] = ..., kv_pull_count: _Optional[int] = ..., kv_post: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., kv_wire: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., kv_verify: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., recompute_reason: _Optional[_Union[RecomputeReason, str]] = ...) -> None: ...

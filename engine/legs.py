@@ -28,8 +28,8 @@ from baton.request import (
     EngineStop,
     Sampling,
 )
+from baton.structures import structure_problem
 from engine.protocol import EngineInfo
-from engine.structures import structure_problem
 
 MAX_STOP_TOKEN_COUNT = 1024
 MAX_TEMPERATURE = 100.0

@@ -13,6 +13,7 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats
 
 PULLS_KEY = "baton_pulls"
+GIVEN_UP_KEY = "baton_given_up"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +42,25 @@ def pull_records(kv_connector_stats: Mapping[str, Any] | None) -> list[PullRecor
     return [PullRecord(*fields) for fields in kv_connector_stats.get(PULLS_KEY, ())]
 
 
+def given_up_pulls(kv_connector_stats: Mapping[str, Any] | None) -> list[str]:
+    """Requests, by vLLM's internal id, whose pull is late and cannot be taken back: somebody must end them."""
+    return list(kv_connector_stats.get(GIVEN_UP_KEY, ())) if kv_connector_stats else []
+
+
 class PullStats(NixlKVConnectorStats):  # type: ignore[misc]
     """vLLM's transfer statistics plus our records."""
 
     def reset(self) -> None:
         super().reset()
         self.data[PULLS_KEY] = []
+        self.data[GIVEN_UP_KEY] = []
 
     def record_pull(self, record: PullRecord) -> None:
         # A plain list of plain values: that is what survives the trip between the processes.
         self.data[PULLS_KEY].append(list(astuple(record)))
 
+    def record_given_up(self, request_id: str) -> None:
+        self.data[GIVEN_UP_KEY].append(request_id)
+
     def is_empty(self) -> bool:
-        return super().is_empty() and not self.data[PULLS_KEY]
+        return super().is_empty() and not self.data[PULLS_KEY] and not self.data[GIVEN_UP_KEY]

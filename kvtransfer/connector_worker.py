@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata, ReqMeta
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 
+from kvtransfer.connector_deadlines import PunctualWorker
 from kvtransfer.connector_faults import faulty
 from kvtransfer.connector_telemetry import PullRecord, PullStats
 
@@ -63,7 +63,7 @@ class SilentAgent:
         """Does nothing, on purpose."""
 
 
-class PullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
+class PullWorker(PunctualWorker):
     nixl_wrapper: Any
 
     def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig) -> None:
@@ -111,6 +111,9 @@ class PullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
         return freed
 
     # -- pulling -------------------------------------------------------------------------------
+
+    def given_up(self, request_id: str) -> None:
+        self.xfer_stats.record_given_up(request_id)
 
     def start_load_kv(self, metadata: NixlConnectorMetadata) -> None:
         now = time.monotonic()

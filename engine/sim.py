@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from baton.errors import FieldViolation, engine_failed, invalid_request, prompt_too_long, queue_full, ticket_refused
-from baton.leg import DecodeDone, DecodeEvent, KvAdopted, Stepped
+from baton.leg import DecodeDone, DecodeEvent, KvAdopted, RecomputeReason, Stepped
 from baton.request import EngineStop
 from engine import sim_scheduler
 from engine.blocks import BlockPool, BlockTable, block_count_for
@@ -27,7 +27,7 @@ from engine.protocol import DecodeJob, EngineInfo, EngineLoad, HeldKv, Prefilled
 from engine.sim_config import PhaseDelays, SimConfig
 from engine.sim_scheduler import Batch, Scheduler, State
 from engine.sim_tokens import TokenRule, simulated_answer
-from kvtransfer.simulated import HeldContent, PullFailed, SimNetwork, simulated_params
+from kvtransfer.simulated import HeldContent, PullFailed, PullGivenUp, SimNetwork, SimulatedPull, simulated_params
 from kvtransfer.transfer_params import SimulatedParams
 
 __all__ = ["PhaseDelays", "SimConfig", "SimEngine", "SimNetwork", "TokenRule", "simulated_answer"]
@@ -61,6 +61,8 @@ class _Pulled:
     byte_count: int
     block_count: int
     recomputed_token_count: int
+    recompute_reason: RecomputeReason | None = None
+    pull_count: int = 1
 
 
 class SimEngine:
@@ -85,6 +87,7 @@ class SimEngine:
         # The mutable state, besides the scheduler's: requests inside, KV held after prefills, and whether it lives.
         self._legs: dict[sim_scheduler.Sequence, _Leg] = {}
         self._held: dict[str, _Held] = {}
+        self._quarantined: dict[BlockTable, asyncio.TimerHandle] = {}
         self._death: str | None = None
         self._died = asyncio.Event()
         self._is_going = asyncio.Event()
@@ -110,6 +113,11 @@ class SimEngine:
     def held_count(self) -> int:
         """Prefills whose KV waits for a puller."""
         return len(self._held)
+
+    @property
+    def quarantined_count(self) -> int:
+        """Pulls that ended while their read had not."""
+        return len(self._quarantined)
 
     async def start(self) -> None:
         if self._task is not None or self._death is not None:
@@ -324,24 +332,49 @@ class SimEngine:
         wait_s = started_at - leg.arrived_at
         if not sequence.needs_pull:
             self.network.note_pulled(params)
-            return _Pulled(wait_s, 0.0, started_at, 0, 0, 0)
+            return _Pulled(wait_s, 0.0, started_at, 0, 0, 0, pull_count=0)
         size = self.config.block_token_count
         block_count = block_count_for(params.token_count, size) - sequence.computed_token_count // size
         byte_count = block_count * size * self.config.cost.kv_bytes_per_token  # whole blocks move
+        pull = self.network.pull(params, self.config.engine_id)
         try:
-            content = await self.network.pull(
-                params, byte_count, extra_s=self.extra_delay_s.transfer, sleep=self._sleep
+            content = await pull.run(
+                byte_count,
+                timeout_s=self.config.pull_timeout_s,
+                extra_s=self.extra_delay_s.transfer,
+                sleep=self._sleep,
             )
-        except PullFailed:
+        except PullFailed as failure:
             ended_at = _now()
             recomputed_count = self.scheduler.pull_failed(sequence)
             self._has_work.set()
-            return _Pulled(wait_s, ended_at - started_at, ended_at, 0, 0, recomputed_count)
+            return _Pulled(wait_s, ended_at - started_at, ended_at, 0, 0, recomputed_count, failure.reason)
+        except PullGivenUp:
+            raise ticket_refused(
+                "pull_timed_out", f"its read was not over after {self.config.pull_timeout_s:g} s"
+            ) from None
+        finally:
+            self._quarantine(sequence, pull)  # also where the caller left in the middle of it
         ended_at = _now()
         await self._sleep(self.extra_delay_s.decode_wait)
         self.scheduler.pulled(sequence, content)
         self._has_work.set()
         return _Pulled(wait_s, ended_at - started_at, ended_at, byte_count, block_count, 0)
+
+    def _quarantine(self, sequence: sim_scheduler.Sequence, pull: SimulatedPull) -> None:
+        """Blocks that a read may still write to are nobody's until it is over."""
+        left_s = pull.busy_until - _now()
+        table = sequence.table
+        if left_s <= 0 or table is None or table.is_freed:
+            return
+        sequence.table = None
+        self._quarantined[table] = asyncio.get_running_loop().call_later(left_s, self._end_quarantine, table)
+
+    def _end_quarantine(self, table: BlockTable) -> None:
+        if (timer := self._quarantined.pop(table, None)) is not None:
+            timer.cancel()
+            table.free()
+            self._has_work.set()
 
     def _adopted_by_computing(self, leg: _Leg) -> KvAdopted:
         sequence = leg.sequence
@@ -370,6 +403,8 @@ class SimEngine:
             transfer_bytes=pulled.byte_count,
             descriptor_count=pulled.block_count,
             recomputed_token_count=pulled.recomputed_token_count,
+            recompute_reason=pulled.recompute_reason,
+            pull_count=pulled.pull_count,
             prefill_s=0.0,
             cached_token_count=sequence.cached_token_count,
         )
@@ -443,6 +478,8 @@ class SimEngine:
             self._task.cancel()
         for handle in list(self._held):
             self._drop_held(handle)
+        for table in list(self._quarantined):
+            self._end_quarantine(table)
         for sequence, leg in self._legs.items():
             self.scheduler.remove(sequence)
             leg.changed.set()

@@ -53,6 +53,8 @@ class SimConfig:
     cost: CostModel = CostModel()
     tokens: TokenRule = TokenRule()
     extra_delay_s: PhaseDelays = PhaseDelays()
+    pull_timeout_s: float = 10.0
+    """As of ``EngineConfig``."""
     start_s: float = 0.0
     """How long loading the model takes."""
     backstop_extra_s: float = 60.0
@@ -108,6 +110,7 @@ class SimConfig:
             "max_batched_token_count": engine.max_batched_token_count,
             "enable_prefix_caching": engine.enable_prefix_caching,
             "cost": cost,
+            "pull_timeout_s": engine.pull_timeout_s,
         }
         values["tokens"] = _table("tokens", given.pop("tokens", {}), TokenRule)
         values["extra_delay_s"] = _table("extra_delay_s", given.pop("extra_delay_s", {}), PhaseDelays)

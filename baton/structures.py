@@ -13,6 +13,8 @@ import re
 from baton.request import MAX_CHOICE_COUNT, MAX_STRUCTURE_BYTES, Structure, StructureKind
 
 MAX_NESTING = 32
+MAX_CHECK_S = 2.0
+"""Longest time that an engine's grammar compiler may take to read one."""
 MAX_REPETITION_COUNT = 1024
 MAX_EXPANDED_SIZE = MAX_STRUCTURE_BYTES
 

@@ -36,6 +36,10 @@ def engine_environment(config: EngineConfig) -> dict[str, str]:
     if _is_loopback(config.side_channel_host) and "UCX_NET_DEVICES" not in os.environ:
         # NIXL's transport listens on every interface otherwise; peers of a loopback address are on this host.
         variables["UCX_NET_DEVICES"] = "lo"
+    if config.enforce_eager:
+        # vLLM compiles one small function of the sampler even so: at the first request for logprobs, with every other
+        # request of the engine waiting for seconds.
+        variables["TORCHDYNAMO_DISABLE"] = "1"
     if config.device == "cpu":
         thread_count = len(config.cores) or len(os.sched_getaffinity(0))
         variables |= {

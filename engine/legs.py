@@ -32,7 +32,7 @@ from baton.structures import structure_problem
 from engine.protocol import EngineInfo
 
 MAX_STOP_TOKEN_COUNT = 1024
-MAX_TEMPERATURE = 100.0
+MAX_TEMPERATURE = 2.0
 RETRY_AFTER_S = 0.25
 
 _LEG_ID = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")

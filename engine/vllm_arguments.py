@@ -41,6 +41,9 @@ def engine_arguments(config: EngineConfig, identity: EngineIdentity) -> dict[str
             pull_timeout_s=config.pull_timeout_s,
             transfer_faults=config.transfer_faults,
         ),
+        # Named: left to choose, an engine keeps whichever its first structured request needed, and two engines that
+        # go on with each other's answers would mask different tokens.
+        "structured_outputs_config": {"backend": "xgrammar"},
         # Requests, hence prompts, are never logged; statistics reach us through ``reports`` alone.
         "enable_log_requests": False,
         "disable_log_stats": True,

@@ -3,8 +3,8 @@
 Owns the engine process and every request in it. Never tokenises, never logs a prompt, never decides which
 worker does what. What vLLM needs to move KV is in ``kvtransfer/connector*.py``.
 
-Sampling with a seed: a handed-over decode starts its generator anew, so seeded *sampled* output of two workers
-differs from that of one. Greedy output is the same to the token.
+A job's last ``output_token_count`` tokens are output that the answer has already. The engine is given them as output,
+not as prompt (``kvtransfer/connector_scheduler.py``): every sampling mode goes on as if one engine had done it all.
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ from baton.errors import (
     ticket_refused,
 )
 from baton.leg import DecodeDone, DecodeEvent, Stepped
-from baton.request import EngineStop, LegFinish, Sampling
+from baton.request import LegFinish, Structure, StructureKind, TokenLogprobs
+from baton.structures import MAX_CHECK_S
 from engine.adoption import StartTimes, kv_adopted
 from engine.config import EngineConfig, EngineIdentity
 from engine.environment import engine_environment, put_in_force
+from engine.legs import sampling_violations
 from engine.protocol import DecodeJob, EngineInfo, EngineLoad, HeldKv, Prefilled, PrefillJob
 from kvtransfer.connector_parent import claim_ownership
+from kvtransfer.emitted_tokens import extra_args
 from kvtransfer.transfer_params import NixlParams, TransferLimits, validate_transfer_params
 
 __all__ = ["VllmEngine"]
@@ -44,6 +47,7 @@ __all__ = ["VllmEngine"]
 _CALL_TIMEOUT_S = 60.0
 """A call into the engine process waits for the step in progress, which may be a long chunk of prefill."""
 _SHUTDOWN_TIMEOUT_S = 5.0
+_KNOWN_STRUCTURE_COUNT = 256
 _PEER_FIELDS = tuple(f.name for f in fields(NixlParams))
 
 
@@ -67,6 +71,9 @@ class VllmEngine:
         )
         self._leg_numbers = itertools.count()
         self._background: set[asyncio.Task[None]] = set()
+        self._known_structures: dict[Structure, None] = {}
+        """Read before and found good, oldest first."""
+        self._structure_reader = asyncio.Semaphore(1)
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -181,6 +188,7 @@ class VllmEngine:
                 queue_s=max(0.0, last.metrics.scheduled_ts - arrived),
                 compute_s=max(0.0, last.metrics.first_token_ts - last.metrics.scheduled_ts),
                 cached_token_count=last.num_cached_tokens or 0,
+                first_logprobs=(*_token_logprobs(job, last.outputs[0]), None)[0],
             )
             is_handed_over = True
             return prefilled
@@ -219,7 +227,7 @@ class VllmEngine:
                         )
                     (completion,) = output.outputs
                     if completion.token_ids:
-                        yield Stepped(tuple(completion.token_ids))
+                        yield Stepped(tuple(completion.token_ids), _token_logprobs(job, completion))
                     if output.finished:
                         is_stop = completion.finish_reason == "stop"
                         yield DecodeDone(LegFinish.STOP if is_stop else LegFinish.LENGTH)
@@ -290,18 +298,21 @@ class VllmEngine:
         self, request_id: str, job: PrefillJob | DecodeJob, max_token_count: int, transfer: dict[str, Any] | None
     ) -> AsyncGenerator[Any, None]:
         """The engine's outputs; errors become ``BatonError``. However it ends, the request ends with it."""
-        self._check(job.prompt_token_ids, max_token_count)
+        self._check(job, max_token_count)
         from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
 
+        if job.sampling.structure is not None:
+            await self._check_structure(job.sampling.structure)
         llm = self._running
         try:
-            sampling = _sampling_params(job.sampling, job.stop, max_token_count, transfer)
+            sampling = _sampling_params(job, max_token_count, transfer)
         except (VLLMClientError, ValueError) as error:
             what = getattr(error, "parameter", None) or "value"
             raise invalid_request([FieldViolation(f"sampling.{what}", "was refused by the engine")]) from None
         is_finished = False
-        prompt = tokens_input(list(job.prompt_token_ids))
+        true_prompt = job.prompt_token_ids[: len(job.prompt_token_ids) - job.output_token_count]
+        prompt = tokens_input(list(true_prompt), cache_salt=job.tenant or None)
         # Ours: larger goes first. vLLM's: smaller does.
         outputs = llm.generate(prompt, sampling, request_id, priority=-job.priority)
         try:
@@ -317,8 +328,8 @@ class VllmEngine:
             raise
         except VLLMClientError as error:
             # The text may quote the prompt; its type and field say enough.
-            what = getattr(error, "parameter", None) or type(error).__name__
-            raise invalid_request([FieldViolation(str(what), "was refused by the engine")]) from None
+            what = getattr(error, "parameter", None) or "value"
+            raise invalid_request([FieldViolation(f"sampling.{what}", "was refused by the engine")]) from None
         except Exception as error:
             raise self._failed(f"the engine failed: {type(error).__name__}") from error
         finally:
@@ -349,8 +360,9 @@ class VllmEngine:
             raise ticket_refused("params", "not this engine's kind of transfer")
         return checked
 
-    def _check(self, prompt_token_ids: tuple[int, ...], max_token_count: int) -> None:
+    def _check(self, job: PrefillJob | DecodeJob, max_token_count: int) -> None:
         info = self.info
+        prompt_token_ids = job.prompt_token_ids
         if len(prompt_token_ids) > info.max_context_token_count - 1:
             raise prompt_too_long(len(prompt_token_ids), info.max_context_token_count - 1)
         if not prompt_token_ids:
@@ -361,6 +373,27 @@ class VllmEngine:
             )
         if max_token_count < 1:
             raise invalid_request([FieldViolation("stop.max_output_token_count", "must be at least 1")])
+        if not 0 <= job.output_token_count < len(prompt_token_ids):
+            raise invalid_request([FieldViolation("output_token_count", "must leave at least one token of prompt")])
+        violations = list(sampling_violations(job.sampling, info))
+        if violations:
+            raise invalid_request(violations)
+
+    async def _check_structure(self, structure: Structure) -> None:
+        """Reads it as the engine will, beside the event loop: what takes too long here would hold the loop up."""
+        if structure in self._known_structures:
+            return
+        async with self._structure_reader:
+            reading = asyncio.get_running_loop().run_in_executor(None, _read_structure, structure)
+            done, _ = await asyncio.wait([reading], timeout=MAX_CHECK_S)
+        if not done:
+            reading.add_done_callback(lambda late: late.exception())
+            raise invalid_request([FieldViolation("sampling.structure", "takes too long to read")])
+        if not reading.result():
+            raise invalid_request([FieldViolation("sampling.structure", "is not one that the engine can follow")])
+        if len(self._known_structures) >= _KNOWN_STRUCTURE_COUNT:
+            self._known_structures.pop(next(iter(self._known_structures)))
+        self._known_structures[structure] = None
 
 
 def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
@@ -378,25 +411,81 @@ def _vllm_version() -> str:
     return str(vllm.__version__)
 
 
-def _sampling_params(
-    sampling: Sampling, stop: EngineStop, max_token_count: int, transfer: dict[str, Any] | None
-) -> Any:
+def _sampling_params(job: PrefillJob | DecodeJob, max_token_count: int, transfer: dict[str, Any] | None) -> Any:
+    """To vllm, the answer is all of it: what was emitted already counts towards its lengths."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    return SamplingParams(
-        max_tokens=max_token_count,
+    sampling, stop = job.sampling, job.stop
+    answer_token_count = job.output_token_count + max_token_count
+    params = SamplingParams(
+        max_tokens=answer_token_count,
+        min_tokens=min(stop.min_token_count, answer_token_count),
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         min_p=sampling.min_p,
         seed=sampling.seed,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=dict(sampling.logit_bias) or None,
+        allowed_token_ids=list(sampling.allowed_token_ids) or None,
+        structured_outputs=None if sampling.structure is None else _structured_outputs(sampling.structure),
+        logprobs=job.top_logprob_count,
         stop_token_ids=list(stop.stop_token_ids),
         ignore_eos=stop.ignore_eos,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
-        extra_args=None if transfer is None else {"kv_transfer_params": transfer},
+        extra_args=extra_args(job.prompt_token_ids[len(job.prompt_token_ids) - job.output_token_count :], transfer),
+        skip_clone=True,  # made for this one request
     )
+    if sampling.bad_token_sequences:
+        # vLLM takes words and tokenises them, each in two spellings; what its sampler reads are these.
+        params._bad_words_token_ids = [list(each) for each in sampling.bad_token_sequences]
+    return params
+
+
+def _structured_outputs(structure: Structure) -> Any:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    match structure.kind:
+        case StructureKind.JSON_SCHEMA:
+            return StructuredOutputsParams(json=structure.text)
+        case StructureKind.JSON_OBJECT:
+            return StructuredOutputsParams(json_object=True)
+        case StructureKind.REGEX:
+            return StructuredOutputsParams(regex=structure.text)
+        case StructureKind.CHOICE:
+            return StructuredOutputsParams(choice=list(structure.choices))
+        case StructureKind.GRAMMAR:
+            return StructuredOutputsParams(grammar=structure.text)
+
+
+def _read_structure(structure: Structure) -> bool:
+    """Whether the engine's grammar compiler can read it. What it says of the reasons quotes the text."""
+    from vllm import SamplingParams
+    from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
+
+    try:
+        validate_xgrammar_grammar(SamplingParams(structured_outputs=_structured_outputs(structure)))
+    except Exception:
+        return False
+    return True
+
+
+def _token_logprobs(job: PrefillJob | DecodeJob, completion: Any) -> tuple[TokenLogprobs, ...]:
+    """Of the tokens of this output; vLLM's are one mapping a token, of the drawn one and the likeliest."""
+    count = job.top_logprob_count
+    if count is None:
+        return ()
+    told = []
+    for token_id, candidates in zip(completion.token_ids, completion.logprobs, strict=True):
+        drawn = candidates[token_id]
+        likeliest = sorted((each.rank, other_id, each.logprob) for other_id, each in candidates.items())
+        top = tuple((other_id, logprob) for rank, other_id, logprob in likeliest if rank <= count)
+        told.append(TokenLogprobs(drawn.logprob, drawn.rank, top))
+    return tuple(told)
 
 
 def _create(config: EngineConfig, identity: EngineIdentity) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from baton.leg import DecodeDone, KvAdopted, Stepped
-from baton.request import EngineStop, LegFinish
+from baton.request import EngineStop, LegFinish, TokenLogprobs
 from engine.config import EngineConfig, EngineIdentity
 from engine.protocol import DecodeJob, HeldKv, Prefilled, PrefillJob
 
@@ -92,6 +92,21 @@ async def decoded(engine: VllmEngine, job: DecodeJob) -> tuple[KvAdopted, list[i
         assert isinstance(step, Stepped)
         tokens += step.token_ids
     return adopted, tokens, done.finish
+
+
+async def decoded_with_logprobs(
+    engine: VllmEngine, job: DecodeJob
+) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...], LegFinish]:
+    """Tokens, their logprobs and why it ended."""
+    _, *steps, done = [event async for event in engine.decode(job)]
+    assert isinstance(done, DecodeDone)
+    tokens: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    for step in steps:
+        assert isinstance(step, Stepped)
+        tokens += step.token_ids
+        logprobs += step.logprobs
+    return tuple(tokens), tuple(logprobs), done.finish
 
 
 async def alone(engine: VllmEngine, ids: tuple[int, ...], count: int = OUTPUT_TOKEN_COUNT) -> list[int]:

@@ -16,7 +16,8 @@ import asyncio
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,13 +66,22 @@ KINDS = (
 )
 
 
+@contextmanager
+def quietly(level: int = logging.WARNING) -> Iterator[None]:
+    """The product's own warnings are not shown: misfortune is what is asked for."""
+    before = logging.root.manager.disable
+    logging.disable(level)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def run_interleavings(count: int, seed: int, say: Callable[[str], None]) -> Report:
-    """Runs ``count`` scenarios from ``seed`` on. Takes some 10 ms each. The product's own warnings are not shown."""
+    """Runs ``count`` scenarios from ``seed`` on. Takes some 10 ms each."""
     seen: list[Seen] = []
     failures: list[Failure] = []
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
+    with quietly():
         for number in range(count):
             try:
                 seen.append(run_scenario(seed + number))
@@ -79,8 +89,6 @@ def run_interleavings(count: int, seed: int, say: Callable[[str], None]) -> Repo
                 failures.append(Failure(seed + number, f"{type(error).__name__}: {error}"[:500]))
             if (number + 1) % SAY_EVERY == 0:
                 say(f"interleavings: {number + 1} of {count}, {len(failures)} broken")
-    finally:
-        logging.disable(before)
     rows = []
     for kind in KINDS:
         of_kind = [each for each in seen if each.kind == kind]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.request import Role
-from bench import evidence
+from bench import evidence, soak_faults
 from bench.drills import (
     Overrun,
     answer_of,
@@ -247,6 +247,7 @@ SECTIONS: dict[str, Section] = {
     "books": Section(books),
     "deaths": Section(deaths),
     "interleavings": Section(interleavings),
+    "faults": Section(soak_faults.run, soak_faults.add_options),
 }
 
 

@@ -183,7 +183,8 @@ class Heard:
 
 class VirtualCluster:
     def __init__(self, config: SimConfig, **options: Any) -> None:
-        self.network = SimNetwork(spans_processes=False)
+        self.network = SimNetwork(spans_processes=False, misfortune=options.pop("misfortune", None))
+        connect = options.pop("connect", ProcessClient)
         self.config = config
         self.processes: dict[str, WorkerProcess] = {}
         self.dead: list[WorkerProcess] = []
@@ -191,7 +192,7 @@ class VirtualCluster:
         self._requests = itertools.count(1)
         self.registry = CollectorRegistry()
         self.roster = Roster(
-            lambda spec: ProcessClient(self.processes[spec.worker_id]), options.pop("roster", RosterLimits())
+            lambda spec: connect(self.processes[spec.worker_id]), options.pop("roster", RosterLimits())
         )
         self.admission = Admission(
             self.roster,
@@ -328,9 +329,15 @@ class VirtualCluster:
 
 @asynccontextmanager
 async def virtual_cluster(
-    prefill_count: int = 1, decode_count: int = 1, *, sim: dict[str, Any] | None = None, **options: Any
+    prefill_count: int = 1,
+    decode_count: int = 1,
+    *,
+    sim: dict[str, Any] | None = None,
+    rest_s: float = 1.0,
+    **options: Any,
 ) -> AsyncIterator[VirtualCluster]:
-    """``sim``: changes to every engine; ``options``: limits and policy of the router's parts."""
+    """``sim``: changes to every engine; ``options``: limits and policy of the router's parts, ``misfortune`` of the
+    network, ``connect`` from a process to its client. At the end the books must balance within ``rest_s``."""
     cluster = VirtualCluster(dataclasses.replace(SIM, **(sim or {})), **options)
     try:
         for role, count in ((Role.PREFILL, prefill_count), (Role.DECODE, decode_count)):
@@ -338,6 +345,6 @@ async def virtual_cluster(
                 await cluster.launch(f"{role.value}-{index}", role)
         await cluster.until_ready()
         yield cluster
-        await cluster.assert_balanced()
+        await cluster.assert_balanced(rest_s)
     finally:
         await cluster.close()

@@ -202,7 +202,7 @@ class SimulatedPull:
     async def run(
         self, byte_count: int, *, timeout_s: float, extra_s: float = 0.0, sleep: Sleep = asyncio.sleep
     ) -> int | None:
-        """Takes ``extra_s`` before its read is posted and then the time of the link; returns the content that arrived.
+        """Takes ``extra_s`` until its read is posted, then the time of the link. Returns the content that came.
 
         ``sleep`` lets the puller's own death end the wait; what it raises comes through.
 

@@ -3,8 +3,9 @@
 ``SimEngine`` satisfies ``engine.protocol.Engine``. It owns one task, which is the engine: admit, schedule, run
 (wait for as long as the cost model says), apply, report. A request's own coroutine waits for its turn there, does
 its pull, and frees what it owns however it ends. Time is the running loop's, so it works in virtual and in real time.
-Sampling parameters are ignored: what is said follows from the tokens before it alone (``sim_tokens``). It is for
-tests, for the simulator and for scale; never what a user gets from the main command.
+Sampling parameters are ignored: what is said follows from the tokens before it alone (``sim_tokens``), except that an
+answer does not end before its least length. It is for tests, for the simulator and for scale; never what a user gets
+from the main command.
 
 A pull that fails (source gone, KV released or expired) is recomputed here and reported, as the real engine does
 under its "recompute" policy. Faults for tests: ``kill``, ``hang`` and ``resume``, and ``extra_delay_s``.
@@ -20,7 +21,6 @@ from dataclasses import dataclass, field
 
 from baton.errors import FieldViolation, engine_failed, invalid_request, prompt_too_long, queue_full, ticket_refused
 from baton.leg import DecodeDone, DecodeEvent, KvAdopted, RecomputeReason, Stepped
-from baton.request import EngineStop
 from engine import sim_scheduler
 from engine.blocks import BlockPool, BlockTable, block_count_for
 from engine.protocol import DecodeJob, EngineInfo, EngineLoad, HeldKv, Prefilled, PrefillJob
@@ -127,7 +127,7 @@ class SimEngine:
         await self._sleep(self.config.start_s)
 
     async def prefill(self, job: PrefillJob) -> Prefilled:
-        leg = self._enter(job.prompt_token_ids, job.stop, job.priority, is_prefill=True, keeps_kv=job.hold_kv)
+        leg = self._enter(job, is_prefill=True, keeps_kv=job.hold_kv)
         sequence = leg.sequence
         try:
             await self._queue(leg)
@@ -144,6 +144,7 @@ class SimEngine:
                 queue_s=sequence.scheduled_at - leg.arrived_at,
                 compute_s=sequence.first_token_at - sequence.scheduled_at,
                 cached_token_count=sequence.cached_token_count,
+                first_logprobs=sequence.logprobs[0] if sequence.logprobs else None,
             )
         finally:
             self._leave(leg)
@@ -152,13 +153,7 @@ class SimEngine:
         params = None if job.pull is None else simulated_params(job.pull)
         if params is not None and params.token_count >= len(job.prompt_token_ids):
             raise ticket_refused("params", "more tokens are held than the prompt has before its last token")
-        leg = self._enter(
-            job.prompt_token_ids,
-            job.stop,
-            job.priority,
-            is_prefill=False,
-            pull_token_count=0 if params is None else params.token_count,
-        )
+        leg = self._enter(job, is_prefill=False, pull_token_count=0 if params is None else params.token_count)
         sequence = leg.sequence
         try:
             await self._queue(leg)
@@ -185,8 +180,9 @@ class SimEngine:
                 )
                 # A slow consumer gets several steps at once; how many is bounded by max_token_count.
                 fresh = tuple(sequence.token_ids[sequence.prompt_token_count + reported_count :])
+                logprobs = tuple(sequence.logprobs[reported_count:])
                 reported_count += len(fresh)
-                yield Stepped(fresh)
+                yield Stepped(fresh, logprobs)
             yield DecodeDone(sequence.finish)
         finally:
             self._leave(leg)
@@ -287,29 +283,30 @@ class SimEngine:
 
     def _enter(
         self,
-        prompt_token_ids: tuple[int, ...],
-        stop: EngineStop,
-        priority: int,
+        job: PrefillJob | DecodeJob,
         *,
         is_prefill: bool,
         keeps_kv: bool = False,
         pull_token_count: int = 0,
     ) -> _Leg:
         self._check_alive()
-        self._check_request(prompt_token_ids, stop)
+        self._check_request(job)
         waiting_count = self.load().waiting_count
         if waiting_count >= self.config.max_waiting_count:
             raise queue_full(waiting_count, self.config.max_waiting_count, retry_after_s=1.0)
         sequence = sim_scheduler.Sequence(
             order=next(self._orders),
-            prompt_token_ids=prompt_token_ids,
-            stop=stop,
-            priority=priority,
+            prompt_token_ids=job.prompt_token_ids,
+            stop=job.stop,
+            priority=job.priority,
             block_token_count=self.config.block_token_count,
             max_context_token_count=self.config.max_context_token_count,
             is_prefill=is_prefill,
             keeps_kv=keeps_kv,
             pull_token_count=pull_token_count,
+            answer_token_count=job.output_token_count,
+            top_logprob_count=job.top_logprob_count,
+            tenant=job.tenant,
         )
         leg = _Leg(sequence, _now())
         self._legs[sequence] = leg
@@ -458,7 +455,8 @@ class SimEngine:
         if self._task is None:
             raise engine_failed(self.config.engine_id, "the engine was not started")
 
-    def _check_request(self, prompt_token_ids: tuple[int, ...], stop: EngineStop) -> None:
+    def _check_request(self, job: PrefillJob | DecodeJob) -> None:
+        prompt_token_ids = job.prompt_token_ids
         limit = self.config.max_context_token_count - 1
         if not prompt_token_ids:
             raise invalid_request([FieldViolation("prompt", "has no tokens; give at least one")])
@@ -467,7 +465,9 @@ class SimEngine:
         vocab_size = self.config.tokens.vocab_size
         if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= vocab_size:
             raise invalid_request([FieldViolation("prompt", f"has a token id outside 0 to {vocab_size - 1}")])
-        if stop.max_token_count < 1:
+        if not 0 <= job.output_token_count < len(prompt_token_ids):
+            raise invalid_request([FieldViolation("output_token_count", "must leave at least one token of prompt")])
+        if job.stop.max_token_count < 1:
             raise invalid_request([FieldViolation("stop.max_output_token_count", "must be at least 1")])
 
     def _die(self, why: str, *, is_own_task: bool = False) -> None:

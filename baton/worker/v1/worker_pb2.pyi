@@ -281,7 +281,7 @@ class GetWorkerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetWorkerInfoResponse(_message.Message):
-    __slots__ = ("worker_id", "epoch", "role", "model", "max_context_token_count", "block_token_count", "block_count", "max_running_count", "kv_bytes_per_token", "engine", "vocab_size")
+    __slots__ = ("worker_id", "epoch", "role", "model", "max_context_token_count", "block_token_count", "block_count", "max_running_count", "kv_bytes_per_token", "engine", "vocab_size", "transfer_peer")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -293,6 +293,7 @@ class GetWorkerInfoResponse(_message.Message):
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_PEER_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: str
     role: str
@@ -304,7 +305,8 @@ class GetWorkerInfoResponse(_message.Message):
     kv_bytes_per_token: int
     engine: str
     vocab_size: int
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., max_context_token_count: _Optional[int] = ..., block_token_count: _Optional[int] = ..., block_count: _Optional[int] = ..., max_running_count: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., engine: _Optional[str] = ..., vocab_size: _Optional[int] = ...) -> None: ...
+    transfer_peer: bytes
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., max_context_token_count: _Optional[int] = ..., block_token_count: _Optional[int] = ..., block_count: _Optional[int] = ..., max_running_count: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., engine: _Optional[str] = ..., vocab_size: _Optional[int] = ..., transfer_peer: _Optional[bytes] = ...) -> None: ...
 
 class WatchLoadRequest(_message.Message):
     __slots__ = ("interval_ms",)
@@ -348,6 +350,30 @@ class GetLoadResponse(_message.Message):
     load: WatchLoadResponse
     task_counts: _containers.ScalarMap[str, int]
     def __init__(self, load: _Optional[_Union[WatchLoadResponse, _Mapping]] = ..., task_counts: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class IntroduceRequest(_message.Message):
+    __slots__ = ("transfer_peers",)
+    TRANSFER_PEERS_FIELD_NUMBER: _ClassVar[int]
+    transfer_peers: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, transfer_peers: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class IntroduceResponse(_message.Message):
+    __slots__ = ("introduced",)
+    INTRODUCED_FIELD_NUMBER: _ClassVar[int]
+    introduced: _containers.RepeatedCompositeFieldContainer[Introduced]
+    def __init__(self, introduced: _Optional[_Iterable[_Union[Introduced, _Mapping]]] = ...) -> None: ...
+
+class Introduced(_message.Message):
+    __slots__ = ("worker_id", "epoch", "problem", "duration_s")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    DURATION_S_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    epoch: str
+    problem: str
+    duration_s: float
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[str] = ..., problem: _Optional[str] = ..., duration_s: _Optional[float] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("timeout_s",)

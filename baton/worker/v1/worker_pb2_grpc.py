@@ -292,6 +292,11 @@ class WorkerServiceStub(object):
                 request_serializer=baton_dot_worker_dot_v1_dot_worker__pb2.GetLoadRequest.SerializeToString,
                 response_deserializer=baton_dot_worker_dot_v1_dot_worker__pb2.GetLoadResponse.FromString,
                 _registered_method=True)
+        self.Introduce = channel.unary_unary(
+                '/baton.worker.v1.WorkerService/Introduce',
+                request_serializer=baton_dot_worker_dot_v1_dot_worker__pb2.IntroduceRequest.SerializeToString,
+                response_deserializer=baton_dot_worker_dot_v1_dot_worker__pb2.IntroduceResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/baton.worker.v1.WorkerService/Drain',
                 request_serializer=baton_dot_worker_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
@@ -326,6 +331,15 @@ class WorkerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Introduce(self, request, context):
+        """Makes the worker's engine known to the engines of other workers: it connects
+        to them and reads a little, so that no request pays for the first contact.
+        Idempotent. A peer that cannot be reached is told, and is no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Drain(self, request, context):
         """Stops taking work; returns when the running work is done or the time is up.
         """
@@ -350,6 +364,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.GetLoad,
                     request_deserializer=baton_dot_worker_dot_v1_dot_worker__pb2.GetLoadRequest.FromString,
                     response_serializer=baton_dot_worker_dot_v1_dot_worker__pb2.GetLoadResponse.SerializeToString,
+            ),
+            'Introduce': grpc.unary_unary_rpc_method_handler(
+                    servicer.Introduce,
+                    request_deserializer=baton_dot_worker_dot_v1_dot_worker__pb2.IntroduceRequest.FromString,
+                    response_serializer=baton_dot_worker_dot_v1_dot_worker__pb2.IntroduceResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -439,6 +458,33 @@ class WorkerService(object):
             '/baton.worker.v1.WorkerService/GetLoad',
             baton_dot_worker_dot_v1_dot_worker__pb2.GetLoadRequest.SerializeToString,
             baton_dot_worker_dot_v1_dot_worker__pb2.GetLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Introduce(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.worker.v1.WorkerService/Introduce',
+            baton_dot_worker_dot_v1_dot_worker__pb2.IntroduceRequest.SerializeToString,
+            baton_dot_worker_dot_v1_dot_worker__pb2.IntroduceResponse.FromString,
             options,
             channel_credentials,
             insecure,

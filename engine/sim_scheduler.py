@@ -18,7 +18,7 @@ import enum
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-from baton.request import EngineStop, LegFinish
+from baton.request import EngineStop, LegFinish, TokenLogprobs
 from engine.blocks import BlockPool, BlockTable, block_count_for, chain_hashes
 from engine.cost import Chunk
 from engine.sim_tokens import EMPTY_CONTENT, TokenRule, extend_content
@@ -47,13 +47,22 @@ class Sequence:
         is_prefill: bool,
         keeps_kv: bool = False,
         pull_token_count: int = 0,
+        answer_token_count: int = 0,
+        top_logprob_count: int | None = None,
+        tenant: str = "",
     ) -> None:
+        """``answer_token_count``: how many of the last ``prompt_token_ids`` are the answer's already."""
         self.token_ids = list(prompt_token_ids)
         self.prompt_token_count = len(self.token_ids)
         self.stop = stop
         self.is_prefill = is_prefill
         self.keeps_kv = keeps_kv
         self.pull_token_count = pull_token_count
+        self.answered_before = answer_token_count
+        self.top_logprob_count = top_logprob_count
+        self.logprobs: list[TokenLogprobs] = []
+        """One of each output token, if they are wanted."""
+        self.salt = tenant.encode()
         self.sort_key = (-priority, order)
         self.state = State.WAITING
         output_limit = 1 if is_prefill else stop.max_token_count
@@ -61,7 +70,7 @@ class Sequence:
         needed = min(self.prompt_token_count + output_limit - 1, max_context_token_count)
         self.block_count = block_count_for(needed, block_token_count)
         # The last token of a prompt is always computed: without it there is nothing to sample from.
-        self.hashes = list(chain_hashes(self.token_ids[:-1], block_token_count))
+        self.hashes = list(chain_hashes(self.token_ids[:-1], block_token_count, salt=self.salt))
         self.table: BlockTable | None = None
         self.content = EMPTY_CONTENT
         self.computed_token_count = 0
@@ -270,13 +279,20 @@ class Scheduler:
             if index == len(sequence.hashes):
                 parent = sequence.hashes[-1] if sequence.hashes else None
                 block = sequence.token_ids[index * size : (index + 1) * size]
-                sequence.hashes += chain_hashes(block, size, parent=parent)
+                sequence.hashes += chain_hashes(block, size, salt=sequence.salt, parent=parent)
             sequence.table.publish(index, sequence.hashes[index])
             sequence.published_block_count = index + 1
 
     def _sample(self, sequence: Sequence, now: float) -> None:
-        token_id = self.rule.next_token(sequence.content, len(sequence.token_ids))
+        early = self.rule.too_early(
+            sequence.answered_before + sequence.output_token_count,
+            min_token_count=sequence.stop.min_token_count,
+            stop_token_ids=sequence.stop.stop_token_ids,
+        )
+        token_id = self.rule.next_token(sequence.content, len(sequence.token_ids), early)
         sequence.token_ids.append(token_id)
+        if sequence.top_logprob_count is not None:
+            sequence.logprobs.append(self.rule.logprobs(sequence.content, token_id, sequence.top_logprob_count))
         if sequence.first_token_at is None:
             sequence.first_token_at = now
         sequence.finish = self.rule.finish_of(

@@ -7,10 +7,10 @@ would, and a gap, a repeat, a swap or another request's KV changes everything af
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from baton.request import LegFinish
+from baton.request import LegFinish, TokenLogprobs
 
 EMPTY_CONTENT = 0x243F6A8885A308D3
 _MASK = (1 << 64) - 1
@@ -48,15 +48,35 @@ class TokenRule:
         if self.eos_token_id is None and (self.eos_when is not None or self.eos_probability > 0):
             raise ValueError("a model that ends needs an eos_token_id")
 
-    def next_token(self, content: int, position: int) -> int:
-        if self.eos_token_id is not None and self._ends(content, position):
+    def next_token(self, content: int, position: int, forbidden: Collection[int] = ()) -> int:
+        """``forbidden``: not to be said here, a small part of the vocabulary; the next word is said instead."""
+        may_end = self.eos_token_id not in forbidden
+        if self.eos_token_id is not None and may_end and self._ends(content, position):
             return self.eos_token_id
         mixed = (content * 0x94D049BB133111EB) & _MASK
         word_count = self.vocab_size - self.special_token_count
         word = (mixed >> 17) % word_count
-        if self.special_token_count + word == self.eos_token_id:
+        while self.special_token_count + word == self.eos_token_id or self.special_token_count + word in forbidden:
             word = (word + 1) % word_count
         return self.special_token_count + word
+
+    def too_early(
+        self, answer_token_count: int, *, min_token_count: int, stop_token_ids: Collection[int]
+    ) -> frozenset[int]:
+        """What may not be said while the answer has so many tokens: whatever would end it before its least."""
+        if answer_token_count >= min_token_count:
+            return frozenset()
+        eos = () if self.eos_token_id is None else (self.eos_token_id,)
+        return frozenset((*stop_token_ids, *eos))
+
+    def logprobs(self, content: int, token_id: int, top_count: int) -> TokenLogprobs:
+        """Of ``token_id``, said after ``content``: made up, the same for the same content, and decreasing."""
+        likeliest = -1e-6 * ((content >> 7) % 1_000_000)
+        others = (token_id + step for step in range(1, top_count))
+        top = [(token_id, likeliest)] + [
+            (other % self.vocab_size, likeliest - rank) for rank, other in enumerate(others, start=1)
+        ]
+        return TokenLogprobs(likeliest, 1, tuple(top[:top_count]))
 
     def _ends(self, content: int, position: int) -> bool:
         if self.eos_when is not None and self.eos_when(position):
@@ -90,6 +110,7 @@ def simulated_answer(
     *,
     stop_token_ids: Sequence[int] = (),
     ignore_eos: bool = False,
+    min_token_count: int = 0,
     max_context_token_count: int | None = None,
 ) -> tuple[int, ...]:
     """The answer of an uninterrupted run of at most ``count`` tokens: what every test compares with.
@@ -100,7 +121,8 @@ def simulated_answer(
     limit = max_context_token_count if max_context_token_count is not None else len(prompt_token_ids) + count
     answer: list[int] = []
     while len(answer) < count:
-        token_id = rule.next_token(content, len(prompt_token_ids) + len(answer))
+        early = rule.too_early(len(answer), min_token_count=min_token_count, stop_token_ids=stop_token_ids)
+        token_id = rule.next_token(content, len(prompt_token_ids) + len(answer), early)
         answer.append(token_id)
         content = extend_content(content, (token_id,))
         if rule.finish_of(

@@ -38,6 +38,10 @@ class WorkerView:
     block_count: int
     held_lease_count: int
     epoch: str
+    kv_bytes_per_s: float = 0.0
+    """Of KV pulled, per second of pulling, over the last requests it decoded; 0: it pulled none."""
+    recomputed_share: float = 0.0
+    """Of those requests' prompt tokens, the share computed again because their KV could not be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +131,8 @@ def _view(response: pb.WatchClusterResponse) -> ClusterView:
                 block_count=worker.block_count,
                 held_lease_count=worker.held_lease_count,
                 epoch=worker.epoch,
+                kv_bytes_per_s=worker.kv_bytes_per_s,
+                recomputed_share=worker.recomputed_share,
             )
             for worker in response.workers
         ),

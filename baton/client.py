@@ -24,21 +24,26 @@ import grpc
 import grpc.aio
 
 from baton.errors import BatonError, Reason, StatusName, internal
+from baton.leg import RecomputeReason
 from baton.request import (
     ChatMessage,
     ChatPrompt,
     FinishReason,
+    Handover,
     OutputOptions,
     PlacementMode,
     Prompt,
     Sampling,
     StopConditions,
+    Structure,
+    StructureKind,
     TextPrompt,
     TokenPrompt,
     Usage,
 )
 from baton.status import from_rpc_error
 from baton.timeline import PHASES, Phase
+from baton.transfer_report import TransferReport
 from baton.v1 import generation_pb2 as pb
 from baton.v1 import generation_pb2_grpc as pb_grpc
 
@@ -81,6 +86,17 @@ _MODES = {
     pb.PLACEMENT_MODE_LOCAL: PlacementMode.LOCAL,
     pb.PLACEMENT_MODE_PREFILL_ONLY: PlacementMode.PREFILL_ONLY,
 }
+_HANDOVERS = {
+    pb.HANDOVER_MODE_NONE: Handover.NONE,
+    pb.HANDOVER_MODE_OUTPUT_INJECTION: Handover.OUTPUT_INJECTION,
+}
+_RECOMPUTE_REASONS = {
+    pb.RECOMPUTE_REASON_FAILED: RecomputeReason.FAILED,
+    pb.RECOMPUTE_REASON_TIMED_OUT: RecomputeReason.TIMED_OUT,
+    pb.RECOMPUTE_REASON_EXPIRED: RecomputeReason.EXPIRED,
+    pb.RECOMPUTE_REASON_STALE: RecomputeReason.STALE,
+    pb.RECOMPUTE_REASON_CORRUPT: RecomputeReason.CORRUPT,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +109,19 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely one token of the answer was in the model's own distribution, before temperature, penalties and
+    masks; natural logarithms."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 is the likeliest."""
+    top: tuple[tuple[int, float], ...]
+    """(token id, logprob), likeliest first: as many as were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """A piece of the answer. ``token_ids`` only if asked for; ``token_count`` always."""
 
@@ -100,6 +129,8 @@ class Chunk:
     text: str = field(repr=False)
     token_ids: tuple[int, ...] = field(repr=False)
     token_count: int
+    logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
+    """One of each token if asked for; otherwise empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +139,15 @@ class PhaseTimings:
 
     seconds: dict[Phase, float]
     time_to_first_token_s: float | None
-    kv_transfer_bytes: int
+    transfer: TransferReport
+    handover: Handover | None
+    """None: a way this client does not know."""
     prefill_worker_id: str
     decode_worker_id: str
     attempt_count: int
     placement_mode: PlacementMode | None
     """None: a mode this client does not know."""
     placement_reason: str
-    recomputed_token_count: int
 
     def __getitem__(self, phase: Phase) -> float:
         return self.seconds[phase]
@@ -123,6 +155,14 @@ class PhaseTimings:
     @property
     def total_s(self) -> float:
         return math.fsum(self.seconds.values())
+
+    @property
+    def kv_transfer_bytes(self) -> int:
+        return self.transfer.kv_bytes
+
+    @property
+    def recomputed_token_count(self) -> int:
+        return self.transfer.recomputed_token_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +175,8 @@ class Finished:
     matched_stop_token_id: int | None
     usage: Usage
     phases: PhaseTimings
+    cumulative_logprob: float | None = None
+    """Of all tokens of the answer, if logprobs were asked for."""
 
 
 Event = Started | Chunk | Finished
@@ -162,6 +204,7 @@ class BatonClient:
         priority: int = 0,
         session_id: str = "",
         correlation_id: str = "",
+        tenant: str = "",
     ) -> AsyncGenerator[Event, None]:
         """Streams ``Started Chunk* Finished``. ``prompt``: text, or token ids. ``timeout``: seconds for the whole
         call, required; the server stops all work when it passes. Leaving the loop, closing the generator or
@@ -181,6 +224,7 @@ class BatonClient:
             priority=priority,
             session_id=session_id,
             correlation_id=correlation_id,
+            tenant=tenant,
         )
         return self._events(message, timeout)
 
@@ -259,6 +303,8 @@ class StreamGrammar:
             case Chunk():
                 if event.first_token_index != self._next_index:
                     raise internal(f"token {self._next_index} was expected and {event.first_token_index} came")
+                if event.logprobs and len(event.logprobs) != event.token_count:
+                    raise internal(f"{len(event.logprobs)} logprobs came with {event.token_count} tokens")
                 self._next_index += event.token_count
             case Finished():
                 self._is_finished = True
@@ -309,9 +355,12 @@ def request_to_proto(
     priority: int = 0,
     session_id: str = "",
     correlation_id: str = "",
+    tenant: str = "",
 ) -> pb.GenerateRequest:
     """The message. Raises ``ValueError`` for numbers that no message can carry."""
-    message = pb.GenerateRequest(model=model, priority=priority, session_id=session_id, correlation_id=correlation_id)
+    message = pb.GenerateRequest(
+        model=model, priority=priority, session_id=session_id, correlation_id=correlation_id, tenant=tenant
+    )
     match prompt:
         case TextPrompt(text):
             message.text = text
@@ -329,6 +378,15 @@ def request_to_proto(
                 top_k=sampling.top_k,
                 min_p=sampling.min_p,
                 seed=sampling.seed,
+                presence_penalty=sampling.presence_penalty,
+                frequency_penalty=sampling.frequency_penalty,
+                repetition_penalty=sampling.repetition_penalty,
+                logit_bias=[pb.TokenBias(token_id=token_id, bias=bias) for token_id, bias in sampling.logit_bias],
+                allowed_token_ids=(
+                    pb.TokenIds(ids=sampling.allowed_token_ids) if sampling.allowed_token_ids else None
+                ),
+                bad_token_sequences=[pb.TokenIds(ids=each) for each in sampling.bad_token_sequences],
+                structure=None if sampling.structure is None else _structure_to_proto(sampling.structure),
             )
         )
     if stop is not None:
@@ -338,6 +396,7 @@ def request_to_proto(
                 stop_sequences=stop.stop_sequences,
                 stop_token_ids=stop.stop_token_ids,
                 ignore_eos=stop.ignore_eos,
+                min_output_token_count=stop.min_output_token_count,
             )
         )
     if output is not None:
@@ -348,9 +407,24 @@ def request_to_proto(
                     (False, True): pb.OutputOptions.CONTENT_TOKEN_IDS,
                 }.get((output.wants_text, output.wants_token_ids), pb.OutputOptions.CONTENT_TEXT),
                 max_chunk_token_count=output.max_chunk_token_count,
+                top_logprob_count=output.top_logprob_count,
             )
         )
     return message
+
+
+def _structure_to_proto(structure: Structure) -> pb.StructuredOutput:
+    match structure.kind:
+        case StructureKind.JSON_SCHEMA:
+            return pb.StructuredOutput(json_schema=structure.text)
+        case StructureKind.JSON_OBJECT:
+            return pb.StructuredOutput(json_object=pb.JsonObject())
+        case StructureKind.REGEX:
+            return pb.StructuredOutput(regex=structure.text)
+        case StructureKind.CHOICE:
+            return pb.StructuredOutput(choice=pb.Choices(texts=structure.choices))
+        case StructureKind.GRAMMAR:
+            return pb.StructuredOutput(grammar=structure.text)
 
 
 def event_from_proto(response: pb.GenerateResponse) -> Event | None:
@@ -361,7 +435,18 @@ def event_from_proto(response: pb.GenerateResponse) -> Event | None:
             return Started(started.generation_id, started.model, started.prompt_token_count)
         case "chunk":
             chunk = response.chunk
-            return Chunk(chunk.first_token_index, chunk.text, tuple(chunk.token_ids), chunk.token_count)
+            return Chunk(
+                chunk.first_token_index,
+                chunk.text,
+                tuple(chunk.token_ids),
+                chunk.token_count,
+                tuple(
+                    TokenLogprob(
+                        each.token_id, each.logprob, each.rank, tuple((t.token_id, t.logprob) for t in each.top)
+                    )
+                    for each in chunk.logprobs
+                ),
+            )
         case "finished":
             return _finished_from_proto(response.finished)
     return None
@@ -383,12 +468,22 @@ def _finished_from_proto(finished: pb.Finished) -> Finished:
         phases=PhaseTimings(
             seconds=seconds,
             time_to_first_token_s=phases.time_to_first_token.ToNanoseconds() / 1e9 if has_first else None,
-            kv_transfer_bytes=phases.kv_transfer_byte_count,
+            transfer=TransferReport(
+                kv_bytes=phases.kv_transfer_byte_count,
+                descriptor_count=phases.kv_transfer_descriptor_count,
+                pull_count=phases.kv_pull_count,
+                post_s=phases.kv_post.ToNanoseconds() / 1e9,
+                wire_s=phases.kv_wire.ToNanoseconds() / 1e9,
+                verify_s=phases.kv_verify.ToNanoseconds() / 1e9,
+                recomputed_token_count=phases.recomputed_token_count,
+                recompute_reason=_RECOMPUTE_REASONS.get(phases.recompute_reason),
+            ),
+            handover=_HANDOVERS.get(phases.handover_mode),
             prefill_worker_id=phases.prefill_worker_id,
             decode_worker_id=phases.decode_worker_id,
             attempt_count=phases.attempt_count,
             placement_mode=_MODES.get(phases.placement_mode),
             placement_reason=phases.placement_reason,
-            recomputed_token_count=phases.recomputed_token_count,
         ),
+        cumulative_logprob=finished.cumulative_logprob if finished.HasField("cumulative_logprob") else None,
     )

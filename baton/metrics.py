@@ -18,9 +18,10 @@ from collections.abc import Iterable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from baton.errors import BatonError, Reason
-from baton.leg import WorkerLoad
+from baton.leg import RecomputeReason, WorkerLoad
 from baton.request import PlacementMode, Usage
 from baton.timeline import PHASES, PhaseDurations
+from baton.transfer_report import TransferReport
 
 SECONDS_BUCKETS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0,
@@ -29,6 +30,11 @@ SECONDS_BUCKETS = (
 
 ITL_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Finer around what a reader notices (50 ms) and wide enough to show a stall."""
+
+PART_BUCKETS = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+)  # fmt: skip
+"""From a tenth of a millisecond: posting a read between neighbours takes no more."""
 
 TOKEN_BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 131072)
 
@@ -118,6 +124,20 @@ class RouterMetrics:
         self.kv_bytes = Counter(
             "baton_kv_transfer_bytes", "KV bytes moved from prefill to decode workers.", registry=registry
         )
+        self.kv_pulls = Counter("baton_kv_pulls", "Pulls of KV tried.", registry=registry)
+        self.kv_descriptors = Counter(
+            "baton_kv_descriptors", "Memory regions read by pulls, as the transfer library counts.", registry=registry
+        )
+        self.kv_part = Histogram(
+            "baton_kv_transfer_part_seconds",
+            "Of the phase kv_transfer: preparing and posting reads, bytes moving, verifying. Requests that pulled.",
+            ["part"],
+            buckets=PART_BUCKETS,
+            registry=registry,
+        )
+        self.recomputes = Counter(
+            "baton_recomputes", "Requests whose KV was not usable, by the last reason.", ["reason"], registry=registry
+        )
         self.recomputed_tokens = Counter(
             "baton_recomputed_tokens",
             "Prompt tokens computed again because KV was not usable.",
@@ -132,6 +152,10 @@ class RouterMetrics:
             self.requests.labels(outcome.value)
         for phase in PHASES:
             self.phase.labels(phase.value)
+        for part in ("post", "wire", "verify"):
+            self.kv_part.labels(part)
+        for reason in RecomputeReason:
+            self.recomputes.labels(reason.value)
 
     def request_ended(
         self,
@@ -139,8 +163,7 @@ class RouterMetrics:
         durations: PhaseDurations | None = None,
         *,
         usage: Usage | None = None,
-        kv_bytes: int = 0,
-        recomputed_token_count: int = 0,
+        transfer: TransferReport | None = None,
         mode: PlacementMode | None = None,
         placement_reason: str = "",
     ) -> None:
@@ -161,10 +184,22 @@ class RouterMetrics:
             if usage.output_token_count > 1 and durations.time_to_first_token_s is not None:
                 after_first_s = durations.total_s - durations.time_to_first_token_s
                 self.tpot.observe(after_first_s / (usage.output_token_count - 1))
-        self.kv_bytes.inc(kv_bytes)
-        self.recomputed_tokens.inc(recomputed_token_count)
+        if transfer is not None:
+            self._pulled(transfer)
         if mode is not None:
             self.placements.labels(mode.value, placement_reason).inc()
+
+    def _pulled(self, transfer: TransferReport) -> None:
+        self.kv_bytes.inc(transfer.kv_bytes)
+        self.kv_descriptors.inc(transfer.descriptor_count)
+        self.kv_pulls.inc(transfer.pull_count)
+        self.recomputed_tokens.inc(transfer.recomputed_token_count)
+        if transfer.recompute_reason is not None:
+            self.recomputes.labels(transfer.recompute_reason.value).inc()
+        if transfer.pull_count:
+            self.kv_part.labels("post").observe(transfer.post_s)
+            self.kv_part.labels("wire").observe(transfer.wire_s)
+            self.kv_part.labels("verify").observe(transfer.verify_s)
 
     def tokens_sent(self, token_count: int, gap_s: float | None) -> None:
         """Counts a message of tokens; ``gap_s`` since the previous one, None for the first."""

@@ -56,6 +56,15 @@ class PlacementMode(enum.Enum):
     PREFILL_ONLY = "prefill_only"
 
 
+class Handover(enum.Enum):
+    """How tokens that another engine had drawn reached the engine that decoded last."""
+
+    NONE = "none"
+    """There were none: it drew every token itself, or no decode was needed."""
+    OUTPUT_INJECTION = "output_injection"
+    """As output that it has generated already."""
+
+
 class StructureKind(enum.Enum):
     """What an answer's text must match; the engine masks every token that cannot."""
 
@@ -148,6 +157,7 @@ class StopConditions:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_output_token_count: int = 0
+    """Before, no end or stop token is drawn and no stop sequence complete by then is minded."""
 
 
 @dataclass(frozen=True, slots=True)

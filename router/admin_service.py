@@ -18,7 +18,7 @@ from baton.request import Role
 from baton.secret import TOKEN_KEY, is_cluster_token
 from baton.status import abort
 from router.cluster_view import ClusterView, WorkerSpec, WorkerView
-from router.phase_window import PhaseWindow
+from router.phase_window import PhaseWindow, TransferStatistics
 
 SERVICE_NAME = "baton.admin.v1.ClusterService"
 
@@ -114,8 +114,9 @@ class AdminService(pb_grpc.ClusterServiceServicer):
     def _snapshot(self, now: float) -> pb.WatchClusterResponse:
         counts = self._counts()
         workers = sorted(self._roster.view().workers, key=lambda worker: worker.worker_id)
+        transfers = self._window.transfers(now)
         return pb.WatchClusterResponse(
-            workers=[_worker_to_proto(worker) for worker in workers],
+            workers=[_worker_to_proto(worker, transfers.get(worker.worker_id)) for worker in workers],
             queued_count=counts.queued_count,
             in_flight_count=counts.in_flight_count,
             finished_count=counts.finished_count,
@@ -133,7 +134,7 @@ class AdminService(pb_grpc.ClusterServiceServicer):
         )
 
 
-def _worker_to_proto(worker: WorkerView) -> pb.WorkerState:
+def _worker_to_proto(worker: WorkerView, transfer: TransferStatistics | None) -> pb.WorkerState:
     state = pb.WorkerState(
         worker_id=worker.worker_id,
         role=worker.role.value,
@@ -142,6 +143,9 @@ def _worker_to_proto(worker: WorkerView) -> pb.WorkerState:
         assigned_count=worker.assigned.request_count,
         epoch=worker.identity.epoch,
     )
+    if transfer is not None:
+        state.kv_bytes_per_s = transfer.kv_bytes_per_s
+        state.recomputed_share = transfer.recomputed_share
     if worker.info is not None:
         state.block_count = worker.info.block_count
     if worker.load is not None:

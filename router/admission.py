@@ -124,10 +124,16 @@ class Entry:
     priority: int
     session_id: str
     deadline_at: float
+    tenant: str = ""
     is_retry: bool = False
     """It had a place and lost its worker: it goes first, and is not turned away."""
     excluded: frozenset[WorkerIdentity] = frozenset()
     needs_recompute: bool = False
+
+    @property
+    def session_key(self) -> str:
+        """Its session, told from another tenant's of the same id. Empty: none. No tenant has a slash in its name."""
+        return f"{self.tenant}/{self.session_id}" if self.session_id else ""
 
 
 class Place:
@@ -232,7 +238,7 @@ class Admission:
 
     def try_enter(self, entry: Entry) -> Place | None:
         """A place at once, or None: then ``wait``. Raises QUEUE_FULL or DRAINING."""
-        chain = self._index.chain(entry.prompt_token_ids)
+        chain = self._index.chain(entry.prompt_token_ids, entry.tenant)
         room = self._room(entry)
         match admit(room, self.limits, lambda: self._find(entry, chain), is_retry=entry.is_retry):
             case AdmitNow(placement):
@@ -249,7 +255,7 @@ class Admission:
         """
         loop = asyncio.get_running_loop()
         now = loop.time()
-        chain = self._index.chain(entry.prompt_token_ids)
+        chain = self._index.chain(entry.prompt_token_ids, entry.tenant)
         waiter = _Waiter(entry, chain, now + self.limits.exclusion_s, loop.create_future())
         bisect.insort(self._waiters, (_rank(entry, next(self._orders)), waiter), key=_rank_of)
         relax = loop.call_at(waiter.relaxed_at, self.pump) if entry.excluded else None
@@ -323,7 +329,7 @@ class Admission:
             prompt_token_count=len(entry.prompt_token_ids),
             max_output_token_count=entry.max_output_token_count,
             cached_token_counts=self._index.cached_token_counts(chain),
-            session_worker_ids=self._index.session_worker_ids(entry.session_id),
+            session_worker_ids=self._index.session_worker_ids(entry.session_key),
             excluded=entry.excluded,
             needs_recompute=entry.needs_recompute,
         )
@@ -341,7 +347,7 @@ class Admission:
             workers.append(placement.prefill)
             prefill = Assigned(prefill_count=1, prefill_token_count=prompt_token_count)
             self.roster.assign(placement.prefill, prefill)
-        self._index.note(chain, entry.session_id, workers)
+        self._index.note(chain, entry.session_key, workers)
         return given
 
     def _room(self, entry: Entry) -> RoomView:

@@ -40,12 +40,13 @@ class PrefixIndex:
     def __repr__(self) -> str:
         return f"<PrefixIndex [{len(self._blocks)} blocks, {len(self._sessions)} sessions]>"
 
-    def chain(self, prompt_token_ids: Sequence[int]) -> tuple[int, ...]:
-        """One hash per whole block of the prompt, each of everything up to its end."""
+    def chain(self, prompt_token_ids: Sequence[int], tenant: str = "") -> tuple[int, ...]:
+        """One hash per whole block of the prompt, each of everything up to its end, and of whose it is: engines
+        share a prefix within a tenant only, so another tenant's worker is no better than any."""
         size = self._limits.block_token_count
         count = min(len(prompt_token_ids) // size, self._limits.max_prompt_block_count)
         hashes = []
-        so_far = 0
+        so_far = hash(tenant)
         for start in range(0, count * size, size):
             so_far = hash((so_far, tuple(prompt_token_ids[start : start + size])))
             hashes.append(so_far)

@@ -24,12 +24,15 @@ class TextAnswer:
         *,
         stop_sequences: Sequence[str] = (),
         silent_token_ids: Collection[int] = (),
+        min_token_count: int = 0,
     ) -> None:
-        """``silent_token_ids``: tokens that end the answer; counted, sent as ids, never text."""
+        """``silent_token_ids``: tokens that end the answer; counted, sent as ids, never text. ``min_token_count``: a
+        stop sequence that is complete within so many tokens is text like any other."""
         is_text_needed = output.wants_text or bool(stop_sequences)
         self._detokenizer = tokenizer.detokenizer() if is_text_needed else None
         self._matcher = StopMatcher(stop_sequences) if stop_sequences else None
         self._silent = frozenset(silent_token_ids)
+        self._min_token_count = min_token_count
         self._token_count = 0
         self._is_over = False
 
@@ -45,7 +48,8 @@ class TextAnswer:
         texts = []
         for count, token_id in enumerate(token_ids, start=1):
             self._token_count += 1
-            match = self._matcher.push(self._text_of((token_id,)))
+            text = self._text_of((token_id,))
+            match = self._matcher.push(text, is_minded=self._token_count > self._min_token_count)
             texts.append(match.text)
             if match.sequence is not None:
                 self._is_over = True
@@ -60,7 +64,7 @@ class TextAnswer:
         text = self._detokenizer.flush() if self._detokenizer is not None else ""
         if self._matcher is None:
             return Piece(self._token_count, (), text, None)
-        match = self._matcher.push(text)
+        match = self._matcher.push(text, is_minded=self._token_count > self._min_token_count)
         if match.sequence is not None:
             return Piece(self._token_count, (), match.text, match.sequence)
         return Piece(self._token_count, (), match.text + self._matcher.flush(), None)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from baton.request import FinishReason, PlacementMode, Sampling, Usage
+from baton.request import FinishReason, Handover, PlacementMode, Sampling, TokenLogprobs, Usage
 from baton.timeline import PhaseDurations
+from baton.transfer_report import TransferReport
 
 DEFAULT_CHUNK_TOKEN_COUNT = 64
 
@@ -61,6 +62,9 @@ class Piece:
     text: str = field(repr=False)
     matched_stop_sequence: str | None = field(repr=False)
     """Set on the piece whose last token completed a stop sequence: the last tokens of the answer."""
+    logprobs: tuple[TokenLogprobs, ...] = field(default=(), repr=False)
+    """One of each of ``token_ids``, if they were asked for; otherwise none. Whoever made the tokens into a piece
+    knows nothing of them: they are put beside the tokens that the piece has."""
 
     @property
     def token_count(self) -> int:
@@ -72,7 +76,8 @@ class Answer(Protocol):
 
     def push(self, token_ids: tuple[int, ...]) -> Piece:
         """The next tokens. Holds back text that may begin a stop sequence or an unfinished character; on a match
-        the piece ends with the token that completed it and with the text before it."""
+        the piece ends with the token that completed it and with the text before it. The piece has the first of these
+        tokens, all of them unless it matched."""
 
     def flush(self) -> Piece:
         """At the end: the text held back, with no token."""
@@ -90,7 +95,8 @@ class PhaseReport:
     """Where the time of one request went, and who served it."""
 
     durations: PhaseDurations
-    kv_transfer_bytes: int
+    transfer: TransferReport
+    handover: Handover
     prefill_worker_id: str
     """Prefilled last; empty when no worker did."""
     decode_worker_id: str
@@ -98,8 +104,14 @@ class PhaseReport:
     attempt_count: int
     mode: PlacementMode
     placement_reason: str
-    recomputed_token_count: int
-    """Prompt tokens a decode worker computed itself because their KV could not be pulled."""
+
+    @property
+    def kv_transfer_bytes(self) -> int:
+        return self.transfer.kv_bytes
+
+    @property
+    def recomputed_token_count(self) -> int:
+        return self.transfer.recomputed_token_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +123,8 @@ class Completed:
     matched_stop_token_id: int | None
     usage: Usage
     report: PhaseReport
+    cumulative_logprob: float | None = None
+    """Of the tokens of the answer, if logprobs were asked for."""
 
 
 RelayEvent = Admitted | Piece | Completed

@@ -14,7 +14,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from baton.errors import BatonError, Reason, StatusName, deadline_exceeded, draining, engine_failed, internal
@@ -119,6 +119,7 @@ class Flight:
         self._place: GivenPlace | None = None
         self._is_admitted = False
         self._matched_stop_sequence: str | None = None
+        self._cumulative_logprob = 0.0
 
     # What others tell
 
@@ -218,6 +219,7 @@ class Flight:
             max_output_token_count=self.request.max_output_token_count,
             priority=self.request.priority,
             session_id=self.request.session_id,
+            tenant=self.request.tenant,
             deadline_at=self._deadline_at,
             is_retry=action.attempt > 1,
             excluded=action.excluded,
@@ -243,7 +245,11 @@ class Flight:
         size = self.request.max_chunk_token_count
         for start in range(0, len(action.token_ids), size):
             piece = self._answer.push(action.token_ids[start : start + size])
-            self._put(piece)
+            # BESIDE the tokens that the piece kept: after a stop sequence fewer than were pushed.
+            logprobs = action.logprobs[start : start + piece.token_count]
+            for each in logprobs:
+                self._cumulative_logprob += each.logprob
+            self._put(replace(piece, logprobs=logprobs))
             if piece.matched_stop_sequence is not None:
                 return StopMatched(piece.first_token_index + piece.token_count)
         return Emitted(action.first_index + len(action.token_ids))
@@ -393,6 +399,7 @@ class Flight:
                 cached_prompt_token_count=self.handoff.cached_prompt_token_count,
             ),
             report=self.report(),
+            cumulative_logprob=None if self.request.top_logprob_count is None else self._cumulative_logprob,
         )
 
     def report(self) -> PhaseReport:
@@ -400,13 +407,13 @@ class Flight:
         handoff = self.handoff
         return PhaseReport(
             durations=self.account.durations(),
-            kv_transfer_bytes=handoff.kv_transfer_bytes,
+            transfer=handoff.transfer,
+            handover=handoff.handover,
             prefill_worker_id=handoff.prefill_worker_id,
             decode_worker_id=handoff.decode_worker_id,
             attempt_count=handoff.attempt_count,
             mode=handoff.mode,
             placement_reason=handoff.placement.reason if handoff.placement is not None else "",
-            recomputed_token_count=handoff.recomputed_token_count,
         )
 
 

@@ -34,8 +34,9 @@ import enum
 
 from baton.errors import BatonError, Reason, attempts_exhausted, deadline_exceeded, engine_failed, internal
 from baton.leg import DecodeOrder, KvAdopted, PrefillOrder, PrefillReply
-from baton.request import EngineStop, FinishReason, LegFinish, PlacementMode, TokenLogprobs
+from baton.request import EngineStop, FinishReason, Handover, LegFinish, PlacementMode, TokenLogprobs
 from baton.timeline import Phase
+from baton.transfer_report import TransferReport
 from router.answering import RoutedRequest
 from router.cluster_view import WorkerIdentity
 from router.handoff_words import (
@@ -105,8 +106,8 @@ class Handoff:
         self._reply: PrefillReply | None = None
         self._held: ReleaseKv | None = None
         # For the report:
-        self.kv_transfer_bytes = 0
-        self.recomputed_token_count = 0
+        self.transfer = TransferReport()
+        self.handover = Handover.NONE
         self.cached_prompt_token_count = 0
         self.prefill_worker_id = ""
         self.decode_worker_id = ""
@@ -226,6 +227,7 @@ class Handoff:
     def _placed(self, placement: Placement) -> list[Action]:
         self._placement = placement
         self.decode_worker_id = ""
+        self.handover = Handover.NONE
         if placement.prefill is None:
             # It computes the prompt too.
             self.prefill_worker_id = placement.decode.worker_id
@@ -278,6 +280,7 @@ class Handoff:
         self._state = State.STARTING
         leg = self._next_leg()
         self.decode_worker_id = self._placement.decode.worker_id
+        self.handover = Handover.OUTPUT_INJECTION if self._emitted else Handover.NONE
         order = DecodeOrder(
             leg_id=self._leg_id(leg),
             prompt_token_ids=self._prompt_so_far(),
@@ -293,8 +296,7 @@ class Handoff:
 
     def _adopted(self, kv: KvAdopted) -> list[Action]:
         self._state = State.DECODING
-        self.kv_transfer_bytes += kv.transfer_bytes
-        self.recomputed_token_count += kv.recomputed_token_count
+        self.transfer = self.transfer.plus(kv)
         if not self._is_split:
             self._note_cached(kv.cached_token_count)
         return self._release_held()

@@ -61,4 +61,5 @@ def _merged(first: Piece, second: Piece) -> Piece:
         first.token_ids + second.token_ids,
         first.text + second.text,
         second.matched_stop_sequence,
+        first.logprobs + second.logprobs,
     )

@@ -1,4 +1,4 @@
-"""The phases of the last requests, for ``baton top``: a bounded window and its percentiles.
+"""The phases and transfers of the last requests, for ``baton top``: a bounded window, percentiles and rates.
 
 Prometheus owns history; this owns the recent past, in constant memory.
 """
@@ -6,9 +6,11 @@ Prometheus owns history; this owns the recent past, in constant memory.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from baton.timeline import PHASES, PhaseDurations
+from baton.timeline import PHASES, Phase
+from router.answering import PhaseReport
 
 TIME_TO_FIRST_TOKEN = "time_to_first_token"  # noqa: S105  # a name of a statistic
 INTER_TOKEN_LATENCY = "inter_token_latency"  # noqa: S105
@@ -26,18 +28,46 @@ class PhaseStatistics:
     p95_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class TransferStatistics:
+    """What one worker pulled over the window."""
+
+    kv_bytes_per_s: float = 0.0
+    """Per second of the phase KV_TRANSFER; 0 where it pulled nothing."""
+    recomputed_share: float = 0.0
+    """Of the prompt tokens of what it decoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pulled:
+    at: float
+    kv_bytes: int
+    transfer_s: float
+    recomputed_token_count: int
+    prompt_token_count: int
+
+
 class PhaseWindow:
     """Samples of at most ``max_sample_count`` per name, none older than ``max_age_s``."""
 
     def __init__(self, *, max_sample_count: int = 512, max_age_s: float = 300.0) -> None:
+        self._max_sample_count = max_sample_count
         self._max_age_s = max_age_s
-        # The mutable state: per name, (when, seconds), oldest first.
+        # The mutable state: per name, (when, seconds), and per worker what it pulled; oldest first.
+        self._pulled: dict[str, deque[_Pulled]] = {}
         self._samples: dict[str, deque[tuple[float, float]]] = {
             name: deque(maxlen=max_sample_count) for name in NAMES
         }
 
-    def finished(self, durations: PhaseDurations, now: float) -> None:
+    def finished(self, report: PhaseReport, prompt_token_count: int, now: float) -> None:
         """A request ended well."""
+        durations, transfer = report.durations, report.transfer
+        if report.decode_worker_id:
+            pulled = self._pulled.setdefault(report.decode_worker_id, deque(maxlen=self._max_sample_count))
+            recomputed = min(transfer.recomputed_token_count, prompt_token_count)
+            pulled.append(
+                _Pulled(now, transfer.kv_bytes, durations[Phase.KV_TRANSFER], recomputed, prompt_token_count)
+            )
         for phase in PHASES:
             self._samples[phase.value].append((now, durations[phase]))
         if durations.time_to_first_token_s is not None:
@@ -57,6 +87,25 @@ class PhaseWindow:
             values = sorted(seconds for _, seconds in samples)
             result.append(PhaseStatistics(name, len(values), _percentile(values, 0.5), _percentile(values, 0.95)))
         return result
+
+    def transfers(self, now: float) -> dict[str, TransferStatistics]:
+        """Of each worker that decoded something in the window. Forgets what is too old."""
+        for worker_id, pulled in list(self._pulled.items()):
+            while pulled and now - pulled[0].at > self._max_age_s:
+                pulled.popleft()
+            if not pulled:
+                del self._pulled[worker_id]  # a worker that is gone leaves nothing behind
+        return {worker_id: _transfer_statistics(pulled) for worker_id, pulled in self._pulled.items()}
+
+
+def _transfer_statistics(pulled: Iterable[_Pulled]) -> TransferStatistics:
+    samples = list(pulled)
+    transfer_s = sum(each.transfer_s for each in samples if each.kv_bytes)
+    prompt_token_count = sum(each.prompt_token_count for each in samples)
+    return TransferStatistics(
+        kv_bytes_per_s=sum(each.kv_bytes for each in samples) / transfer_s if transfer_s > 0 else 0.0,
+        recomputed_share=sum(each.recomputed_token_count for each in samples) / max(1, prompt_token_count),
+    )
 
 
 def _percentile(ordered: list[float], fraction: float) -> float:

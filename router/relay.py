@@ -227,8 +227,7 @@ class Relay:
             outcome,
             report.durations,
             usage=None if completed is None else completed.usage,
-            kv_bytes=report.kv_transfer_bytes,
-            recomputed_token_count=report.recomputed_token_count,
+            transfer=report.transfer,
             mode=report.mode,
             placement_reason=report.placement_reason,
         )
@@ -244,12 +243,13 @@ def _log_fields(
     report: PhaseReport,
 ) -> dict[str, str | int | float | None]:
     """What is said of a request: never a word of its prompt or its answer."""
-    durations = report.durations
+    durations, transfer = report.durations, report.transfer
     ttft_s = durations.time_to_first_token_s
     token_count = flight.handoff.emitted_token_count if completed is None else completed.usage.output_token_count
     return {
         "generation_id": flight.request.generation_id,
         "correlation_id": flight.request.correlation_id,
+        "tenant": flight.request.tenant,
         "outcome": outcome.value,
         "error": None if failure is None else failure.reason.value,
         "error_phase": None if failure is None else failure.metadata.get("phase"),
@@ -260,8 +260,15 @@ def _log_fields(
         **{f"{phase.value}_s": round(durations[phase], 6) for phase in PHASES},
         "total_s": round(durations.total_s, 6),
         "ttft_s": None if ttft_s is None else round(ttft_s, 6),
-        "kv_bytes": report.kv_transfer_bytes,
-        "recomputed_tokens": report.recomputed_token_count,
+        "kv_bytes": transfer.kv_bytes,
+        "kv_descriptors": transfer.descriptor_count,
+        "kv_pulls": transfer.pull_count,
+        "kv_post_s": round(transfer.post_s, 6),
+        "kv_wire_s": round(transfer.wire_s, 6),
+        "kv_verify_s": round(transfer.verify_s, 6),
+        "recomputed_tokens": transfer.recomputed_token_count,
+        "recompute_reason": None if transfer.recompute_reason is None else transfer.recompute_reason.value,
+        "handover": report.handover.value,
         "prefill_worker": report.prefill_worker_id,
         "decode_worker": report.decode_worker_id,
         "mode": report.mode.value,

@@ -14,7 +14,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ class RouterServer:
         smallest = min(contexts, default=self._limits.max_context_token_count)
         if smallest >= self._limits.max_context_token_count:
             return self._limits
-        return ModelLimits(self._limits.model, self._limits.vocab_size, smallest)
+        return replace(self._limits, max_context_token_count=smallest)
 
     def counts(self) -> Counts:
         return Counts(
@@ -269,7 +269,8 @@ def load_model(config: RouterConfig) -> tuple[Tokenizer, ChatTemplate | None, Mo
                 f"{model_dir / 'config.json'} does not say max_position_embeddings; set max_context_token_count"
             )
         context_token_count = context
-    return tokenizer, template, ModelLimits(config.model_name, tokenizer.vocab_size, context_token_count)
+    limits = ModelLimits(config.model_name, tokenizer.vocab_size, context_token_count, tokenizer.eos_token_ids)
+    return tokenizer, template, limits
 
 
 def _bind(server: grpc.aio.Server, address: str, key: str) -> str:

@@ -145,6 +145,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             request.output,
             stop_sequences=request.stop.stop_sequences,
             silent_token_ids=routed.end_token_ids,
+            min_token_count=routed.min_output_token_count,
         )
         await self._stream(request, routed, answer, limits.model, deadline_at, received_at, context)
 
@@ -186,11 +187,13 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
                                 self._window.gap(now - last_tokens_at, now)
                             last_tokens_at = now
                         await write(
-                            chunk_to_proto(event.first_token_index, event.token_ids, event.text, request.output)
+                            chunk_to_proto(
+                                event.first_token_index, event.token_ids, event.text, request.output, event.logprobs
+                            )
                         )
                         written_token_count += event.token_count
                     case Completed():
-                        self._window.finished(event.report.durations, loop.time())
+                        self._window.finished(event.report, event.usage.prompt_token_count, loop.time())
                         await write(
                             finished_to_proto(
                                 event.reason,
@@ -198,6 +201,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
                                 event.matched_stop_token_id,
                                 event.usage,
                                 event.report,
+                                event.cumulative_logprob,
                             )
                         )
 
@@ -219,6 +223,10 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             priority=request.priority,
             session_id=request.session_id,
             correlation_id=request.correlation_id,
+            # An answer that the context cuts short has its end there, whatever was to be its least.
+            min_output_token_count=min(request.stop.min_output_token_count, max_output),
+            top_logprob_count=request.output.top_logprob_count,
+            tenant=request.tenant,
         )
 
     def _time_allowed_s(self, context: Any) -> float:

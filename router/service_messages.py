@@ -10,17 +10,22 @@ from collections.abc import Sequence
 from google.protobuf.duration_pb2 import Duration
 
 from baton.errors import FieldViolation
+from baton.leg import RecomputeReason
 from baton.request import (
     ChatMessage,
     ChatPrompt,
     FinishReason,
     GenerateRequest,
+    Handover,
     OutputOptions,
     PlacementMode,
     Prompt,
     Sampling,
     StopConditions,
+    Structure,
+    StructureKind,
     TextPrompt,
+    TokenLogprobs,
     TokenPrompt,
     Usage,
 )
@@ -38,6 +43,18 @@ _MODES = {
     PlacementMode.LOCAL: pb.PLACEMENT_MODE_LOCAL,
     PlacementMode.PREFILL_ONLY: pb.PLACEMENT_MODE_PREFILL_ONLY,
 }
+_HANDOVERS = {
+    Handover.NONE: pb.HANDOVER_MODE_NONE,
+    Handover.OUTPUT_INJECTION: pb.HANDOVER_MODE_OUTPUT_INJECTION,
+}
+_RECOMPUTE_REASONS = {
+    None: pb.RECOMPUTE_REASON_UNSPECIFIED,
+    RecomputeReason.FAILED: pb.RECOMPUTE_REASON_FAILED,
+    RecomputeReason.TIMED_OUT: pb.RECOMPUTE_REASON_TIMED_OUT,
+    RecomputeReason.EXPIRED: pb.RECOMPUTE_REASON_EXPIRED,
+    RecomputeReason.STALE: pb.RECOMPUTE_REASON_STALE,
+    RecomputeReason.CORRUPT: pb.RECOMPUTE_REASON_CORRUPT,
+}
 _CONTENTS = {
     pb.OutputOptions.CONTENT_UNSPECIFIED: (True, False),
     pb.OutputOptions.CONTENT_TEXT: (True, False),
@@ -47,7 +64,8 @@ _CONTENTS = {
 
 
 def request_from_proto(message: pb.GenerateRequest) -> tuple[GenerateRequest, list[FieldViolation]]:
-    """The request, and what could not be expressed in it: an unknown output content."""
+    """The request, and what could not be expressed in it: an unknown output content, a list that is there and has
+    nothing in it, a structure of no kind."""
     violations = []
     contents = _CONTENTS.get(message.output.content)
     if contents is None:
@@ -55,6 +73,15 @@ def request_from_proto(message: pb.GenerateRequest) -> tuple[GenerateRequest, li
             FieldViolation("output.content", f"is {message.output.content}; must be a value of OutputOptions.Content")
         )
     wants_text, wants_token_ids = contents or (True, False)
+    if message.sampling.HasField("allowed_token_ids") and not message.sampling.allowed_token_ids.ids:
+        violations.append(
+            FieldViolation(
+                "sampling.allowed_token_ids", "is empty; give at least one token id, or leave it out for all"
+            )
+        )
+    if message.sampling.HasField("structure") and message.sampling.structure.WhichOneof("kind") is None:
+        kinds = ", ".join(field.name for field in pb.StructuredOutput.DESCRIPTOR.fields)
+        violations.append(FieldViolation("sampling.structure", f"is of no kind; set one of {kinds}, or leave it out"))
     default = OutputOptions()
     request = GenerateRequest(
         prompt=_prompt_from_proto(message),
@@ -67,6 +94,7 @@ def request_from_proto(message: pb.GenerateRequest) -> tuple[GenerateRequest, li
             stop_sequences=tuple(message.stop.stop_sequences),
             stop_token_ids=tuple(message.stop.stop_token_ids),
             ignore_eos=message.stop.ignore_eos,
+            min_output_token_count=message.stop.min_output_token_count,
         ),
         output=OutputOptions(
             wants_text=wants_text,
@@ -76,10 +104,14 @@ def request_from_proto(message: pb.GenerateRequest) -> tuple[GenerateRequest, li
                 if message.output.HasField("max_chunk_token_count")
                 else default.max_chunk_token_count
             ),
+            top_logprob_count=(
+                message.output.top_logprob_count if message.output.HasField("top_logprob_count") else None
+            ),
         ),
         priority=message.priority,
         session_id=message.session_id,
         correlation_id=message.correlation_id,
+        tenant=message.tenant,
     )
     return request, violations
 
@@ -102,7 +134,31 @@ def _sampling_from_proto(message: pb.Sampling) -> Sampling:
         top_k=message.top_k if message.HasField("top_k") else default.top_k,
         min_p=message.min_p if message.HasField("min_p") else default.min_p,
         seed=message.seed if message.HasField("seed") else default.seed,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        repetition_penalty=(
+            message.repetition_penalty if message.HasField("repetition_penalty") else default.repetition_penalty
+        ),
+        logit_bias=tuple((each.token_id, each.bias) for each in message.logit_bias),
+        allowed_token_ids=tuple(message.allowed_token_ids.ids),
+        bad_token_sequences=tuple(tuple(each.ids) for each in message.bad_token_sequences),
+        structure=_structure_from_proto(message.structure),
     )
+
+
+def _structure_from_proto(message: pb.StructuredOutput) -> Structure | None:
+    match message.WhichOneof("kind"):
+        case "json_schema":
+            return Structure(StructureKind.JSON_SCHEMA, message.json_schema)
+        case "json_object":
+            return Structure(StructureKind.JSON_OBJECT)
+        case "regex":
+            return Structure(StructureKind.REGEX, message.regex)
+        case "choice":
+            return Structure(StructureKind.CHOICE, choices=tuple(message.choice.texts))
+        case "grammar":
+            return Structure(StructureKind.GRAMMAR, message.grammar)
+    return None
 
 
 def started_to_proto(generation_id: str, model: str, prompt_token_count: int) -> pb.GenerateResponse:
@@ -112,14 +168,28 @@ def started_to_proto(generation_id: str, model: str, prompt_token_count: int) ->
 
 
 def chunk_to_proto(
-    first_token_index: int, token_ids: Sequence[int], text: str, output: OutputOptions
+    first_token_index: int,
+    token_ids: Sequence[int],
+    text: str,
+    output: OutputOptions,
+    logprobs: Sequence[TokenLogprobs] = (),
 ) -> pb.GenerateResponse:
+    """``logprobs``: none, or one for each token. Raises ``ValueError`` otherwise."""
     return pb.GenerateResponse(
         chunk=pb.Chunk(
             first_token_index=first_token_index,
             text=text if output.wants_text else "",
             token_ids=token_ids if output.wants_token_ids else (),
             token_count=len(token_ids),
+            logprobs=[
+                pb.TokenLogprobs(
+                    token_id=token_id,
+                    logprob=each.logprob,
+                    rank=each.rank,
+                    top=[pb.TopLogprob(token_id=top_id, logprob=logprob) for top_id, logprob in each.top],
+                )
+                for token_id, each in zip(token_ids if logprobs else (), logprobs, strict=True)
+            ],
         )
     )
 
@@ -130,6 +200,7 @@ def finished_to_proto(
     matched_stop_token_id: int | None,
     usage: Usage,
     report: PhaseReport,
+    cumulative_logprob: float | None = None,
 ) -> pb.GenerateResponse:
     finished = pb.Finished(
         reason=_REASONS[reason],
@@ -143,6 +214,8 @@ def finished_to_proto(
     )
     if matched_stop_token_id is not None:
         finished.matched_stop_token_id = matched_stop_token_id
+    if cumulative_logprob is not None:
+        finished.cumulative_logprob = cumulative_logprob
     return pb.GenerateResponse(finished=finished)
 
 
@@ -162,6 +235,13 @@ def _phases_to_proto(report: PhaseReport) -> pb.PhaseTimings:
         placement_mode=_MODES[report.mode],
         placement_reason=report.placement_reason,
         recomputed_token_count=report.recomputed_token_count,
+        handover_mode=_HANDOVERS[report.handover],
+        kv_transfer_descriptor_count=report.transfer.descriptor_count,
+        kv_pull_count=report.transfer.pull_count,
+        kv_post=_duration(report.transfer.post_s),
+        kv_wire=_duration(report.transfer.wire_s),
+        kv_verify=_duration(report.transfer.verify_s),
+        recompute_reason=_RECOMPUTE_REASONS[report.transfer.recompute_reason],
     )
     if durations.time_to_first_token_s is not None:
         timings.time_to_first_token.CopyFrom(_duration(durations.time_to_first_token_s))

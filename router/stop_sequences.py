@@ -40,14 +40,15 @@ class StopMatcher:
         self._state = 0
         self._held = ""
 
-    def push(self, text: str) -> Match:
-        """Takes the next text; returns what may be sent now and the match, if complete."""
+    def push(self, text: str, *, is_minded: bool = True) -> Match:
+        """Takes the next text; returns what may be sent now and the match, if complete. ``is_minded`` False: a match
+        complete within ``text`` is none; one that only begins there may still become one."""
         pending = self._held + text
         start = len(self._held)
         for position, char in enumerate(text, start=start):
             self._step(char)
             found = self._found[self._state]
-            if found is not None:
+            if found is not None and is_minded:
                 self._held = ""
                 return Match(pending[: position + 1 - len(found)], found)
         sent_count = len(pending) - self._depth[self._state]

@@ -8,19 +8,30 @@ are never repeated, only their sizes.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from baton.errors import FieldViolation, invalid_request, model_not_found, prompt_too_long
 from baton.request import (
+    MAX_BIAS,
+    MAX_BIAS_COUNT,
+    MAX_CHOICE_COUNT,
+    MAX_PENALTY,
+    MAX_REPETITION_PENALTY,
+    MAX_STRUCTURE_BYTES,
+    MAX_TOP_LOGPROB_COUNT,
+    MIN_REPETITION_PENALTY,
     ChatPrompt,
     GenerateRequest,
     OutputOptions,
     Sampling,
     StopConditions,
+    StructureKind,
     TextPrompt,
     TokenPrompt,
 )
+from baton.structures import structure_problem
 
 MAX_TEMPERATURE = 2.0
 MAX_STOP_SEQUENCE_COUNT = 16
@@ -32,6 +43,18 @@ MAX_SEED = 2**63 - 1
 MAX_MESSAGE_COUNT = 1024
 MAX_ROLE_BYTES = 64
 MAX_INT32 = 2**31 - 1
+MAX_BAD_SEQUENCE_COUNT = 64
+MAX_BAD_SEQUENCE_LENGTH = 16
+MAX_TENANT_LENGTH = 64
+
+_REMEDY = {
+    StructureKind.JSON_SCHEMA: f"give a JSON object of at most {MAX_STRUCTURE_BYTES} bytes",
+    StructureKind.JSON_OBJECT: "give no more than its presence",
+    StructureKind.REGEX: f"give an expression of at most {MAX_STRUCTURE_BYTES} bytes with fewer brackets and repeats",
+    StructureKind.CHOICE: f"give 1 to {MAX_CHOICE_COUNT} texts, none empty, of {MAX_STRUCTURE_BYTES} bytes at most",
+    StructureKind.GRAMMAR: f"give a grammar of at most {MAX_STRUCTURE_BYTES} bytes with fewer brackets and repeats",
+}
+_TENANT = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_TENANT_LENGTH}}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +64,7 @@ class ModelLimits:
     model: str
     vocab_size: int
     max_context_token_count: int
+    eos_token_ids: tuple[int, ...] = ()
 
     @property
     def max_prompt_token_count(self) -> int:
@@ -79,7 +103,10 @@ def violations_of(request: GenerateRequest, limits: ModelLimits) -> list[FieldVi
     return [
         *_prompt(request, limits),
         *_sampling(request.sampling),
+        *_token_lists(request.sampling, limits),
+        *_structure(request),
         *_stop(request.stop, limits),
+        *_nothing_left(request, limits),
         *_output(request.output),
         *_rest(request),
     ]
@@ -134,12 +161,108 @@ def _sampling(sampling: Sampling) -> Iterator[FieldViolation]:
             "sampling.seed", f"is {sampling.seed}; must be 0 to {MAX_SEED}, or absent for a draw of its own"
         )
 
+    for name in ("presence_penalty", "frequency_penalty"):
+        value = getattr(sampling, name)
+        if not -MAX_PENALTY <= value <= MAX_PENALTY:
+            yield FieldViolation(
+                f"sampling.{name}",
+                f"is {_number(value)}; must be {-MAX_PENALTY:g} to {MAX_PENALTY:g}, where 0 is none",
+            )
+    if not MIN_REPETITION_PENALTY <= sampling.repetition_penalty <= MAX_REPETITION_PENALTY:
+        yield FieldViolation(
+            "sampling.repetition_penalty",
+            f"is {_number(sampling.repetition_penalty)}; must be {MIN_REPETITION_PENALTY:g} to "
+            f"{MAX_REPETITION_PENALTY:g}, where 1 is none",
+        )
+
+
+def _token_lists(sampling: Sampling, limits: ModelLimits) -> Iterator[FieldViolation]:
+    biased = [token_id for token_id, _ in sampling.logit_bias]
+    if len(biased) > MAX_BIAS_COUNT:
+        yield FieldViolation(
+            "sampling.logit_bias",
+            f"has {len(biased)} entries; at most {MAX_BIAS_COUNT}. To leave few tokens, set allowed_token_ids.",
+        )
+    else:
+        if not _are_ids(biased, limits):
+            yield _outside_vocabulary("sampling.logit_bias", biased, limits, part=".token_id")
+        if len(set(biased)) < len(biased):
+            yield FieldViolation("sampling.logit_bias", "names a token twice; add its biases up")
+        for index, (_, bias) in enumerate(sampling.logit_bias):
+            if not -MAX_BIAS <= bias <= MAX_BIAS:
+                yield FieldViolation(
+                    f"sampling.logit_bias[{index}].bias",
+                    f"is {_number(bias)}; must be {-MAX_BIAS:g} to {MAX_BIAS:g}, where 0 is none",
+                )
+    allowed = sampling.allowed_token_ids
+    if not _are_ids(allowed, limits):
+        yield _outside_vocabulary("sampling.allowed_token_ids.ids", allowed, limits)
+    elif len(set(allowed)) < len(allowed):
+        yield FieldViolation("sampling.allowed_token_ids.ids", "names a token twice; name each once")
+    bad = sampling.bad_token_sequences
+    if len(bad) > MAX_BAD_SEQUENCE_COUNT:
+        yield FieldViolation(
+            "sampling.bad_token_sequences", f"has {len(bad)} sequences; at most {MAX_BAD_SEQUENCE_COUNT}"
+        )
+        return
+    for index, sequence in enumerate(bad):
+        field = f"sampling.bad_token_sequences[{index}].ids"
+        if not 1 <= len(sequence) <= MAX_BAD_SEQUENCE_LENGTH:
+            yield FieldViolation(field, f"has {len(sequence)} tokens; must have 1 to {MAX_BAD_SEQUENCE_LENGTH}")
+        elif not _are_ids(sequence, limits):
+            yield _outside_vocabulary(field, sequence, limits)
+
+
+def _structure(request: GenerateRequest) -> Iterator[FieldViolation]:
+    structure = request.sampling.structure
+    if structure is None:
+        return
+    problem = structure_problem(structure)
+    if problem is not None:
+        yield FieldViolation(f"sampling.structure.{structure.kind.value}", f"{problem}; {_REMEDY[structure.kind]}")
+    # What together could leave an engine no token to draw: it would have to fail, or to break one of the two.
+    if request.stop.ignore_eos:
+        yield FieldViolation(
+            "stop.ignore_eos", "is set with sampling.structure, which ends the answer; leave one out"
+        )
+    if request.stop.min_output_token_count > 0:
+        yield FieldViolation(
+            "stop.min_output_token_count",
+            "is set with sampling.structure, which may be complete before; put the least length into the structure",
+        )
+    for name in ("allowed_token_ids", "bad_token_sequences"):
+        if getattr(request.sampling, name):
+            yield FieldViolation(
+                f"sampling.{name}", "is set with sampling.structure; together they may leave no token: leave one out"
+            )
+
+
+def _nothing_left(request: GenerateRequest, limits: ModelLimits) -> Iterator[FieldViolation]:
+    """Of the tokens allowed one must be left at every place, whatever came before it."""
+    allowed = request.sampling.allowed_token_ids
+    left = set(allowed) - {sequence[-1] for sequence in request.sampling.bad_token_sequences if sequence}
+    if request.stop.min_output_token_count > 0:
+        left -= {*request.stop.stop_token_ids, *limits.eos_token_ids}
+    if allowed and not left:
+        yield FieldViolation(
+            "sampling.allowed_token_ids",
+            "may leave no token to draw; allow one that ends none of bad_token_sequences and, with "
+            "min_output_token_count, is no stop or end-of-sequence token",
+        )
+
 
 def _stop(stop: StopConditions, limits: ModelLimits) -> Iterator[FieldViolation]:
     if stop.max_output_token_count is not None and stop.max_output_token_count < 1:
         yield FieldViolation(
             "stop.max_output_token_count",
             f"is {stop.max_output_token_count}; must be at least 1, or absent for what the context has left",
+        )
+    most = limits.max_context_token_count if stop.max_output_token_count is None else stop.max_output_token_count
+    if not 0 <= stop.min_output_token_count <= max(1, most):
+        what = "the context" if stop.max_output_token_count is None else "max_output_token_count"
+        yield FieldViolation(
+            "stop.min_output_token_count",
+            f"is {stop.min_output_token_count}; must be 0 to {what}, which is {most}",
         )
     if len(stop.stop_sequences) > MAX_STOP_SEQUENCE_COUNT:
         yield FieldViolation(
@@ -165,6 +288,11 @@ def _output(output: OutputOptions) -> Iterator[FieldViolation]:
             "output.max_chunk_token_count",
             f"is {output.max_chunk_token_count}; must be at least 1, or absent for the default",
         )
+    if output.top_logprob_count is not None and not 0 <= output.top_logprob_count <= MAX_TOP_LOGPROB_COUNT:
+        yield FieldViolation(
+            "output.top_logprob_count",
+            f"is {output.top_logprob_count}; must be 0 to {MAX_TOP_LOGPROB_COUNT}, or absent for no logprobs",
+        )
 
 
 def _rest(request: GenerateRequest) -> Iterator[FieldViolation]:
@@ -173,13 +301,21 @@ def _rest(request: GenerateRequest) -> Iterator[FieldViolation]:
     for name, value in (("session_id", request.session_id), ("correlation_id", request.correlation_id)):
         if (size := len(value.encode())) > MAX_ID_BYTES:
             yield FieldViolation(name, f"has {size} bytes; at most {MAX_ID_BYTES}")
+    if request.tenant and not _TENANT.fullmatch(request.tenant):
+        yield FieldViolation("tenant", f"must be 1 to {MAX_TENANT_LENGTH} letters, digits or any of _ . -, or absent")
 
 
-def _outside_vocabulary(field: str, token_ids: Sequence[int], limits: ModelLimits) -> FieldViolation:
+def _are_ids(token_ids: Sequence[int], limits: ModelLimits) -> bool:
+    return not token_ids or (min(token_ids) >= 0 and max(token_ids) < limits.vocab_size)
+
+
+def _outside_vocabulary(
+    field: str, token_ids: Sequence[int], limits: ModelLimits, *, part: str = ""
+) -> FieldViolation:
     outside = [index for index, token_id in enumerate(token_ids) if not 0 <= token_id < limits.vocab_size]
     more = f" (and {len(outside) - 1} more)" if len(outside) > 1 else ""
     return FieldViolation(
-        f"{field}[{outside[0]}]",
+        f"{field}[{outside[0]}]{part}",
         f"is {token_ids[outside[0]]}; token ids of {limits.model} are 0 to {limits.vocab_size - 1}{more}",
     )
 

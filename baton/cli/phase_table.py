@@ -43,10 +43,17 @@ def phase_lines(finished: Finished, client_total_s: float | None = None) -> list
     reason = f" ({phases.placement_reason})" if phases.placement_reason else ""
     lines.append(f"placed               {mode}{reason}, {_workers(finished)}")
     lines.append(f"attempts             {phases.attempt_count}")
-    if phases.recomputed_token_count:
-        lines.append(
-            f"recomputed           {phases.recomputed_token_count} prompt tokens: their KV could not be pulled"
-        )
+    transfer = phases.transfer
+    if transfer.pull_count:
+        parts = f"post {_ms(transfer.post_s)}, wire {_ms(transfer.wire_s)}, verify {_ms(transfer.verify_s)}"
+        speed = transfer.wire_bytes_per_s
+        rate = "" if speed is None else f", {human_bytes(speed)}/s on the wire"
+        count = "1 pull" if transfer.pull_count == 1 else f"{transfer.pull_count} pulls"
+        lines.append(f"pulled               {count} of {transfer.descriptor_count} regions: {parts}{rate}")
+    if transfer.recomputed_token_count:
+        reason = "" if transfer.recompute_reason is None else f" ({transfer.recompute_reason.value})"
+        count = transfer.recomputed_token_count
+        lines.append(f"recomputed           {count} prompt tokens: their KV could not be used{reason}")
     lines.append(f"ended by             {_ending(finished)}")
     return lines
 
@@ -76,6 +83,10 @@ def _ending(finished: Finished) -> str:
         if finished.reason is not None
         else "a reason this client does not know"
     )
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms"
 
 
 def human_bytes(count: float) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _BAR_WIDTH = 10
 _WIDE, _WIDE_FROM = 140, 110
-_NARROW_BELOW = 78
+_NARROW_BELOW = 92
 
 
 def add_command(subparsers: Any) -> None:
@@ -92,6 +92,8 @@ def frame(view: ClusterView, address: str, width: int = 140) -> Group:
         workers.add_column(title, justify="right", max_width=None if width >= _NARROW_BELOW else 4)
     workers.add_column("KV blocks", no_wrap=True)
     workers.add_column("leases", justify="right")
+    for title in ("GB/s", "again"):
+        workers.add_column(title, justify="right", no_wrap=True)
     is_wide = width >= _WIDE_FROM
     if is_wide:
         workers.add_column("address")
@@ -105,6 +107,8 @@ def frame(view: ClusterView, address: str, width: int = 140) -> Group:
             str(worker.waiting_count),
             _kv_usage(worker, has_bar=is_wide),
             str(worker.held_lease_count),
+            f"{worker.kv_bytes_per_s / 1e9:.2f}" if worker.kv_bytes_per_s else "–",
+            f"{worker.recomputed_share:.1%}" if worker.recomputed_share else "–",
             *([worker.address] if is_wide else []),
         )
     phases = Table(

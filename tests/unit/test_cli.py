@@ -6,6 +6,7 @@ import argparse
 import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -15,12 +16,25 @@ from baton.__main__ import main
 from baton.admin_client import ClusterView, PhaseView, WorkerView
 from baton.cli import exits
 from baton.cli.chat import Chat
+from baton.cli.generate import add_mode_arguments, add_sampling_arguments, logprob_lines, modes_of
 from baton.cli.phase_table import human_bytes, phase_lines
 from baton.cli.top import frame
-from baton.client import BatonClient, Chunk, Event, Finished, PhaseTimings, Started
+from baton.client import BatonClient, Chunk, Event, Finished, PhaseTimings, Started, TokenLogprob
 from baton.errors import FieldViolation
-from baton.request import ChatMessage, FinishReason, PlacementMode, Usage
+from baton.leg import RecomputeReason
+from baton.request import (
+    ChatMessage,
+    FinishReason,
+    Handover,
+    PlacementMode,
+    Sampling,
+    StopConditions,
+    Structure,
+    StructureKind,
+    Usage,
+)
 from baton.timeline import PHASES, Phase
+from baton.transfer_report import TransferReport
 from fleet.cli import next_steps
 from fleet.state_dir import FleetRecord
 
@@ -38,13 +52,13 @@ def finished(**changes: Any) -> Finished:
     values: dict[str, Any] = {
         "seconds": SECONDS,
         "time_to_first_token_s": 0.052,
-        "kv_transfer_bytes": 4 * 1024 * 1024,
+        "transfer": TransferReport(4 * 1024 * 1024, 60, 1, 0.0005, 0.002, 0.001),
+        "handover": Handover.OUTPUT_INJECTION,
         "prefill_worker_id": "prefill-0",
         "decode_worker_id": "decode-0",
         "attempt_count": 1,
         "placement_mode": PlacementMode.SPLIT,
         "placement_reason": "split",
-        "recomputed_token_count": 0,
     }
     phases = PhaseTimings(**{**values, **changes})
     return Finished(FinishReason.MAX_OUTPUT_TOKENS, None, None, Usage(100, 95, 0), phases)
@@ -57,18 +71,20 @@ def test_the_table_shows_every_phase_its_sum_bytes_bandwidth_and_who_served() ->
         "1000.00", "1001.00", "4 MiB at 1000 MiB/s", "52.0 ms", "99.2 after the first",
         "100 in (0 from cache), 95 out",
         "split (split), prefill-0 → decode-0", "max output tokens",
+        "1 pull of 60 regions: post 0.50 ms, wire 2.00 ms, verify 1.00 ms, 1.95 GiB/s on the wire",
     ):  # fmt: skip
         assert expected in text
 
 
 def test_the_table_of_an_answer_that_needed_no_transfer_divides_by_nothing() -> None:
     nothing = finished(
-        seconds=dict.fromkeys(PHASES, 0.0), kv_transfer_bytes=0, time_to_first_token_s=None, decode_worker_id="",
-        placement_mode=None, recomputed_token_count=7,
+        seconds=dict.fromkeys(PHASES, 0.0), time_to_first_token_s=None, decode_worker_id="", placement_mode=None,
+        transfer=TransferReport(recomputed_token_count=7, recompute_reason=RecomputeReason.STALE),
     )  # fmt: skip
     text = "\n".join(phase_lines(nothing))
     assert "nothing moved" in text
     assert "7 prompt tokens" in text
+    assert "(stale)" in text
 
 
 @pytest.mark.parametrize(
@@ -137,7 +153,7 @@ def test_a_frame_of_top_shows_workers_and_phases() -> None:
     from rich.console import Console
 
     view = ClusterView(
-        workers=(WorkerView("decode-0", "decode", "127.0.0.1:9", "ready", 3, 2, 1, 50, 100, 4, "e"),),
+        workers=(WorkerView("decode-0", "decode", "127.0.0.1:9", "ready", 3, 2, 1, 50, 100, 4, "e", 2.5e9, 0.031),),
         phases=(PhaseView("kv_transfer", 10, 1.25, 2.5), PhaseView("decode", 0, 0.0, 0.0)),
         queued_count=7, in_flight_count=9, finished_count=11, failed_count=1, is_serving=True,
     )  # fmt: skip
@@ -145,9 +161,83 @@ def test_a_frame_of_top_shows_workers_and_phases() -> None:
         console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
         console.print(frame(view, "127.0.0.1:50052", width))
         text = console.export_text()
-        for expected in ("serving", "queued 7", "decode-0", "ready", "50% 50/100", "KV transfer", "1.2", "2.5", "–"):
+        for expected in (
+            "serving",
+            "queued 7",
+            "decode-0",
+            "ready",
+            "50% 50/100",
+            "KV transfer",
+            "1.2",
+            "2.5",
+            "–",
+            "2.50",
+            "3.1%",
+        ):
             assert expected in text
         assert ("127.0.0.1:9" in text) == (width == 140)
+
+
+def parsed(*command: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_sampling_arguments(parser)
+    add_mode_arguments(parser)
+    return parser.parse_args(command)
+
+
+def test_every_option_of_generate_reaches_the_request(tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object"}')
+    assert modes_of(parsed()) == (Sampling(), StopConditions())
+    sampling, stop = modes_of(
+        parsed(
+            *("--temperature", "0.7", "--seed", "5", "--top-p", "0.9", "--top-k", "40", "--min-p", "0.1"),
+            *("--presence-penalty", "-1", "--frequency-penalty", "0.5", "--repetition-penalty", "1.2"),
+            *(
+                "--max-tokens",
+                "9",
+                "--min-tokens",
+                "3",
+                "--stop",
+                "x",
+                "--stop-token-id",
+                "7",
+                "--stop-token-id",
+                "8",
+            ),
+            *("--json-schema", str(schema)),
+        )
+    )
+    structure = Structure(StructureKind.JSON_SCHEMA, '{"type": "object"}')
+    assert sampling == Sampling(0.7, 0.9, 40, 0.1, 5, -1.0, 0.5, 1.2, structure=structure)
+    assert stop == StopConditions(9, ("x",), (7, 8), min_output_token_count=3)
+    grammar = tmp_path / "answer.ebnf"
+    grammar.write_text('root ::= "a"')
+    for command, expected in (
+        (("--regex", "a+"), Structure(StructureKind.REGEX, "a+")),
+        (("--choice", "yes", "--choice", "no"), Structure(StructureKind.CHOICE, choices=("yes", "no"))),
+        (("--grammar", str(grammar)), Structure(StructureKind.GRAMMAR, 'root ::= "a"')),
+        (("--json-object",), Structure(StructureKind.JSON_OBJECT)),
+    ):
+        assert modes_of(parsed(*command))[0].structure == expected
+
+
+def test_two_structures_and_a_file_that_is_not_there_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        parsed("--regex", "a", "--choice", "b")
+    assert left.value.code == 2
+    assert main(["generate", "hi", "--json-schema", "/nowhere/schema.json", "--address", "127.0.0.1:1"]) == 2
+    assert "/nowhere/schema.json" in capsys.readouterr().err
+
+
+def test_logprobs_are_a_line_per_token_with_its_text_rank_and_rivals_and_their_sum() -> None:
+    lines = logprob_lines(
+        [(" Paris", TokenLogprob(7, -0.25, 1, ((7, -0.25), (9, -2.0)))), ("", TokenLogprob(2, -1.0, 3, ()))], -1.25
+    )
+    assert len(lines) == 4
+    for expected in ("0", "7", "-0.2500", "1", '" Paris"', "7 -0.250, 9 -2.000"):
+        assert expected in lines[1]
+    assert lines[3].split() == ["sum", "-1.2500"]
 
 
 class ScriptedClient:

@@ -18,6 +18,7 @@ from baton.client import (
     PhaseTimings,
     Started,
     StreamGrammar,
+    TokenLogprob,
     channel_options,
     chat_prompt,
     event_from_proto,
@@ -25,20 +26,26 @@ from baton.client import (
     request_to_proto,
 )
 from baton.errors import BatonError, Reason, StatusName, engine_failed, queue_full
+from baton.leg import RecomputeReason
 from baton.request import (
     ChatMessage,
     ChatPrompt,
     FinishReason,
     GenerateRequest,
+    Handover,
     OutputOptions,
     PlacementMode,
     Sampling,
     StopConditions,
+    Structure,
+    StructureKind,
     TextPrompt,
+    TokenLogprobs,
     TokenPrompt,
     Usage,
 )
 from baton.timeline import PHASES, Phase, PhaseDurations
+from baton.transfer_report import TransferReport
 from baton.v1 import generation_pb2 as pb
 from router.answering import PhaseReport
 from router.service_messages import chunk_to_proto, finished_to_proto, request_from_proto, started_to_proto
@@ -49,7 +56,9 @@ FINISHED = Finished(
     None,
     None,
     Usage(3, 2, 0),
-    PhaseTimings(dict.fromkeys(PHASES, 0.0), None, 0, "p", "d", 1, PlacementMode.SPLIT, "split", 0),
+    PhaseTimings(
+        dict.fromkeys(PHASES, 0.0), None, TransferReport(), Handover.NONE, "p", "d", 1, PlacementMode.SPLIT, "split"
+    ),
 )
 
 
@@ -140,20 +149,43 @@ int32 = st.integers(-(2**31), 2**31 - 1)
         st.builds(TokenPrompt, st.lists(int32).map(tuple)),
         st.builds(ChatPrompt, st.lists(st.builds(ChatMessage, st.text(), st.text())).map(tuple)),
     ),
-    sampling=st.builds(Sampling, finite, finite, int32, finite, st.none() | st.integers(-(2**63), 2**63 - 1)),
+    sampling=st.builds(
+        Sampling,
+        finite,
+        finite,
+        int32,
+        finite,
+        st.none() | st.integers(-(2**63), 2**63 - 1),
+        finite,
+        finite,
+        finite,
+        logit_bias=st.lists(st.tuples(int32, finite), max_size=3).map(tuple),
+        allowed_token_ids=st.lists(int32, max_size=3).map(tuple),
+        bad_token_sequences=st.lists(st.lists(int32, max_size=3).map(tuple), max_size=3).map(tuple),
+        structure=st.none()
+        | st.just(Structure(StructureKind.JSON_OBJECT))
+        | st.builds(
+            Structure,
+            st.sampled_from([StructureKind.JSON_SCHEMA, StructureKind.REGEX, StructureKind.GRAMMAR]),
+            st.text(),
+        )
+        | st.builds(Structure, st.just(StructureKind.CHOICE), choices=st.lists(st.text(), max_size=3).map(tuple)),
+    ),
     stop=st.builds(
         StopConditions,
         st.none() | int32,
         st.lists(st.text()).map(tuple),
         st.lists(int32).map(tuple),
         st.booleans(),
+        int32,
     ),
     output=st.sampled_from(
         [
             OutputOptions(),
             OutputOptions(False, True, 1),
             OutputOptions(True, True, 7),
-            OutputOptions(max_chunk_token_count=0),
+            OutputOptions(max_chunk_token_count=0, top_logprob_count=0),
+            OutputOptions(top_logprob_count=-7),
         ]
     ),
 )
@@ -169,15 +201,24 @@ def test_a_request_arrives_as_it_was_meant(
         priority=-3,
         session_id="s",
         correlation_id="c",
+        tenant="t",
     )
     received, violations = request_from_proto(pb.GenerateRequest.FromString(message.SerializeToString()))
     assert violations == []
-    assert received == GenerateRequest(prompt, "m", sampling, stop, output, -3, "s", "c")
+    assert received == GenerateRequest(prompt, "m", sampling, stop, output, -3, "s", "c", "t")
 
 
 def test_a_bare_request_means_greedy_text_until_the_model_stops() -> None:
     received, _ = request_from_proto(pb.GenerateRequest(text="hi"))
     assert received == GenerateRequest(TextPrompt("hi"))
+
+
+def test_a_list_that_is_there_and_empty_and_a_structure_of_no_kind_are_violations() -> None:
+    sampling = pb.Sampling(allowed_token_ids=pb.TokenIds(), structure=pb.StructuredOutput())
+    request, violations = request_from_proto(pb.GenerateRequest(text="hi", sampling=sampling))
+    assert [violation.field for violation in violations] == ["sampling.allowed_token_ids", "sampling.structure"]
+    assert "json_schema, json_object, regex, choice, grammar" in violations[1].description
+    assert request.sampling == Sampling()
 
 
 def test_an_unknown_output_content_is_a_violation() -> None:
@@ -190,15 +231,16 @@ def test_events_arrive_as_they_were_sent_and_the_phases_keep_their_sum() -> None
     seconds = {phase: 0.001 * (n + 1) / 3 for n, phase in enumerate(PHASES)}
     report = PhaseReport(
         PhaseDurations(seconds, sum(seconds.values()), 0.0015),
-        1 << 33,
+        TransferReport(1 << 33, 60, 2, 0.001, 0.25, 0.002, 5, RecomputeReason.CORRUPT),
+        Handover.OUTPUT_INJECTION,
         "p-0",
         "d-0",
         2,
         PlacementMode.LOCAL,
         "recompute",
-        5,
     )
-    finished = event_from_proto(finished_to_proto(FinishReason.CONTEXT_FULL, "###", 0, Usage(7, 5, 3), report))
+    sent = finished_to_proto(FinishReason.CONTEXT_FULL, "###", 0, Usage(7, 5, 3), report, -12.5)
+    finished = event_from_proto(sent)
     assert isinstance(finished, Finished)
     assert finished.reason is FinishReason.CONTEXT_FULL
     assert (finished.matched_stop_sequence, finished.matched_stop_token_id) == ("###", 0)
@@ -207,12 +249,38 @@ def test_events_arrive_as_they_were_sent_and_the_phases_keep_their_sum() -> None
     assert phases.total_s == pytest.approx(sum(seconds.values()), abs=1e-8)
     assert phases[Phase.KV_TRANSFER] == pytest.approx(seconds[Phase.KV_TRANSFER], abs=1e-9)
     assert (phases.kv_transfer_bytes, phases.attempt_count, phases.recomputed_token_count) == (1 << 33, 2, 5)
+    assert (phases.transfer, phases.handover) == (report.transfer, Handover.OUTPUT_INJECTION)
+    assert phases.transfer.wire_bytes_per_s == (1 << 33) / 0.25
+    assert finished.cumulative_logprob == -12.5
     assert phases.placement_mode is PlacementMode.LOCAL
     assert event_from_proto(started_to_proto("gen-1", "tiny", 3)) == STARTED
     both = OutputOptions(wants_token_ids=True)
     assert event_from_proto(chunk_to_proto(4, (7, 8), "hi", both)) == Chunk(4, "hi", (7, 8), 2)
     only_text = event_from_proto(chunk_to_proto(4, (7, 8), "hi", OutputOptions()))
     assert only_text == Chunk(4, "hi", (), 2)
+    logprobs = (TokenLogprobs(-0.5, 2, ((8, -0.25), (7, -0.5))), TokenLogprobs(-1.0, 1))
+    with_logprobs = event_from_proto(chunk_to_proto(4, (7, 8), "hi", OutputOptions(), logprobs))
+    entries = (TokenLogprob(7, -0.5, 2, ((8, -0.25), (7, -0.5))), TokenLogprob(8, -1.0, 1, ()))
+    assert with_logprobs == Chunk(4, "hi", (), 2, entries)
+
+
+@pytest.mark.parametrize("handover", list(Handover))
+@pytest.mark.parametrize("reason", [None, *RecomputeReason])
+def test_every_word_of_a_transfer_has_one_on_the_wire(handover: Handover, reason: RecomputeReason | None) -> None:
+    transfer = TransferReport(recompute_reason=reason)
+    durations = PhaseDurations(dict.fromkeys(PHASES, 0.0), 0.0, None)
+    report = PhaseReport(durations, transfer, handover, "", "", 1, PlacementMode.SPLIT, "split")
+    finished = event_from_proto(finished_to_proto(FinishReason.STOP, None, None, Usage(1, 1, 0), report))
+    assert isinstance(finished, Finished)
+    assert (finished.phases.handover, finished.phases.transfer) == (handover, transfer)
+    assert finished.cumulative_logprob is None
+
+
+def test_logprobs_that_are_not_one_for_each_token_are_a_broken_stream() -> None:
+    grammar = StreamGrammar()
+    grammar.check(STARTED)
+    with pytest.raises(BatonError, match="1 logprobs came with 2 tokens"):
+        grammar.check(Chunk(0, "hi", (), 2, (TokenLogprob(7, -0.5, 1, ()),)))
 
 
 def test_values_of_a_newer_server_are_tolerated() -> None:

@@ -58,5 +58,16 @@ def ticket_key(secret: bytes) -> bytes:
     return _derived(secret, b"baton-ticket")
 
 
+def peer_key(secret: bytes) -> bytes:
+    """The key that an engine's coordinates are sealed with."""
+    return _derived(secret, b"baton-peer")
+
+
+def side_channel_key(secret: bytes) -> bytes:
+    """The key with which engines prove to one another that they are of one cluster. An engine process gets this one
+    and not the secret."""
+    return _derived(secret, b"baton-side-channel")
+
+
 def _derived(secret: bytes, purpose: bytes) -> bytes:
     return hmac.new(checked_secret(secret), purpose, hashlib.sha256).digest()

@@ -52,8 +52,8 @@ def phase_lines(finished: Finished, client_total_s: float | None = None) -> list
         lines.append(f"pulled               {count} of {transfer.descriptor_count} regions: {parts}{rate}")
     if transfer.recomputed_token_count:
         reason = "" if transfer.recompute_reason is None else f" ({transfer.recompute_reason.value})"
-        count = transfer.recomputed_token_count
-        lines.append(f"recomputed           {count} prompt tokens: their KV could not be used{reason}")
+        redone = transfer.recomputed_token_count
+        lines.append(f"recomputed           {redone} prompt tokens: their KV could not be used{reason}")
     lines.append(f"ended by             {_ending(finished)}")
     return lines
 

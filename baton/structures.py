@@ -13,11 +13,15 @@ import re
 from baton.request import MAX_CHOICE_COUNT, MAX_STRUCTURE_BYTES, Structure, StructureKind
 
 MAX_NESTING = 32
-MAX_CHECK_S = 2.0
+MAX_CHECK_S = 1.0
 """Longest time that an engine's grammar compiler may take to read one."""
 MAX_REPETITION_COUNT = 1024
 MAX_EXPANDED_SIZE = MAX_STRUCTURE_BYTES
 
+MAX_COUNT = 10_000
+"""Of items, properties or characters that a schema asks for."""
+
+_COUNT_KEYS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
 _REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 
 
@@ -59,6 +63,16 @@ def _schema_problem(text: str) -> str | None:
         return "is not JSON"
     if not isinstance(schema, dict):
         return "is not a JSON object"
+    parts: list[object] = [schema]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            parts += part.values()
+            counts = [part[key] for key in _COUNT_KEYS if isinstance(part.get(key), int | float)]
+            if not all(0 <= count <= MAX_COUNT for count in counts):
+                return f"counts to more than {MAX_COUNT}"
+        elif isinstance(part, list):
+            parts += part
     return None
 
 

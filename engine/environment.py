@@ -32,6 +32,8 @@ def engine_environment(config: EngineConfig) -> dict[str, str]:
         # Standard output belongs to the program that runs the worker.
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "TOKENIZERS_PARALLELISM": "false",
+        # What the grammar compiler warns of quotes the grammar.
+        "LLGUIDANCE_LOG_LEVEL": "0",
     }
     if _is_loopback(config.side_channel_host) and "UCX_NET_DEVICES" not in os.environ:
         # NIXL's transport listens on every interface otherwise; peers of a loopback address are on this host.

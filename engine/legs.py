@@ -157,6 +157,11 @@ def _token_list_violations(sampling: Sampling, info: EngineInfo) -> Iterator[Fie
         yield FieldViolation("sampling.allowed_token_ids", "has more ids than there are tokens")
     elif not _are_ids(sampling.allowed_token_ids, info):
         yield FieldViolation("sampling.allowed_token_ids", not_ids)
+    elif sampling.allowed_token_ids and all(
+        (each,) in sampling.bad_token_sequences for each in sampling.allowed_token_ids
+    ):
+        # An engine that may say nothing says anything.
+        yield FieldViolation("sampling.allowed_token_ids", "are all forbidden by bad_token_sequences")
     bad = sampling.bad_token_sequences
     if len(bad) > MAX_BAD_SEQUENCE_COUNT:
         yield FieldViolation("sampling.bad_token_sequences", f"has more than {MAX_BAD_SEQUENCE_COUNT} sequences")

@@ -42,8 +42,9 @@ def engine_arguments(config: EngineConfig, identity: EngineIdentity) -> dict[str
             transfer_faults=config.transfer_faults,
         ),
         # Named: left to choose, an engine keeps whichever its first structured request needed, and two engines that
-        # go on with each other's answers would mask different tokens.
-        "structured_outputs_config": {"backend": "xgrammar"},
+        # go on with each other's answers would mask different tokens. This one, because it bounds its own work: over
+        # an ambiguous grammar of one line, vLLM's first choice keeps the engine's loop busy for ever.
+        "structured_outputs_config": {"backend": "guidance"},
         # Requests, hence prompts, are never logged; statistics reach us through ``reports`` alone.
         "enable_log_requests": False,
         "disable_log_stats": True,

@@ -39,7 +39,7 @@ from engine.environment import engine_environment, put_in_force
 from engine.legs import sampling_violations
 from engine.protocol import DecodeJob, EngineInfo, EngineLoad, HeldKv, Prefilled, PrefillJob
 from kvtransfer.connector_parent import claim_ownership
-from kvtransfer.emitted_tokens import extra_args
+from kvtransfer.emitted_tokens import STRUCTURE_FAILED, extra_args
 from kvtransfer.transfer_params import NixlParams, TransferLimits, validate_transfer_params
 
 __all__ = ["VllmEngine"]
@@ -321,6 +321,11 @@ class VllmEngine:
                     if output.finished:
                         is_finished = True
                         reason = output.outputs[0].finish_reason
+                        if (output.kv_transfer_params or {}).get(STRUCTURE_FAILED):
+                            # Its last tokens were not masked by the structure any more.
+                            raise invalid_request(
+                                [FieldViolation("sampling.structure", "is more than the engine can follow")]
+                            )
                         if reason not in ("stop", "length"):
                             raise self._failed(f"the engine ended the request: {reason}")
                     yield output
@@ -465,10 +470,10 @@ def _structured_outputs(structure: Structure) -> Any:
 def _read_structure(structure: Structure) -> bool:
     """Whether the engine's grammar compiler can read it. What it says of the reasons quotes the text."""
     from vllm import SamplingParams
-    from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
+    from vllm.v1.structured_output.backend_guidance import validate_guidance_grammar
 
     try:
-        validate_xgrammar_grammar(SamplingParams(structured_outputs=_structured_outputs(structure)))
+        validate_guidance_grammar(SamplingParams(structured_outputs=_structured_outputs(structure)))
     except Exception:
         return False
     return True

@@ -19,7 +19,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.request import Request, RequestStatus
 
-from kvtransfer.emitted_tokens import emitted_token_ids
+from kvtransfer.emitted_tokens import STRUCTURE_FAILED, emitted_token_ids
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -29,7 +29,7 @@ SIDE_CHANNEL_HOST_KEY = "baton_side_channel_host"
 SIDE_CHANNEL_PORT_KEY = "baton_side_channel_port"
 _LOGGERS_THAT_QUOTE = (
     "vllm.v1.structured_output",
-    "vllm.v1.structured_output.backend_xgrammar",
+    "vllm.v1.structured_output.backend_guidance",
     "vllm.v1.core.sched.scheduler",
 )
 """They write the schemas and tokens of a request that failed; that it failed is its caller's to hear."""
@@ -90,8 +90,8 @@ class PullScheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
             return True
         self._grammar_is_behind.discard(request.request_id)
         structured = request.structured_output_request
-        emitted = list(request.output_token_ids)
-        if structured.grammar.accept_tokens(request.request_id, emitted):
+        # One by one, as they were drawn: what comes after an end is not the grammar's.
+        if all(structured.grammar.accept_tokens(request.request_id, [each]) for each in request.output_token_ids):
             return True
         structured._grammar = ValueError("the emitted tokens do not match the grammar")
         request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
@@ -100,14 +100,16 @@ class PullScheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
     def request_finished(self, request: Request, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
         emitted_count = self._emitted_counts.pop(request.request_id, 0)
         self._grammar_is_behind.discard(request.request_id)
+        told = {STRUCTURE_FAILED: True} if _has_lost_its_structure(request) else None
         params = request.kv_transfer_params
         if not params or not params.get("do_remote_decode"):
-            return super().request_finished(request, block_ids)  # type: ignore[no-any-return]
-        if request.status != RequestStatus.FINISHED_LENGTH_CAPPED:
+            is_kept, _ = super().request_finished(request, block_ids)
+            return is_kept, told
+        if request.status != RequestStatus.FINISHED_LENGTH_CAPPED or told is not None:
             # The first token ended the answer, or the prefill was aborted: no peer will come for the KV.
             self._reqs_not_processed.add(request.request_id)
             self._reqs_need_save.pop(request.request_id, None)
-            return False, None
+            return False, told
         is_held, peer_params = super().request_finished(request, block_ids)
         if not is_held or peer_params is None:
             return is_held, peer_params
@@ -124,8 +126,16 @@ class PullScheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
         return True, peer_params
 
 
+def _has_lost_its_structure(request: Request) -> bool:
+    """The grammar's limits on its own work were reached. It then lets an answer end anywhere, as if it were whole."""
+    if request.structured_output_request is None:
+        return False
+    matcher = getattr(request.structured_output_request.grammar, "ll_matcher", None)
+    return matcher is not None and bool(matcher.get_error())
+
+
 def _is_without_structure(record: logging.LogRecord) -> bool:
-    return not any(word in record.msg for word in ("grammar", "FSM")) if isinstance(record.msg, str) else True
+    return not any(word in record.msg for word in ("grammar", "LLMatcher")) if isinstance(record.msg, str) else True
 
 
 class _StatsOfAContinuation(PrefillStats):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""How tokens that an answer has already travel into an engine: in the request's extra arguments. Pure.
+"""How tokens that an answer has already travel into an engine, in the request's extra arguments. Pure.
 
 vLLM's requests have no field for them. Whoever makes the request puts them there; the connector's two sides, the
 scheduler's and the worker's, each take them from there.
@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 EMITTED_ARG = "baton_emitted_token_ids"
+STRUCTURE_FAILED = "baton_structure_failed"
+"""In what a finished request brings back: its structure was given up, so its end means nothing."""
 
 
 def extra_args(emitted: Sequence[int], transfer: Mapping[str, Any] | None) -> dict[str, Any] | None:

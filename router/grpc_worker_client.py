@@ -90,18 +90,7 @@ class GrpcWorkerClient:
         return f"<GrpcWorkerClient {self.address}>"
 
     async def prefill(self, order: PrefillOrder, *, timeout_s: float) -> PrefillReply:
-        request = pb.PrefillRequest(
-            leg_id=order.leg_id,
-            prompt_token_ids=pack_token_ids(order.prompt_token_ids),
-            sampling=_sampling(order.sampling),
-            stop=_stop(order.stop),
-            lease_s=order.lease_s,
-            priority=order.priority,
-            output_token_count=order.output_token_count,
-            top_logprob_count=order.top_logprob_count,
-            tenant=order.tenant,
-        )
-        call = self._open(self._prefill_stub.Prefill, request, timeout_s)
+        call = self._open(self._prefill_stub.Prefill, prefill_request(order), timeout_s)
         try:
             reply = await self._answer(call)
         except (asyncio.CancelledError, BatonError):
@@ -135,21 +124,10 @@ class GrpcWorkerClient:
         return bool(reply.is_held)
 
     async def decode(self, order: DecodeOrder, *, timeout_s: float) -> AsyncGenerator[DecodeEvent, None]:
-        request = pb.DecodeRequest(
-            leg_id=order.leg_id,
-            prompt_token_ids=pack_token_ids(order.prompt_token_ids),
-            sampling=_sampling(order.sampling),
-            stop=_stop(order.stop),
-            ticket=order.ticket,
-            priority=order.priority,
-            output_token_count=order.output_token_count,
-            top_logprob_count=order.top_logprob_count,
-            tenant=order.tenant,
-        )
-        call = self._open(self._decode_stub.Decode, request, timeout_s)
+        call = self._open(self._decode_stub.Decode, decode_request(order), timeout_s)
         try:
             while (message := await self._answer(call.read())) is not grpc.aio.EOF:
-                yield _event(message)
+                yield event_from_proto(message)
         finally:
             call.cancel()  # of no effect on a call that is over
 
@@ -238,7 +216,35 @@ class GrpcWorkerClient:
                 return  # the channel was closed: the worker is gone or we are
 
 
-def _event(message: Any) -> DecodeEvent:
+def prefill_request(order: PrefillOrder) -> pb.PrefillRequest:
+    return pb.PrefillRequest(
+        leg_id=order.leg_id,
+        prompt_token_ids=pack_token_ids(order.prompt_token_ids),
+        sampling=_sampling(order.sampling),
+        stop=_stop(order.stop),
+        lease_s=order.lease_s,
+        priority=order.priority,
+        output_token_count=order.output_token_count,
+        top_logprob_count=order.top_logprob_count,
+        tenant=order.tenant,
+    )
+
+
+def decode_request(order: DecodeOrder) -> pb.DecodeRequest:
+    return pb.DecodeRequest(
+        leg_id=order.leg_id,
+        prompt_token_ids=pack_token_ids(order.prompt_token_ids),
+        sampling=_sampling(order.sampling),
+        stop=_stop(order.stop),
+        ticket=order.ticket,
+        priority=order.priority,
+        output_token_count=order.output_token_count,
+        top_logprob_count=order.top_logprob_count,
+        tenant=order.tenant,
+    )
+
+
+def event_from_proto(message: Any) -> DecodeEvent:
     match message.WhichOneof("event"):
         case "step":
             return Stepped(tuple(message.step.token_ids), tuple(map(_logprobs, message.step.logprobs)))

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 import pytest_asyncio
-from engine_pair import Pair, decoded_with_logprobs, is_idle, kv_of, prompt, running_pair
+from engine_pair import Pair, decoded, decoded_with_logprobs, is_idle, kv_of, prompt, running_pair
 
+from baton.errors import BatonError, Reason
 from baton.request import EngineStop, LegFinish, Sampling, Structure, StructureKind, TokenLogprobs
 from engine.protocol import DecodeJob, PrefillJob
 from engine.vllm_engine import VllmEngine
@@ -47,6 +48,7 @@ class Said:
     finish: LegFinish
 
 
+NOTHING = Said((), (), LegFinish.LENGTH)
 SCHEMA = {
     "type": "object",
     "properties": {"n": {"type": "integer"}, "s": {"type": "string", "maxLength": 3}},
@@ -158,8 +160,10 @@ async def handed_over(pair: Pair, mode: Mode, emitted: Said) -> Said:
         output_token_count=count + 1,
         top_logprob_count=mode.top_logprob_count,
     )
-    rest, rest_logprobs, finish = await decoded_with_logprobs(pair.decoder, job)
-    await pair.prefiller.release(kv_of(first).handle)
+    try:
+        rest, rest_logprobs, finish = await decoded_with_logprobs(pair.decoder, job)
+    finally:
+        await pair.prefiller.release(kv_of(first).handle)
     return Said((*token_ids, *rest), (*logprobs, *rest_logprobs), finish)
 
 
@@ -242,3 +246,72 @@ async def test_logprobs_are_of_the_drawn_and_the_likeliest(answers: Answers) -> 
     for logprobs in answers.one_engine["logprobs of drawn tokens"].logprobs:
         assert logprobs.top == ()
         assert logprobs.logprob < 0
+
+
+REFUSED = {
+    "a schema that is none": Structure(StructureKind.JSON_SCHEMA, '{"type": "nosuch"}'),
+    "a schema that nothing satisfies": Structure(
+        StructureKind.JSON_SCHEMA, '{"type":"integer","minimum":5,"maximum":3}'
+    ),
+    "a schema of itself": Structure(StructureKind.JSON_SCHEMA, '{"$ref": "#"}'),
+    "a schema from elsewhere": Structure(StructureKind.JSON_SCHEMA, '{"$ref": "http://127.0.0.1/schema"}'),
+    "no JSON": Structure(StructureKind.JSON_SCHEMA, "{"),
+    "an open bracket": Structure(StructureKind.REGEX, "(a"),
+    "a look-ahead": Structure(StructureKind.REGEX, "(?=a)b"),
+    "too many brackets": Structure(StructureKind.REGEX, "(" * 10_000 + "a" + ")" * 10_000),
+    "a million repeats": Structure(StructureKind.REGEX, "((a{100}){100}){100}"),
+    "a rule that is missing": Structure(StructureKind.GRAMMAR, "root ::= nosuch"),
+    "a rule of itself": Structure(StructureKind.GRAMMAR, "root ::= root"),
+    "no grammar": Structure(StructureKind.GRAMMAR, "$$$"),
+    "an ambiguous grammar": Structure(StructureKind.GRAMMAR, 'root ::= root root | "a" | [a-z]+ | ""'),
+    "properties in any of too many orders": Structure(
+        StructureKind.JSON_SCHEMA, json.dumps({"type": "object", "properties": {f"p{i}": {} for i in range(1500)}})
+    ),
+    "no choice": Structure(StructureKind.CHOICE),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+async def test_a_structure_that_cannot_be_followed_fails_its_request_alone(pair: Pair, name: str) -> None:
+    structure = REFUSED[name]
+    mode = Mode(Sampling(structure=structure), EngineStop(COUNT))
+    for attempt in (lambda: alone(pair.decoder, mode), lambda: handed_over(pair, mode, NOTHING)):
+        with pytest.raises(BatonError) as caught:
+            await attempt()
+        assert caught.value.reason is Reason.INVALID_REQUEST
+        assert [each.field for each in caught.value.violations] == ["sampling.structure"]
+        assert structure.text[:20] not in str(caught.value) or not structure.text
+    await is_idle(pair.decoder)
+    await is_idle(pair.prefiller)
+
+
+async def test_emitted_tokens_that_do_not_match_their_structure_fail_their_request_alone(pair: Pair) -> None:
+    mode = Mode(Sampling(structure=Structure(StructureKind.REGEX, "[0-9]{9}")), EngineStop(COUNT), None)
+    forged = Said(PROMPT[:3], (), LegFinish.STOP)
+    fine = asyncio.create_task(alone(pair.decoder, Mode(Sampling())))
+    with pytest.raises(BatonError) as caught:
+        await alone(pair.decoder, mode, forged)
+    assert caught.value.reason is Reason.ENGINE_FAILED
+    assert len((await fine).token_ids) == COUNT
+    await is_idle(pair.decoder)
+
+
+async def test_tenants_share_no_prefix(pair: Pair) -> None:
+    ids = prompt(300, seed=6)
+    cached = []
+    for tenant in ("a", "a", "b", ""):
+        job = DecodeJob("leg", ids, Sampling(), EngineStop(1), tenant=tenant)
+        adopted, _, _ = await decoded(pair.decoder, job)
+        cached.append(adopted.cached_token_count)
+    assert cached == [0, 256, 0, 0]
+
+
+async def test_a_continuation_says_what_it_found_in_the_cache(pair: Pair) -> None:
+    """vLLM's own count is of the prompt alone."""
+    ids = prompt(300, seed=7)
+    jobs = [DecodeJob("leg", ids, Sampling(), EngineStop(1), output_token_count=count) for count in (0, 200)]
+    cached = []
+    for job in jobs:
+        adopted, _, _ = await decoded(pair.decoder, job)
+        cached.append(adopted.cached_token_count)
+    assert cached == [0, 256]

@@ -15,7 +15,7 @@ from worker_pair import PROMPT, RULE, SECRET, a_pair, decode_order, events_of, p
 from baton.errors import BatonError, Reason
 from baton.leg import DecodeDone, DecodeOrder, KvAdopted
 from baton.metrics import WorkerMetrics
-from baton.request import EngineStop, LegFinish, Sampling
+from baton.request import EngineStop, LegFinish, Sampling, Structure, StructureKind
 from baton.testing import in_virtual_time, run_virtual
 from decode_worker.config import DecodeLimits
 from engine.load_board import LoadBoard
@@ -233,6 +233,32 @@ BAD_ORDERS: list[tuple[str, dict[str, Any]]] = [
     ("sampling.top_k", {"sampling": Sampling(top_k=-1)}),
     ("sampling.min_p", {"sampling": Sampling(min_p=1.5)}),
     ("sampling.seed", {"sampling": Sampling(seed=-1)}),
+    ("sampling.temperature", {"sampling": Sampling(temperature=2.1)}),
+    ("sampling.presence_penalty", {"sampling": Sampling(presence_penalty=2.1)}),
+    ("sampling.presence_penalty", {"sampling": Sampling(presence_penalty=math.nan)}),
+    ("sampling.frequency_penalty", {"sampling": Sampling(frequency_penalty=-2.1)}),
+    ("sampling.repetition_penalty", {"sampling": Sampling(repetition_penalty=0.0)}),
+    ("sampling.repetition_penalty", {"sampling": Sampling(repetition_penalty=math.inf)}),
+    ("sampling.logit_bias", {"sampling": Sampling(logit_bias=((RULE.vocab_size, 1.0),))}),
+    ("sampling.logit_bias", {"sampling": Sampling(logit_bias=((1, 1.0), (1, 2.0)))}),
+    ("sampling.logit_bias", {"sampling": Sampling(logit_bias=((1, math.nan),))}),
+    ("sampling.logit_bias", {"sampling": Sampling(logit_bias=((1, -math.inf),))}),
+    ("sampling.logit_bias", {"sampling": Sampling(logit_bias=tuple((each, 1.0) for each in range(1025)))}),
+    ("sampling.allowed_token_ids", {"sampling": Sampling(allowed_token_ids=(-1,))}),
+    ("sampling.allowed_token_ids", {"sampling": Sampling(allowed_token_ids=(1,) * (RULE.vocab_size + 1))}),
+    ("sampling.allowed_token_ids", {"sampling": Sampling(allowed_token_ids=(5,), bad_token_sequences=((5,),))}),
+    ("sampling.bad_token_sequences", {"sampling": Sampling(bad_token_sequences=((),))}),
+    ("sampling.bad_token_sequences", {"sampling": Sampling(bad_token_sequences=((1, RULE.vocab_size),))}),
+    ("sampling.bad_token_sequences", {"sampling": Sampling(bad_token_sequences=((1,) * 65,))}),
+    ("sampling.bad_token_sequences", {"sampling": Sampling(bad_token_sequences=((1,),) * 257)}),
+    ("sampling.structure", {"sampling": Sampling(structure=Structure(StructureKind.REGEX, "(" * 99))}),
+    ("stop.min_token_count", {"stop": EngineStop(3, min_token_count=-1)}),
+    ("stop.min_token_count", {"stop": EngineStop(3, min_token_count=8193)}),
+    ("output_token_count", {"output_token_count": -1}),
+    ("output_token_count", {"output_token_count": len(PROMPT)}),
+    ("top_logprob_count", {"top_logprob_count": 21}),
+    ("top_logprob_count", {"top_logprob_count": -1}),
+    ("tenant", {"tenant": "x" * 129}),
 ]
 
 

@@ -348,3 +348,14 @@ async def test_sessions_and_prefixes_return_to_their_worker() -> None:
 def test_limits_that_make_no_sense_are_refused_by_name(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         AdmissionLimits(**bad)
+
+
+@in_virtual_time
+async def test_a_session_of_one_tenant_is_not_another_tenants_of_the_same_id() -> None:
+    async with house() as it:
+        keys = [
+            it.entry(session_id=session_id, tenant=tenant).session_key
+            for tenant, session_id in (("", "s"), ("blue", "s"), ("red", "s"), ("", "blue/s"), ("blue", ""))
+        ]
+        assert len(set(keys)) == 5
+        assert keys[-1] == ""  # no session

@@ -36,6 +36,22 @@ def test_a_stop_sequence_ends_the_piece_with_the_token_that_completed_it() -> No
     assert answer.flush().text == ""
 
 
+def test_a_stop_sequence_within_the_least_length_is_text_like_any_other() -> None:
+    tokens = ids("go STOP and STOP on")
+    early, late = len(ids("go STOP")), len(ids("go STOP and STOP"))
+    for least, kept in ((0, "go "), (early - 1, "go "), (early, "go STOP and "), (late, "go STOP and STOP on")):
+        answer = TextAnswer(TINY, TEXT, stop_sequences=["STOP"], min_token_count=least)
+        said = ""
+        for token in tokens:
+            piece = answer.push((token,))
+            said += piece.text
+            if piece.matched_stop_sequence is not None:
+                break
+        else:
+            said += answer.flush().text
+        assert said == kept
+
+
 def test_a_sequence_across_pushes_is_held_back_and_then_dropped() -> None:
     answer = TextAnswer(TINY, TEXT, stop_sequences=["STOP"])
     texts = [answer.push((token,)).text for token in ids("go ST")]

@@ -170,6 +170,14 @@ def test_the_index_knows_who_has_how_much_of_a_prefix() -> None:
     assert index.chain(range(3)) == ()
 
 
+def test_a_prefix_is_known_to_its_own_tenant_alone() -> None:
+    index = PrefixIndex(AffinityLimits(block_token_count=4))
+    index.note(index.chain(range(8), "blue"), "", [W0])
+    assert index.cached_token_counts(index.chain(range(8), "blue")) == {W0: 8}
+    assert index.cached_token_counts(index.chain(range(8), "red")) == {}
+    assert index.cached_token_counts(index.chain(range(8))) == {}
+
+
 def test_a_process_that_is_gone_is_forgotten_and_its_sessions_stay() -> None:
     index = PrefixIndex(AffinityLimits(block_token_count=4))
     chain = index.chain(range(8))

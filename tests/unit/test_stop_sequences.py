@@ -70,6 +70,17 @@ def test_held_text_is_sent_at_the_end() -> None:
     assert streamed(["done\nUs"], ["\nUser:"]) == (["done", "\nUs"], None)
 
 
+def test_a_match_that_is_not_minded_is_text_and_one_that_only_begins_there_still_counts() -> None:
+    matcher = StopMatcher(["ab", "abc"])
+    early = matcher.push("xab", is_minded=False)
+    assert early.sequence is None
+    late = matcher.push("c!")
+    assert (early.text + late.text, late.sequence) == ("x", "abc")
+    matcher = StopMatcher(["ab"])
+    said = matcher.push("ab", is_minded=False).text + matcher.push("-ab").text
+    assert said == "ab-"
+
+
 def test_text_after_the_match_is_never_sent() -> None:
     assert streamed(["one STOP two"], ["STOP"]) == (["one "], "STOP")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,8 @@ from baton.request import (
     OutputOptions,
     Sampling,
     StopConditions,
+    Structure,
+    StructureKind,
     TextPrompt,
     TokenPrompt,
 )
@@ -23,7 +26,8 @@ from router.tiny_model import CHAT_TEMPLATE, tiny_tokenizer
 from router.tokenizer import Tokenizer
 from router.validation import ModelLimits, check, check_prompt_length, resolved_output_token_count, violations_of
 
-LIMITS = ModelLimits("tiny", vocab_size=300, max_context_token_count=64)
+LIMITS = ModelLimits("tiny", vocab_size=300, max_context_token_count=64, eos_token_ids=(2,))
+JSON = Structure(StructureKind.JSON_OBJECT)
 GOOD = TextPrompt("hello")
 
 
@@ -36,13 +40,36 @@ def test_a_plain_request_breaks_no_rule() -> None:
     edges = GenerateRequest(
         TokenPrompt((0, 299)),
         model="tiny",
-        sampling=Sampling(temperature=2.0, top_p=1.0, top_k=0, min_p=1.0, seed=2**63 - 1),
-        stop=StopConditions(1, ("x" * 256,) * 16, tuple(range(64))),
-        output=OutputOptions(max_chunk_token_count=1),
+        sampling=Sampling(
+            temperature=2.0,
+            top_p=1.0,
+            top_k=0,
+            min_p=1.0,
+            seed=2**63 - 1,
+            presence_penalty=-2.0,
+            frequency_penalty=2.0,
+            repetition_penalty=0.01,
+            logit_bias=tuple((token_id, 100.0 - token_id) for token_id in range(200)),
+            allowed_token_ids=(1, 299),
+            bad_token_sequences=((1,) * 16,) * 64,
+        ),
+        stop=StopConditions(1, ("x" * 256,) * 16, tuple(range(64)), min_output_token_count=1),
+        output=OutputOptions(max_chunk_token_count=1, top_logprob_count=20),
         priority=-100,
         session_id="s" * 128,
+        tenant="aA0_.-" + "x" * 58,
     )
     check(edges, LIMITS)
+    for structure in (
+        JSON,
+        Structure(StructureKind.JSON_SCHEMA, '{"type": "object"}'),
+        Structure(StructureKind.REGEX, "[a-z]{1,1024}"),
+        Structure(StructureKind.CHOICE, choices=("yes",) * 256),
+        Structure(StructureKind.GRAMMAR, 'root ::= "a"'),
+    ):
+        check(GenerateRequest(GOOD, sampling=Sampling(structure=structure, logit_bias=((1, 1.0),))), LIMITS)
+    biases = tuple((token_id, -100.0) for token_id in range(1024))
+    check(GenerateRequest(GOOD, sampling=Sampling(logit_bias=biases)), replace(LIMITS, vocab_size=1024))
 
 
 @pytest.mark.parametrize(
@@ -74,6 +101,89 @@ def test_a_plain_request_breaks_no_rule() -> None:
         (GenerateRequest(GOOD, stop=StopConditions(stop_token_ids=(300,))), "stop.stop_token_ids[0]"),
         (GenerateRequest(GOOD, stop=StopConditions(stop_token_ids=(1,) * 65)), "stop.stop_token_ids"),
         (GenerateRequest(GOOD, output=OutputOptions(max_chunk_token_count=0)), "output.max_chunk_token_count"),
+        (GenerateRequest(GOOD, sampling=Sampling(presence_penalty=2.01)), "sampling.presence_penalty"),
+        (GenerateRequest(GOOD, sampling=Sampling(presence_penalty=math.nan)), "sampling.presence_penalty"),
+        (GenerateRequest(GOOD, sampling=Sampling(frequency_penalty=-2.01)), "sampling.frequency_penalty"),
+        (GenerateRequest(GOOD, sampling=Sampling(repetition_penalty=0.0)), "sampling.repetition_penalty"),
+        (GenerateRequest(GOOD, sampling=Sampling(repetition_penalty=100.5)), "sampling.repetition_penalty"),
+        (GenerateRequest(GOOD, sampling=Sampling(repetition_penalty=math.inf)), "sampling.repetition_penalty"),
+        (GenerateRequest(GOOD, sampling=Sampling(logit_bias=((1, 0.0),) * 1025)), "sampling.logit_bias"),
+        (GenerateRequest(GOOD, sampling=Sampling(logit_bias=((1, 1.0), (1, 2.0)))), "sampling.logit_bias"),
+        (
+            GenerateRequest(GOOD, sampling=Sampling(logit_bias=((1, 0.0), (300, 1.0)))),
+            "sampling.logit_bias[1].token_id",
+        ),
+        (GenerateRequest(GOOD, sampling=Sampling(logit_bias=((1, 100.5),))), "sampling.logit_bias[0].bias"),
+        (GenerateRequest(GOOD, sampling=Sampling(logit_bias=((1, math.nan),))), "sampling.logit_bias[0].bias"),
+        (GenerateRequest(GOOD, sampling=Sampling(allowed_token_ids=(1, 300))), "sampling.allowed_token_ids.ids[1]"),
+        (GenerateRequest(GOOD, sampling=Sampling(allowed_token_ids=(1, 1))), "sampling.allowed_token_ids.ids"),
+        (GenerateRequest(GOOD, sampling=Sampling(bad_token_sequences=((1,),) * 65)), "sampling.bad_token_sequences"),
+        (GenerateRequest(GOOD, sampling=Sampling(bad_token_sequences=((),))), "sampling.bad_token_sequences[0].ids"),
+        (
+            GenerateRequest(GOOD, sampling=Sampling(bad_token_sequences=((1,), (1,) * 17))),
+            "sampling.bad_token_sequences[1].ids",
+        ),
+        (
+            GenerateRequest(GOOD, sampling=Sampling(bad_token_sequences=((1, -1),))),
+            "sampling.bad_token_sequences[0].ids[1]",
+        ),
+        (
+            GenerateRequest(GOOD, sampling=Sampling(allowed_token_ids=(5, 6), bad_token_sequences=((5,), (7, 6)))),
+            "sampling.allowed_token_ids",
+        ),
+        (
+            GenerateRequest(
+                GOOD,
+                sampling=Sampling(allowed_token_ids=(2, 9)),
+                stop=StopConditions(stop_token_ids=(9,), min_output_token_count=1),
+            ),
+            "sampling.allowed_token_ids",
+        ),
+        (
+            GenerateRequest(GOOD, sampling=Sampling(structure=Structure(StructureKind.JSON_SCHEMA, "{"))),
+            "sampling.structure.json_schema",
+        ),
+        (
+            GenerateRequest(GOOD, sampling=Sampling(structure=Structure(StructureKind.REGEX, "a" * 65537))),
+            "sampling.structure.regex",
+        ),
+        (
+            GenerateRequest(GOOD, sampling=Sampling(structure=Structure(StructureKind.GRAMMAR, " "))),
+            "sampling.structure.grammar",
+        ),
+        (
+            GenerateRequest(GOOD, sampling=Sampling(structure=Structure(StructureKind.CHOICE))),
+            "sampling.structure.choice",
+        ),
+        (
+            GenerateRequest(GOOD, sampling=Sampling(structure=Structure(StructureKind.CHOICE, choices=("a", "")))),
+            "sampling.structure.choice",
+        ),
+        (
+            GenerateRequest(GOOD, sampling=Sampling(structure=JSON), stop=StopConditions(ignore_eos=True)),
+            "stop.ignore_eos",
+        ),
+        (
+            GenerateRequest(GOOD, sampling=Sampling(structure=JSON), stop=StopConditions(min_output_token_count=1)),
+            "stop.min_output_token_count",
+        ),
+        (
+            GenerateRequest(GOOD, sampling=Sampling(structure=JSON, allowed_token_ids=(1,))),
+            "sampling.allowed_token_ids",
+        ),
+        (
+            GenerateRequest(GOOD, sampling=Sampling(structure=JSON, bad_token_sequences=((1,),))),
+            "sampling.bad_token_sequences",
+        ),
+        (GenerateRequest(GOOD, stop=StopConditions(min_output_token_count=-1)), "stop.min_output_token_count"),
+        (GenerateRequest(GOOD, stop=StopConditions(min_output_token_count=65)), "stop.min_output_token_count"),
+        (GenerateRequest(GOOD, stop=StopConditions(4, min_output_token_count=5)), "stop.min_output_token_count"),
+        (GenerateRequest(GOOD, output=OutputOptions(top_logprob_count=-1)), "output.top_logprob_count"),
+        (GenerateRequest(GOOD, output=OutputOptions(top_logprob_count=21)), "output.top_logprob_count"),
+        (GenerateRequest(GOOD, tenant="t" * 65), "tenant"),
+        (GenerateRequest(GOOD, tenant="a/b"), "tenant"),
+        (GenerateRequest(GOOD, tenant="é"), "tenant"),
+        (GenerateRequest(GOOD, tenant="a\n"), "tenant"),
         (GenerateRequest(GOOD, priority=101), "priority"),
         (GenerateRequest(GOOD, session_id="s" * 129), "session_id"),
         (GenerateRequest(GOOD, correlation_id="é" * 65), "correlation_id"),
@@ -82,7 +192,18 @@ def test_a_plain_request_breaks_no_rule() -> None:
 def test_each_broken_rule_names_its_field_and_its_bound(request_: GenerateRequest, field: str) -> None:
     (violation,) = violations_of(request_, LIMITS)
     assert violation.field == field
-    assert any(word in violation.description for word in ("must", "at most", "at least", "give", "say", "are 0 to"))
+    assert any(
+        word in violation.description
+        for word in ("must", "at most", "at least", "give", "say", "are 0 to", "leave", "add", "name", "put")
+    )
+
+
+def test_no_violation_repeats_what_a_structure_says() -> None:
+    secret = '{"properties": {"hunter2": '
+    (violation,) = violations_of(
+        GenerateRequest(GOOD, sampling=Sampling(structure=Structure(StructureKind.JSON_SCHEMA, secret))), LIMITS
+    )
+    assert "hunter2" not in violation.description
 
 
 def test_all_broken_rules_are_listed_at_once() -> None:

@@ -248,6 +248,7 @@ SECTIONS: dict[str, Section] = {
     "deaths": Section(deaths),
     "interleavings": Section(interleavings),
     "faults": Section(soak_faults.run, soak_faults.add_options),
+    "faults-real": Section(soak_faults.run_real),
 }
 
 

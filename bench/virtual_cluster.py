@@ -64,11 +64,12 @@ class WorkerProcess:
     ``go_silent``: its load is told no more, while it computes on and its streams flow; ``go_on`` ends that, too.
     """
 
-    def __init__(self, worker_id: str, role: Role, epoch: str, network: SimNetwork, config: SimConfig) -> None:
+    def __init__(self, worker_id: str, role: Role, epoch: str, engine: Any) -> None:
+        """``engine``: a ``SimEngine``, or a started real one that is not asked to start, die, stop or tell books."""
         self.worker_id = worker_id
         self.role = role
         self.epoch = epoch
-        self.engine = SimEngine(dataclasses.replace(config, engine_id=f"{worker_id}.{epoch}"), network)
+        self.engine = engine
         metrics = WorkerMetrics(CollectorRegistry(), worker_id)
         common: dict[str, Any] = {"worker_id": worker_id, "epoch": epoch, "secret": SECRET, "metrics": metrics}
         self.prefill = PrefillWorker(self.engine, limits=PrefillLimits(max_hold_s=LEASE_S), **common)
@@ -90,6 +91,9 @@ class WorkerProcess:
 
     async def start(self) -> None:
         await self.engine.start()
+        self.start_reaper()
+
+    def start_reaper(self) -> None:
         self._reaper = asyncio.create_task(self.prefill.run(), name=f"reaper {self.worker_id}")
 
     def die(self) -> None:
@@ -215,7 +219,9 @@ class VirtualCluster:
         before = self.processes.get(worker_id)
         if before is not None:
             self.dead.append(before)
-        process = WorkerProcess(worker_id, role, f"e{next(self._epochs)}", self.network, self.config)
+        epoch = f"e{next(self._epochs)}"
+        engine = SimEngine(dataclasses.replace(self.config, engine_id=f"{worker_id}.{epoch}"), self.network)
+        process = WorkerProcess(worker_id, role, epoch, engine)
         await process.start()
         self.processes[worker_id] = process
         self.tell_fleet()

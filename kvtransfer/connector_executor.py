@@ -51,6 +51,11 @@ class WorkerCalls:
             "held_count": _connector().connector_worker.held_count,
         }
 
+    def baton_fault_counts(self) -> dict[str, int]:
+        """Injected faults so far (``kvtransfer.faults.FaultDice.counts``); nothing where none are configured."""
+        dice = getattr(_connector().connector_worker.nixl_wrapper, "dice", None)
+        return dice.counts() if dice is not None else {}
+
 
 def _connector() -> Any:
     connector = get_kv_transfer_group()

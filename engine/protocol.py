@@ -52,6 +52,8 @@ class EngineLoad:
     waiting_count: int
     used_block_count: int
     block_count: int
+    quarantined_pull_count: int = 0
+    """Pulls given up whose reads may still write: their blocks are in use, by nobody."""
 
 
 @dataclass(frozen=True, slots=True)

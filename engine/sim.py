@@ -200,6 +200,7 @@ class SimEngine:
             waiting_count=self.scheduler.waiting_count + not_queued_count,
             used_block_count=self.pool.used_block_count,
             block_count=self.config.block_count,
+            quarantined_pull_count=self.quarantined_count,
         )
 
     async def load_now(self) -> EngineLoad:

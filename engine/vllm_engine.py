@@ -208,11 +208,11 @@ class VllmEngine:
             transfer = {**params.to_vllm(), "do_remote_prefill": True, "do_remote_decode": False}
         request_id = self._mint_id(job.leg_id)
         reports = self._reports
-        if transfer is not None:
-            reports.expect_pull(request_id)
         is_adopted = False
         try:
             stream = self._generate(request_id, job, job.stop.max_token_count, transfer)
+            if transfer is not None:
+                stream = self._unless_given_up(request_id, stream)
             async with aclosing(stream) as outputs:
                 async for output in outputs:
                     if not is_adopted:
@@ -236,6 +236,27 @@ class VllmEngine:
         finally:
             reports.take_pull(request_id)
 
+    async def _unless_given_up(
+        self, request_id: str, outputs: AsyncGenerator[Any, None]
+    ) -> AsyncGenerator[Any, None]:
+        """The outputs of a request that pulls. Raises TICKET_REFUSED when its pull is given up: the request ends, and
+        the engine keeps its blocks from others until the read is over."""
+        async with aclosing(outputs):
+            try:
+                async with asyncio.timeout(None) as patience:
+                    now = asyncio.get_running_loop().time
+                    self._reports.expect_pull(request_id, lambda: patience.reschedule(now()))
+                    first = await anext(outputs, None)
+            except TimeoutError:
+                if not patience.expired():
+                    raise
+                detail = f"its read was not over after {self._config.pull_timeout_s:g} s"
+                raise ticket_refused("pull_timed_out", detail) from None
+            if first is not None:
+                yield first
+            async for output in outputs:
+                yield output
+
     async def release(self, handle: str) -> None:
         await self._call("baton_release", handle)
 
@@ -249,6 +270,7 @@ class VllmEngine:
             waiting_count=reports.waiting_count,
             used_block_count=round(reports.kv_usage * block_count),
             block_count=block_count,
+            quarantined_pull_count=reports.quarantined_pull_count,
         )
 
     async def load_now(self) -> EngineLoad:
@@ -259,7 +281,13 @@ class VllmEngine:
             waiting_count=load.waiting_count,
             used_block_count=occupancy["used_block_count"],
             block_count=load.block_count,
+            quarantined_pull_count=load.quarantined_pull_count,
         )
+
+    async def fault_counts(self) -> dict[str, int]:
+        """For tests: the faults that ``transfer_faults`` brought about, by operation and kind."""
+        counts: dict[str, int] = await self._call("baton_fault_counts")
+        return counts
 
     async def reset_prefix_cache(self) -> None:
         """Forgets cached prefixes, for measurements and comparisons. Fails while requests or held KV use blocks."""

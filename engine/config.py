@@ -6,6 +6,7 @@ Imports in a bare interpreter, so that a supervisor can refuse a bad deployment 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from kvtransfer.faults import FaultPlan
 
 __all__ = ["EngineConfig", "EngineIdentity"]
 
+_UCX_NAME = re.compile(r"[A-Za-z0-9_.:^/\\-]{1,64}")
 _KINDS = ("vllm", "simulated")
 _DEVICES = ("cpu", "cuda")
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -45,6 +47,9 @@ class EngineIdentity:
 
     worker_id: str = "engine"
     epoch: str = ""
+    side_channel_key: bytes = field(default=b"", repr=False)
+    """With which engines prove to one another that they are of one cluster (``baton.secret``). Empty: a key of this
+    process, so that only engines of the same process are its peers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,13 +77,18 @@ class EngineConfig:
     """Where peers fetch this engine's transfer metadata; must be reachable by them."""
     side_channel_port: int = 5600
     """One per engine on a host."""
+    transports: tuple[str, ...] = ()
+    """Of the transfer library, in UCX's words (UCX_TLS): ("tcp",), or ("rc", "cuda"). Empty: it chooses."""
+    net_devices: tuple[str, ...] = ()
+    """Network devices it may use (UCX_NET_DEVICES): ("eth1",), or ("mlx5_0:1",). It listens on each of them, to
+    whoever can reach them. Empty: loopback alone with a loopback ``side_channel_host``, else all."""
     peer_hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "::1")
     """Hosts this engine may pull KV from, besides its own ``side_channel_host``."""
     lease_s: float = 30.0
     """The engine's own backstop for held KV whose owner vanished."""
-    enable_progress_thread: bool = False
-    """NIXL's progress thread spins on a core. Needed only where the memory's owner must make progress for a
-    remote reader, which is the case over TCP and not on one host."""
+    enable_progress_thread: bool = True
+    """A thread that serves peers while the engine computes or idles. It sleeps until something arrives. Without it
+    the first contact of a pair, and over TCP every read, waits for the owner's engine to step."""
     seed: int = 0
     extra_args: Mapping[str, Any] = field(default_factory=dict)
     """Further engine arguments by name: none that has a key of its own here, none that Baton rests on."""
@@ -90,7 +100,10 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cores", tuple(self.cores))
-        object.__setattr__(self, "peer_hosts", tuple(self.peer_hosts))
+        for key in ("peer_hosts", "transports", "net_devices"):
+            if isinstance(getattr(self, key), str):
+                raise ValueError(f"{key}: is a string; give a list of strings")
+            object.__setattr__(self, key, tuple(getattr(self, key)))
         object.__setattr__(self, "extra_args", dict(self.extra_args))
         object.__setattr__(self, "transfer_faults", dict(self.transfer_faults))
         _one_of("kind", self.kind, _KINDS)
@@ -124,6 +137,10 @@ class EngineConfig:
         _whole("side_channel_port", self.side_channel_port, 1, 65535)
         if not all(isinstance(host, str) and host for host in self.peer_hosts):
             raise ValueError("peer_hosts: has an empty entry; list host names or addresses")
+        for key in ("transports", "net_devices"):
+            for each in getattr(self, key):
+                if not isinstance(each, str) or not _UCX_NAME.fullmatch(each):
+                    raise ValueError(f"{key}: has {each!r}; give names as UCX knows them (ucx_info -d lists them)")
         if isinstance(self.lease_s, bool) or not math.isfinite(self.lease_s) or not 1 <= self.lease_s <= 3600:
             raise ValueError(f"lease_s: is {self.lease_s}; give between 1 and 3600 seconds")
         if isinstance(self.pull_timeout_s, bool) or not 0.1 <= self.pull_timeout_s <= 600:

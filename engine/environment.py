@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import secrets
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from engine.config import EngineConfig
+from kvtransfer.side_channel import KEY_VARIABLE
 
+_key_of_this_process = secrets.token_bytes(32)
 _in_force: dict[str, str] = {}
 
 
@@ -35,7 +38,11 @@ def engine_environment(config: EngineConfig) -> dict[str, str]:
         # What the grammar compiler warns of quotes the grammar.
         "LLGUIDANCE_LOG_LEVEL": "0",
     }
-    if _is_loopback(config.side_channel_host) and "UCX_NET_DEVICES" not in os.environ:
+    if config.transports:
+        variables["UCX_TLS"] = ",".join(config.transports)
+    if config.net_devices:
+        variables["UCX_NET_DEVICES"] = ",".join(config.net_devices)
+    elif _is_loopback(config.side_channel_host) and "UCX_NET_DEVICES" not in os.environ:
         # NIXL's transport listens on every interface otherwise; peers of a loopback address are on this host.
         variables["UCX_NET_DEVICES"] = "lo"
     if config.enforce_eager:
@@ -54,6 +61,16 @@ def engine_environment(config: EngineConfig) -> dict[str, str]:
         if preload:
             variables["LD_PRELOAD"] = ":".join(dict.fromkeys(preload))
     return variables
+
+
+def hand_down_key(key: bytes) -> None:
+    """Leaves engine processes of this process the key of their side channel; without one, a key of this process.
+
+    Raises ``ValueError`` when another engine of this process has another key.
+    """
+    said = (key or _key_of_this_process).hex()
+    if os.environ.setdefault(KEY_VARIABLE, said) != said:
+        raise ValueError("engines of one process are of one cluster: give both the same secret, or run two processes")
 
 
 def preloads() -> list[str]:

@@ -7,12 +7,13 @@ when the call ends, however it ends (return, exception, cancellation).
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from baton.leg import DecodeDone, DecodeEvent, KvAdopted, Stepped
 from baton.request import EngineStop, LegFinish, Sampling, TokenLogprobs
+from kvtransfer.peer import Introduced, PeerAddress
 
 __all__ = [
     "DecodeDone",
@@ -123,6 +124,15 @@ class Engine(Protocol):
 
     @property
     def info(self) -> EngineInfo: ...
+
+    @property
+    def transfer_peer(self) -> PeerAddress | None:
+        """Where other engines reach this one's KV, once started; None: they need no introduction."""
+
+    async def introduce(self, peers: Sequence[PeerAddress]) -> list[Introduced]:
+        """Meets other engines and reads a little from each, so that no request pays for the first contact.
+
+        One result for each, in order, within seconds whatever the peers do; one that cannot be met is no error."""
 
     async def start(self) -> None:
         """Loads the model. Idempotent only in that it is called once."""

@@ -27,6 +27,7 @@ from engine.protocol import DecodeJob, EngineInfo, EngineLoad, HeldKv, Prefilled
 from engine.sim_config import PhaseDelays, SimConfig
 from engine.sim_scheduler import Batch, Scheduler, State
 from engine.sim_tokens import TokenRule, simulated_answer
+from kvtransfer.peer import Introduced, PeerAddress
 from kvtransfer.simulated import HeldContent, PullFailed, PullGivenUp, SimNetwork, SimulatedPull, simulated_params
 from kvtransfer.transfer_params import SimulatedParams
 
@@ -108,6 +109,14 @@ class SimEngine:
             kv_bytes_per_token=self.config.cost.kv_bytes_per_token,
             vocab_size=self.config.tokens.vocab_size,
         )
+
+    @property
+    def transfer_peer(self) -> PeerAddress | None:
+        """None: simulated engines of one network know each other."""
+        return None
+
+    async def introduce(self, peers: Sequence[PeerAddress]) -> list[Introduced]:
+        return [Introduced(peer.worker_id, peer.epoch, "", 0.0) for peer in peers]
 
     @property
     def held_count(self) -> int:

@@ -15,9 +15,9 @@ import itertools
 import os
 import re
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,12 @@ from baton.request import LegFinish, Structure, StructureKind, TokenLogprobs
 from baton.structures import MAX_CHECK_S
 from engine.adoption import StartTimes, kv_adopted
 from engine.config import EngineConfig, EngineIdentity
-from engine.environment import engine_environment, put_in_force
+from engine.environment import engine_environment, hand_down_key, put_in_force
 from engine.legs import sampling_violations
 from engine.protocol import DecodeJob, EngineInfo, EngineLoad, HeldKv, Prefilled, PrefillJob
 from kvtransfer.connector_parent import claim_ownership
 from kvtransfer.emitted_tokens import STRUCTURE_FAILED, extra_args
+from kvtransfer.peer import Introduced, PeerAddress
 from kvtransfer.transfer_params import NixlParams, TransferLimits, validate_transfer_params
 
 __all__ = ["VllmEngine"]
@@ -47,6 +48,8 @@ __all__ = ["VllmEngine"]
 _CALL_TIMEOUT_S = 60.0
 """A call into the engine process waits for the step in progress, which may be a long chunk of prefill."""
 _SHUTDOWN_TIMEOUT_S = 5.0
+_INTRODUCTION_TIMEOUT_S = 10.0
+_INTRODUCTION_POLL_S = 0.05
 _KNOWN_STRUCTURE_COUNT = 256
 _PEER_FIELDS = tuple(f.name for f in fields(NixlParams))
 
@@ -62,6 +65,7 @@ class VllmEngine:
         self._llm: Any = None
         self._info: EngineInfo | None = None
         self._block_bytes = 0
+        self._transfer_peer: PeerAddress | None = None
         self._reports: Any = None
         self._owner: threading.Thread | None = None
         self._may_end = threading.Event()
@@ -82,6 +86,10 @@ class VllmEngine:
         assert self._info is not None, "the engine is not started"
         return self._info
 
+    @property
+    def transfer_peer(self) -> PeerAddress | None:
+        return self._transfer_peer
+
     async def start(self) -> None:
         if self._owner is not None:
             raise internal("an engine is started once")
@@ -89,6 +97,7 @@ class VllmEngine:
         if not (Path(config.model_path) / "config.json").is_file():
             raise self._failed(f"no model in {config.model_path}: prepare it, or correct model_path")
         put_in_force(engine_environment(config))
+        hand_down_key(self._identity.side_channel_key)
         claim_ownership()
         loop = asyncio.get_running_loop()
         started: asyncio.Future[tuple[Any, Any]] = loop.create_future()
@@ -101,6 +110,13 @@ class VllmEngine:
         sizes = await self._call("baton_describe")
         self._block_bytes = sizes["block_bytes"]
         self.process_id = sizes["process_id"]
+        self._transfer_peer = PeerAddress(
+            self._identity.worker_id,
+            self._identity.epoch or "-",
+            sizes["engine_id"],
+            config.side_channel_host,
+            config.side_channel_port,
+        )
         model_config = self._llm.model_config
         self._info = EngineInfo(
             name=f"vllm {_vllm_version()}",
@@ -259,6 +275,27 @@ class VllmEngine:
 
     async def release(self, handle: str) -> None:
         await self._call("baton_release", handle)
+
+    async def introduce(self, peers: Sequence[PeerAddress]) -> list[Introduced]:
+        """See the protocol. Not a loop that a request waits for: it asks the engine process now and then."""
+        told = [asdict(peer) for peer in peers]
+        engine_ids = [peer.engine_id for peer in peers]
+        await self._call("baton_introduce", told)
+        ends_at = asyncio.get_running_loop().time() + _INTRODUCTION_TIMEOUT_S
+        while True:
+            said = await self._call("baton_introductions", engine_ids)
+            is_over = all(engine_id in said and said[engine_id][0] is not None for engine_id in engine_ids)
+            if is_over or asyncio.get_running_loop().time() >= ends_at:
+                break
+            await asyncio.sleep(_INTRODUCTION_POLL_S)
+        late = ("is not over in time", _INTRODUCTION_TIMEOUT_S)
+        results = []
+        for peer in peers:
+            problem, duration_s = said.get(peer.engine_id, late)
+            if problem is None:
+                problem, duration_s = late
+            results.append(Introduced(peer.worker_id, peer.epoch, problem, duration_s))
+        return results
 
     # -- load ----------------------------------------------------------------------------------
 

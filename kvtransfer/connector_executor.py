@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group  # noqa: E402
 from vllm.v1.executor.uniproc_executor import UniProcExecutor  # noqa: E402
 
 from kvtransfer.connector import NixlConnector, scheduler_side  # noqa: E402
+from kvtransfer.peer import PeerAddress  # noqa: E402
 
 EXECUTOR = "kvtransfer.connector_executor.SingleProcessExecutor"
 WORKER_EXTENSION = "kvtransfer.connector_executor.WorkerCalls"
@@ -29,14 +30,24 @@ class SingleProcessExecutor(UniProcExecutor):  # type: ignore[misc]
 class WorkerCalls:
     """Mixed into vLLM's worker. Every method runs between two engine steps, in the engine process."""
 
-    def baton_describe(self) -> dict[str, int]:
+    def baton_describe(self) -> dict[str, Any]:
         """Sizes that are known only once KV memory is laid out."""
         worker = _connector().connector_worker
         return {
             "block_count": worker.num_blocks - 1,  # block 0 is vLLM's null block
             "block_bytes": sum(worker.block_len_per_layer),
             "process_id": os.getpid(),
+            "engine_id": worker.engine_id,
         }
+
+    def baton_introduce(self, peers: list[dict[str, Any]]) -> None:
+        """Begins handshakes; see ``Peers.begin_introductions``."""
+        _connector().connector_worker.begin_introductions([PeerAddress(**peer) for peer in peers])
+
+    def baton_introductions(self, engine_ids: list[str]) -> dict[str, tuple[str | None, float]]:
+        """What became of them so far; see ``Peers.introductions``."""
+        said: dict[str, tuple[str | None, float]] = _connector().connector_worker.introductions(engine_ids)
+        return said
 
     def baton_release(self, handle: str) -> int:
         """Frees KV held under ``handle`` (see ``release_held``); returns how many requests that were."""

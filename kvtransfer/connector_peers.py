@@ -35,17 +35,22 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import metadata as nixl_metadata
 from vllm.logger import init_logger
 
+from baton.secret import SECRET_VARIABLE
 from kvtransfer.connector_scheduler import SIDE_CHANNEL_HOST_KEY, SIDE_CHANNEL_PORT_KEY
 from kvtransfer.peer import PeerAddress
-from kvtransfer.side_channel import NONCE_BYTES, ClientSession, ServerSession, SideChannelError, differences
+from kvtransfer.side_channel import (
+    KEY_VARIABLE,
+    NONCE_BYTES,
+    ClientSession,
+    ServerSession,
+    SideChannelError,
+    differences,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = init_logger(f"vllm.{__name__}")
-
-KEY_VARIABLE = "BATON_SIDE_CHANNEL_KEY"
-"""Environment variable with the key, 64 hexadecimal digits. Not in the engine's configuration: vLLM logs that."""
 
 CONNECTOR_VERSION = 1
 """Goes up with each incompatible change of what engines say to one another or leave in memory for one another."""
@@ -127,6 +132,7 @@ class Peers:
         self._listener: Listener | None = None
         self._introductions: dict[str, _Introduction] = {}
         self._engine_of_worker: dict[str, str] = {}
+        self._warming: set[str] = set()
 
     # -- being met --------------------------------------------------------------------------------------------
 
@@ -211,12 +217,14 @@ class Peers:
                 self._replace(peer)
                 introduction.problem, introduction.ended_at = "", now
             else:
-                # vLLM's own callback was added before this one: by the time this runs, the peer is known.
-                future.add_done_callback(functools.partial(self._met, peer, introduction))
+                # vLLM's own callback was added before this one: by the time this runs, the peer is known. Through
+                # the pool, because a handshake that is over already would have this thread run it.
+                pool = self._handshake_initiation_executor
+                future.add_done_callback(functools.partial(pool.submit, self._met, peer, introduction))
 
     def introductions(self, engine_ids: list[str]) -> dict[str, tuple[str | None, float]]:
         """Between two steps: the problem of each (None: under way, "": none) and how long it took."""
-        self._cleanup_remote_engines()  # type: ignore[attr-defined]  # an idle engine would not come to it by itself
+        self._cleanup_remote_engines()  # an idle engine would not come to it by itself
         said: dict[str, tuple[str | None, float]] = {}
         for engine_id in engine_ids:
             known = self._introductions.get(engine_id)
@@ -227,6 +235,7 @@ class Peers:
     def _met(self, peer: PeerAddress, introduction: _Introduction, future: Any) -> None:
         """In a thread of the handshake."""
         problem = ""
+        self._warming.add(peer.engine_id)
         try:
             future.result()
             self._replace(peer)
@@ -235,6 +244,8 @@ class Peers:
             problem = str(error) or type(error).__name__
         except Exception as error:
             problem = type(error).__name__
+        finally:
+            self._warming.discard(peer.engine_id)
         introduction.ended_at = time.monotonic()
         introduction.problem = problem  # LAST: it says that the rest is there
         if problem:
@@ -251,9 +262,9 @@ class Peers:
             for address in [address for address, engine_id in addresses.items() if engine_id == before]:
                 del addresses[address]  # vLLM releases engines without one once their reads are over
 
-    def _cleanup_remote_engine(self, engine_id: str, *, log_eviction: bool = True) -> None:
-        with self._agent_turn:
-            super()._cleanup_remote_engine(engine_id, log_eviction=log_eviction)  # type: ignore[misc]
+    def _cleanup_remote_engines(self) -> None:
+        if not self._warming:  # a warm-up read is unknown to vLLM, which would take its descriptors away
+            super()._cleanup_remote_engines()  # type: ignore[misc]
 
     def _warm_up(self, engine_id: str) -> None:
         """Reads the null block of every layer into our own: no request's data is touched on either side, and the
@@ -448,7 +459,8 @@ def _speculation(config: VllmConfig) -> str:
 
 
 def _key_from_environment() -> bytes:
-    key = bytes.fromhex(os.environ.get(KEY_VARIABLE, ""))
+    key = bytes.fromhex(os.environ.pop(KEY_VARIABLE, ""))
+    os.environ.pop(SECRET_VARIABLE, None)  # the rest of the process has no use for either
     if len(key) != hashlib.sha256().digest_size:
         raise RuntimeError(f"{KEY_VARIABLE} is missing or malformed: whoever starts the engine process sets it")
     return key

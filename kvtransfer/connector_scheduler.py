@@ -13,6 +13,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.utils import BlockIds
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
 from vllm.utils.math_utils import cdiv
@@ -49,6 +50,10 @@ class PullScheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
         # Requests that began with output, by id: how many tokens of it, and whether their grammar has seen them.
         self._emitted_counts: dict[str, int] = {}
         self._grammar_is_behind: set[str] = set()
+
+    def set_xfer_handshake_metadata(self, metadata: Any) -> None:
+        """In place of vLLM's listener, which answers anybody. Ours is the worker side's, in this same process."""
+        get_kv_transfer_group().connector_worker.open_side_channel()
 
     def on_new_request(self, request: Request) -> None:
         """Called once, when the request joins the queue and before anything looks at its length."""

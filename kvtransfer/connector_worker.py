@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConne
 
 from kvtransfer.connector_deadlines import PunctualWorker
 from kvtransfer.connector_faults import faulty
+from kvtransfer.connector_peers import Peers
 from kvtransfer.connector_telemetry import PullRecord, PullStats
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 PROGRESS_THREAD_KEY = "baton_enable_progress_thread"
 EXPIRY_MARGIN_S = 0.05
 """Taken off a peer's expiry: the two clocks are compared over one round trip of the handshake."""
-GREETING_TIMEOUT_S = 1.0
 
 _agent_config_lock = threading.Lock()
 
@@ -63,7 +62,7 @@ class SilentAgent:
         """Does nothing, on purpose."""
 
 
-class PullWorker(PunctualWorker):
+class PullWorker(Peers, PunctualWorker):
     nixl_wrapper: Any
 
     def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig) -> None:
@@ -121,14 +120,6 @@ class PullWorker(PunctualWorker):
             if meta.awaiting_kvs:
                 self._pull_started[request_id] = now
         super().start_load_kv(metadata)
-
-    def _nixl_handshake(self, host: str, port: int, *rest: Any, **named: Any) -> Any:
-        """In the handshake's own thread. Waits for the peer's greeting first, because a peer that is gone refuses
-        that soon, while the handshake itself would wait for seconds and every other new peer behind it."""
-        with socket.create_connection((host, port), timeout=GREETING_TIMEOUT_S) as probe:
-            if not probe.recv(1):
-                raise ConnectionError(f"{host}:{port} hung up instead of greeting")
-        return super()._nixl_handshake(host, port, *rest, **named)
 
     def _read_blocks_for_req(self, req_id: str, meta: ReqMeta) -> None:
         if self._is_expired(meta):

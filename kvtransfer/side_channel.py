@@ -22,6 +22,7 @@ import struct
 from collections.abc import Callable, Mapping
 
 __all__ = [
+    "KEY_VARIABLE",
     "MAX_REPLY_BYTES",
     "MAX_REQUEST_BYTES",
     "NONCE_BYTES",
@@ -31,6 +32,9 @@ __all__ = [
     "differences",
 ]
 
+KEY_VARIABLE = "BATON_SIDE_CHANNEL_KEY"
+"""Environment variable with an engine process's key, 64 hexadecimal digits. Not in the engine's configuration: vLLM
+logs that."""
 MAGIC = b"BKS1"
 NONCE_BYTES = 32
 MAX_REQUEST_BYTES = 16 * 1024

@@ -12,6 +12,7 @@ from kvtransfer.faults import FaultPlan
 from kvtransfer.simulated import Damage, Misfortune, SimulatedPull
 
 SEED = 5_000
+HASTY = {"pull_timeout_s": 2.0}
 
 
 @pytest.mark.parametrize("probability", PROBABILITIES)
@@ -39,8 +40,7 @@ async def heard_under(plan: FaultPlan, damage: Damage | None = None) -> Heard:
     misfortune = Misfortune(plan)
     if damage is not None:
         misfortune.damage = lambda: damage  # type: ignore[method-assign]
-    options = {"sim": {"pull_timeout_s": 2.0}, "rest_s": 30.0, "misfortune": misfortune}
-    async with virtual_cluster(1, 2, **options) as cluster:
+    async with virtual_cluster(1, 2, sim=HASTY, rest_s=30.0, misfortune=misfortune) as cluster:
         return await cluster.exact(cluster.request(100, 8))
 
 
@@ -68,7 +68,7 @@ async def test_a_first_contact_that_does_not_end_is_taken_back_and_recomputed() 
 
 @pytest.mark.parametrize("operation", ["post", "poll", "release"])
 @in_virtual_time
-async def test_a_read_that_does_not_end_is_given_up_and_the_request_goes_on_without_a_transfer(
+async def test_a_read_that_does_not_end_is_given_up_and_the_request_goes_on_without(
     operation: str,
 ) -> None:
     heard = await heard_under(always(operation, "time_out"))
@@ -97,8 +97,7 @@ async def test_damaged_kv_is_recomputed_and_named(damage: Damage, reason: Recomp
 @in_virtual_time
 async def test_the_blocks_of_a_pull_given_up_are_nobodys_until_its_read_is_over() -> None:
     misfortune = Misfortune(always("post", "time_out"))
-    options = {"sim": {"pull_timeout_s": 2.0}, "rest_s": 30.0, "misfortune": misfortune}
-    async with virtual_cluster(1, 1, **options) as cluster:
+    async with virtual_cluster(1, 1, sim=HASTY, rest_s=30.0, misfortune=misfortune) as cluster:
         await cluster.exact(cluster.request(100, 8))
         load = cluster.processes["decode-0"].engine.load()
         assert load.quarantined_pull_count == 1

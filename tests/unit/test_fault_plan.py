@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ def test_registration_is_struck_only_where_it_is_named() -> None:
 @pytest.mark.parametrize("operation", [Operation.REGISTER, Operation.HANDSHAKE, Operation.POST])
 def test_an_operation_that_fails_raises_what_the_library_raises_and_was_not_done(operation: Operation) -> None:
     agent, library, _ = agent_that(Fault.FAIL, operation)
-    call = {
+    call: Callable[[], Any] = {
         Operation.REGISTER: lambda: agent.register_memory("descs"),
         Operation.HANDSHAKE: lambda: agent.add_remote_agent(b"metadata"),
         Operation.POST: lambda: agent.transfer("t"),

@@ -275,7 +275,11 @@ REFUSED = {
 async def test_a_structure_that_cannot_be_followed_fails_its_request_alone(pair: Pair, name: str) -> None:
     structure = REFUSED[name]
     mode = Mode(Sampling(structure=structure), EngineStop(COUNT))
-    for attempt in (lambda: alone(pair.decoder, mode), lambda: handed_over(pair, mode, NOTHING)):
+    attempts: list[Callable[[], Awaitable[Said]]] = [
+        lambda: alone(pair.decoder, mode),
+        lambda: handed_over(pair, mode, NOTHING),
+    ]
+    for attempt in attempts:
         with pytest.raises(BatonError) as caught:
             await attempt()
         assert caught.value.reason is Reason.INVALID_REQUEST
@@ -315,3 +319,16 @@ async def test_a_continuation_says_what_it_found_in_the_cache(pair: Pair) -> Non
         adopted, _, _ = await decoded(pair.decoder, job)
         cached.append(adopted.cached_token_count)
     assert cached == [0, 256]
+
+
+async def test_a_continuation_of_several_steps_draws_no_more_than_its_tokens(pair: Pair) -> None:
+    """A step that computes only part of what came before draws nothing that counts."""
+    ids = prompt(1100, seed=8)
+    sampling = Sampling(temperature=1.0, seed=13, presence_penalty=1.0)
+    await pair.decoder.reset_prefix_cache()
+    _, whole, _ = await decoded(pair.decoder, DecodeJob("whole", ids, sampling, EngineStop(8, ignore_eos=True)))
+    await pair.decoder.reset_prefix_cache()
+    job = DecodeJob("rest", (*ids, *whole[:5]), sampling, EngineStop(3, ignore_eos=True), output_token_count=5)
+    adopted, rest, _ = await decoded(pair.decoder, job)
+    assert adopted.cached_token_count == 0
+    assert [*whole[:5], *rest] == whole

@@ -162,6 +162,8 @@ class WorkerLoad:
     block_count: int
     held_lease_count: int
     is_draining: bool
+    quarantined_pull_count: int = 0
+    """Pulls given up whose reads may still write to their blocks."""
 
 
 _TOKEN_BYTES = 4

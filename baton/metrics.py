@@ -268,6 +268,11 @@ class WorkerMetrics:
             registry=registry,
         )
         self.held_leases = Gauge("baton_worker_held_leases", "Open leases.", registry=registry)
+        self.quarantined_pulls = Gauge(
+            "baton_worker_quarantined_pulls",
+            "Pulls given up whose reads are not known to be over; their blocks are kept from others.",
+            registry=registry,
+        )
         self.blocks_used = Gauge("baton_worker_kv_blocks_used", "KV blocks in use.", registry=registry)
         self.blocks_total = Gauge("baton_worker_kv_blocks", "KV blocks in the pool.", registry=registry)
         self.running = Gauge("baton_worker_running_requests", "Requests being computed.", registry=registry)
@@ -275,6 +280,7 @@ class WorkerMetrics:
 
     def set_load(self, load: WorkerLoad) -> None:
         self.held_leases.set(load.held_lease_count)
+        self.quarantined_pulls.set(load.quarantined_pull_count)
         self.blocks_used.set(load.used_block_count)
         self.blocks_total.set(load.block_count)
         self.running.set(load.running_count)

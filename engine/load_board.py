@@ -86,6 +86,7 @@ class LoadBoard:
             block_count=load.block_count,
             held_lease_count=sum(part.held_lease_count for part in self._parts),
             is_draining=self.is_draining,
+            quarantined_pull_count=load.quarantined_pull_count,
         )
         self._metrics.set_load(report)
         return report

@@ -107,6 +107,7 @@ def load_to_proto(load: WorkerLoad) -> worker_pb2.WatchLoadResponse:
         used_block_count=load.used_block_count,
         block_count=load.block_count,
         held_lease_count=load.held_lease_count,
+        quarantined_pull_count=load.quarantined_pull_count,
         is_draining=load.is_draining,
     )
 

@@ -143,6 +143,7 @@ class GrpcWorkerClient:
                     used_block_count=message.used_block_count,
                     block_count=message.block_count,
                     held_lease_count=message.held_lease_count,
+                    quarantined_pull_count=message.quarantined_pull_count,
                     is_draining=message.is_draining,
                 )
         finally:

@@ -41,6 +41,12 @@ class OracleAnswer:
 
     token_ids: tuple[int, ...]
     rivals: tuple[tuple[tuple[int, float], ...], ...]
+    text: str = ""
+    """As that engine detokenises it; of answers in other modes than greedy also the next two."""
+    finish: str = ""
+    """"stop" or "length"."""
+    logprobs: tuple[tuple[float, int], ...] = ()
+    """Per position: of the token drawn, log probability and rank."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The monolithic oracle: one plain vLLM engine, greedy, no KV connector, whose tokens Baton must repeat.
+"""The monolithic oracle: one plain vLLM engine, no KV connector, whose tokens Baton must repeat in every mode.
 
     python -m bench.oracle --model DIR --prompts prompts.json --out answers.json
 
@@ -13,7 +13,10 @@ Prompts file::
                   "prompt_token_ids": [1, 2],  # at least one, all within the vocabulary
                   "max_tokens": 16,            # at least 1; prompt + max_tokens must fit --max-model-len
                   "ignore_eos": false,         # optional, default false
-                  "stop_token_ids": []}]}      # optional
+                  "stop_token_ids": [],        # optional
+                  "modes": {"seed": 7}}]}      # optional, default {}: greedy. Further keywords of vLLM's own
+                                               # SamplingParams, and of its StructuredOutputsParams under
+                                               # "structured_outputs"
 
 Answers file (same order)::
 
@@ -23,8 +26,13 @@ Answers file (same order)::
                   "token_ids": [...],          # the stop token, if one ended it, is the last
                   "finish_reason": "length",   # or "stop"
                   "stop_token_id": null,       # the id that ended it: EOS or one of stop_token_ids
+                  "text": "...",               # as vLLM detokenises it
+                  "logprobs": [[-0.5, 1]],     # per position: of the token drawn, log probability and rank
                   "rivals": [[[9, 0.25]]]}]}   # per position: the next best tokens, each with how many nats
                                                # its log probability lies below the best
+
+Log probabilities are the model's own, before penalties and masks, unless ``--processed``: then after them, which is
+what a greedy answer under penalties turns on.
 
 ``bench.exactness`` judges what a service said against these; ``read_answers`` gives them in its words.
 """
@@ -36,13 +44,17 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from bench.cores import pinned_engine_environment
 from bench.exactness import OracleAnswer
 
+MODE_KEYWORDS = frozenset({
+    "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "logit_bias", "allowed_token_ids", "bad_words", "min_tokens", "stop", "structured_outputs",
+})  # fmt: skip
 DEFAULT_KV_CACHE_BYTES = 512 * 2**20
 RIVAL_COUNT = 5
 _PINNED_MARK = "BATON_ORACLE_PINNED"
@@ -54,13 +66,14 @@ class OracleInputError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class OraclePrompt:
-    """One prompt to answer greedily."""
+    """One prompt to answer, greedily unless ``modes`` say otherwise, in vLLM's own words."""
 
     id: str
     prompt_token_ids: tuple[int, ...]
     max_tokens: int
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    modes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +85,8 @@ class AnswerRecord:
     token_ids: tuple[int, ...]
     finish_reason: str
     stop_token_id: int | None
+    text: str
+    logprobs: tuple[tuple[float, int], ...]
     rivals: tuple[tuple[tuple[int, float], ...], ...]
 
 
@@ -86,6 +101,7 @@ class OracleOptions:
     kv_cache_bytes: int = DEFAULT_KV_CACHE_BYTES
     max_batched_tokens: int = 2048
     concurrency: int = 1
+    is_processed: bool = False
 
 
 def parse_prompts(document: object, *, vocab_size: int, max_model_len: int) -> list[OraclePrompt]:
@@ -108,7 +124,7 @@ def parse_prompts(document: object, *, vocab_size: int, max_model_len: int) -> l
 def _parse_prompt(where: str, entry: object, vocab_size: int, max_model_len: int) -> OraclePrompt:
     if not isinstance(entry, dict):
         raise OracleInputError(f"{where} must be an object")
-    allowed = {"id", "prompt_token_ids", "max_tokens", "ignore_eos", "stop_token_ids"}
+    allowed = {"id", "prompt_token_ids", "max_tokens", "ignore_eos", "stop_token_ids", "modes"}
     unknown = sorted(set(entry) - allowed)
     if unknown:
         raise OracleInputError(f"{where}.{unknown[0]} is not known; fields are {', '.join(sorted(allowed))}")
@@ -128,7 +144,14 @@ def _parse_prompt(where: str, entry: object, vocab_size: int, max_model_len: int
     if not isinstance(ignore_eos, bool):
         raise OracleInputError(f"{where}.ignore_eos must be true or false")
     stop_ids = _token_ids(f"{where}.stop_token_ids", entry.get("stop_token_ids", []), vocab_size)
-    return OraclePrompt(entry["id"], ids, max_tokens, ignore_eos, stop_ids)
+    modes = entry.get("modes", {})
+    if not isinstance(modes, dict):
+        raise OracleInputError(f"{where}.modes must be an object")
+    if strange := sorted(set(modes) - MODE_KEYWORDS):
+        raise OracleInputError(
+            f"{where}.modes.{strange[0]} is not known; they are {', '.join(sorted(MODE_KEYWORDS))}"
+        )
+    return OraclePrompt(entry["id"], ids, max_tokens, ignore_eos, stop_ids, modes)
 
 
 def _token_ids(where: str, value: object, vocab_size: int) -> tuple[int, ...]:
@@ -147,6 +170,9 @@ def read_answers(path: Path) -> dict[str, OracleAnswer]:
         entry["id"]: OracleAnswer(
             token_ids=tuple(entry["token_ids"]),
             rivals=tuple(tuple((token, gap) for token, gap in position) for position in entry["rivals"]),
+            text=entry.get("text", ""),
+            finish=entry.get("finish_reason", ""),
+            logprobs=tuple((logprob, rank) for logprob, rank in entry.get("logprobs", ())),
         )
         for entry in document["answers"]
     }
@@ -176,6 +202,7 @@ class Oracle:
         self._options = options
         self._vllm_version: str = vllm.__version__
         self._params_type: Any = vllm.SamplingParams
+        self._structure_type: Any = vllm.sampling_params.StructuredOutputsParams
         self._llm: Any = vllm.LLM(
             model=str(options.model),
             dtype=options.dtype,
@@ -187,6 +214,9 @@ class Oracle:
             enable_prefix_caching=False,
             distributed_executor_backend="vllm.v1.executor.uniproc_executor.UniProcExecutor",
             disable_log_stats=True,
+            logprobs_mode="processed_logprobs" if options.is_processed else "raw_logprobs",
+            # As the engines it judges: another compiler of grammars permits another white space.
+            structured_outputs_config={"backend": "guidance"},
             seed=0,
         )
 
@@ -215,14 +245,7 @@ class Oracle:
                 engine.add_request(
                     str(index),
                     {"prompt_token_ids": list(prompt.prompt_token_ids)},
-                    self._params_type(
-                        temperature=0.0,
-                        max_tokens=prompt.max_tokens,
-                        ignore_eos=prompt.ignore_eos,
-                        stop_token_ids=list(prompt.stop_token_ids),
-                        logprobs=RIVAL_COUNT,
-                        detokenize=False,
-                    ),
+                    self._params(prompt),
                 )
                 running += 1
             for output in engine.step():
@@ -234,6 +257,23 @@ class Oracle:
                 print(f"oracle: {len(answers)}/{len(prompts)}", file=sys.stderr, flush=True)
         return [answers[index] for index in range(len(prompts))]
 
+    def _params(self, prompt: OraclePrompt) -> Any:
+        modes = dict(prompt.modes)
+        structure = modes.pop("structured_outputs", None)
+        if "logit_bias" in modes:
+            modes["logit_bias"] = {int(token): bias for token, bias in modes["logit_bias"].items()}  # JSON's keys
+        return self._params_type(
+            **{
+                "temperature": 0.0,
+                "max_tokens": prompt.max_tokens,
+                "ignore_eos": prompt.ignore_eos,
+                "stop_token_ids": list(prompt.stop_token_ids),
+                "logprobs": RIVAL_COUNT,
+                "structured_outputs": None if structure is None else self._structure_type(**structure),
+                **modes,
+            }
+        )
+
 
 def _answer_of(prompt: OraclePrompt, completion: Any) -> AnswerRecord:
     token_ids = tuple(int(token) for token in completion.token_ids)
@@ -241,7 +281,7 @@ def _answer_of(prompt: OraclePrompt, completion: Any) -> AnswerRecord:
     for position, (chosen, candidates) in enumerate(zip(token_ids, completion.logprobs, strict=True)):
         ranked = sorted(candidates.items(), key=lambda item: -item[1].logprob)
         best = ranked[0][1].logprob
-        if best != candidates[chosen].logprob:
+        if not prompt.modes and best != candidates[chosen].logprob:
             raise RuntimeError(f"oracle prompt {prompt.id}: position {position} was not sampled greedily")
         # In an exact tie argmax may take any of the best; the rivals are those that were not taken.
         rivals.append(tuple((int(token), float(best - entry.logprob)) for token, entry in ranked if token != chosen))
@@ -251,7 +291,12 @@ def _answer_of(prompt: OraclePrompt, completion: Any) -> AnswerRecord:
         prompt_token_count=len(prompt.prompt_token_ids),
         token_ids=token_ids,
         finish_reason=completion.finish_reason,
-        stop_token_id=token_ids[-1] if stopped else None,
+        stop_token_id=token_ids[-1] if stopped and not isinstance(completion.stop_reason, str) else None,
+        text=completion.text,
+        logprobs=tuple(
+            (float(candidates[chosen].logprob), int(candidates[chosen].rank))
+            for chosen, candidates in zip(token_ids, completion.logprobs, strict=True)
+        ),
         rivals=tuple(rivals),
     )
 
@@ -266,6 +311,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> tuple[OracleOptions, Pa
     parser.add_argument("--max-model-len", type=int, help="default: the model's own, at most 8192")
     parser.add_argument("--kv-cache-bytes", type=int, default=DEFAULT_KV_CACHE_BYTES)
     parser.add_argument("--max-batched-tokens", type=int, default=2048, help="prefill chunk")
+    parser.add_argument("--processed", action="store_true", help="log probabilities after penalties and masks")
     parser.add_argument("--concurrency", type=int, default=1, help="prompts in the batch at once")
     parsed = parser.parse_args(arguments)
     try:
@@ -286,6 +332,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> tuple[OracleOptions, Pa
         kv_cache_bytes=parsed.kv_cache_bytes,
         max_batched_tokens=parsed.max_batched_tokens,
         concurrency=parsed.concurrency,
+        is_processed=parsed.processed,
     )
     return options, parsed.prompts, parsed.out
 

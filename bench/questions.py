@@ -75,22 +75,27 @@ async def ask_oracle(
     model_path: Path, cases: Sequence[Case], *, dtype: str, cores: str, timeout_s: float = 3600.0
 ) -> dict[str, OracleAnswer]:
     """What one monolithic engine says to each case, EOS ignored. Raises ``RuntimeError`` with its last words."""
+    prompts = [
+        OraclePrompt(case.name, case.prompt_token_ids, case.max_token_count, ignore_eos=True) for case in cases
+    ]
+    return await ask_oracle_in_words(model_path, prompts, "--dtype", dtype, "--cores", cores, timeout_s=timeout_s)
+
+
+async def ask_oracle_in_words(
+    model_path: Path, asked: Sequence[OraclePrompt], *options: str, timeout_s: float = 3600.0
+) -> dict[str, OracleAnswer]:
+    """What one monolithic engine says to each prompt, in a process of its own; ``options`` of its command line.
+    Raises ``RuntimeError`` with its last words."""
     with tempfile.TemporaryDirectory(prefix="baton-oracle-") as folder:
         prompts, answers = Path(folder, "prompts.json"), Path(folder, "answers.json")
-        write_prompts(
-            prompts,
-            [OraclePrompt(case.name, case.prompt_token_ids, case.max_token_count, ignore_eos=True) for case in cases],
-        )
+        write_prompts(prompts, asked)
         arguments = ("--model", str(model_path), "--prompts", str(prompts), "--out", str(answers))
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "bench.oracle",
             *arguments,
-            "--dtype",
-            dtype,
-            "--cores",
-            cores,
+            *options,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )

@@ -131,6 +131,8 @@ class DecodeWorker:
     def _admitted(self, order: DecodeOrder) -> dict[str, Any]:
         """The engine's pull parameters, once every check passed; the ticket is used up with it."""
         ticket = open_ticket(order.ticket, self._secret, self.limits.transfer)
+        if ticket.tenant != order.tenant:
+            raise ticket_refused("tenant", "the KV is another tenant's")
         self._check_ticket(ticket, order.prompt_token_ids)
         self._seen.add(ticket.ticket_id)  # last, and before the engine: a refused ticket is not used up
         return ticket.params.to_engine()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from baton.leg import KvAdopted
+from baton.leg import KvAdopted, RecomputeReason
 from engine.protocol import DecodeJob
 
 
@@ -24,6 +24,14 @@ class Pull(Protocol):
     def descriptor_count(self) -> int: ...
     @property
     def block_count(self) -> int: ...
+    @property
+    def post_s(self) -> float: ...
+    @property
+    def wire_s(self) -> float: ...
+    @property
+    def verify_s(self) -> float: ...
+    @property
+    def reason(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,4 +96,9 @@ def kv_adopted(
         prefill_s=0.0,
         cached_token_count=local_token_count,
         first_step_s=first_step_s,
+        recompute_reason=None if pull.is_ok else RecomputeReason(pull.reason),
+        pull_count=1,
+        post_s=pull.post_s,
+        wire_s=pull.wire_s,
+        verify_s=pull.verify_s,
     )

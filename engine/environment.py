@@ -45,6 +45,10 @@ def engine_environment(config: EngineConfig) -> dict[str, str]:
     elif _is_loopback(config.side_channel_host) and "UCX_NET_DEVICES" not in os.environ:
         # NIXL's transport listens on every interface otherwise; peers of a loopback address are on this host.
         variables["UCX_NET_DEVICES"] = "lo"
+    if "UCX_KEEPALIVE_INTERVAL" not in os.environ:
+        # A keepalive is a message to the memory's owner, and a read is done only when all that was sent before it was
+        # taken in. An engine that computes, or has nothing to do, takes nothing in; one was due every 20 s.
+        variables["UCX_KEEPALIVE_INTERVAL"] = "inf"
     if config.enforce_eager:
         # vLLM compiles one small function of the sampler even so: at the first request for logprobs, with every other
         # request of the engine waiting for seconds.

@@ -28,6 +28,7 @@ from baton.errors import (
     internal,
     invalid_request,
     prompt_too_long,
+    queue_full,
     ticket_refused,
 )
 from baton.leg import DecodeDone, DecodeEvent, Stepped
@@ -36,10 +37,11 @@ from baton.structures import MAX_CHECK_S
 from engine.adoption import StartTimes, kv_adopted
 from engine.config import EngineConfig, EngineIdentity
 from engine.environment import engine_environment, hand_down_key, put_in_force
-from engine.legs import sampling_violations
+from engine.legs import RETRY_AFTER_S, sampling_violations
 from engine.protocol import DecodeJob, EngineInfo, EngineLoad, HeldKv, Prefilled, PrefillJob
 from kvtransfer.connector_parent import claim_ownership
 from kvtransfer.emitted_tokens import STRUCTURE_FAILED, extra_args
+from kvtransfer.hold_keeper import MAX_HOLD_COUNT
 from kvtransfer.peer import Introduced, PeerAddress
 from kvtransfer.transfer_params import NixlParams, TransferLimits, validate_transfer_params
 
@@ -194,6 +196,9 @@ class VllmEngine:
             if finish is None and not wants_more:
                 finish = LegFinish.LENGTH
             elif finish is None:
+                if last.kv_transfer_params is None:
+                    # Every hold record is taken. KV that nothing vouches for would never be believed.
+                    raise queue_full(MAX_HOLD_COUNT, MAX_HOLD_COUNT, RETRY_AFTER_S)
                 params = self._checked({name: last.kv_transfer_params[name] for name in _PEER_FIELDS})
                 block_count = sum(map(len, params.remote_block_ids))
                 held = HeldKv(handle, block_count * self._block_bytes, params.to_vllm())

@@ -118,16 +118,14 @@ class PullScheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
         is_held, peer_params = super().request_finished(request, block_ids)
         if not is_held or peer_params is None:
             return is_held, peer_params
-        lease_s = max(float(params.get(LEASE_PARAM, 0.0)), float(self._kv_lease_duration))
-        expires_at = time.perf_counter() + lease_s
-        self._reqs_need_send[request.request_id] = expires_at
+        lease_s = float(params.get(LEASE_PARAM) or self._kv_lease_duration)
+        self._reqs_need_send[request.request_id] = time.perf_counter() + lease_s
         # With overlapping steps vLLM counts one token more; the KV that is certain is what the request came with.
         token_count = request.num_prompt_tokens + emitted_count
         block_count = cdiv(token_count, self.block_size)
         if len(peer_params["remote_block_ids"]) == 1:
             peer_params["remote_block_ids"] = tuple(g[:block_count] for g in peer_params["remote_block_ids"])
         peer_params["remote_num_tokens"] = token_count
-        peer_params["remote_blocks_expiry_time"] = expires_at
         return True, peer_params
 
 

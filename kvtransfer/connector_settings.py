@@ -11,7 +11,7 @@ from vllm.config import KVTransferConfig
 from kvtransfer.connector import CONNECTOR, CONNECTOR_MODULE
 from kvtransfer.connector_faults import FAULTS_KEY
 from kvtransfer.connector_scheduler import SIDE_CHANNEL_HOST_KEY, SIDE_CHANNEL_PORT_KEY
-from kvtransfer.connector_worker import PROGRESS_THREAD_KEY
+from kvtransfer.connector_worker import DIGESTS_KEY, PROGRESS_THREAD_KEY
 from kvtransfer.pull_deadlines import PULL_TIMEOUT_KEY
 
 
@@ -24,6 +24,7 @@ def transfer_config(
     enable_progress_thread: bool,
     device: str,
     pull_timeout_s: float,
+    enable_kv_digests: bool,
     transfer_faults: Mapping[str, Any],
 ) -> Any:
     return KVTransferConfig(
@@ -43,6 +44,7 @@ def transfer_config(
             SIDE_CHANNEL_PORT_KEY: side_channel_port,
             PROGRESS_THREAD_KEY: enable_progress_thread,
             PULL_TIMEOUT_KEY: pull_timeout_s,
+            DIGESTS_KEY: enable_kv_digests,
             **({FAULTS_KEY: dict(transfer_faults)} if transfer_faults else {}),
         },
     )

@@ -33,6 +33,10 @@ class PullRecord:
     wire_s: float
     block_count: int
     """Blocks that were missing here."""
+    verify_s: float = 0.0
+    """From the last byte's arrival to the verdict, waiting for the holder's digests included."""
+    reason: str = ""
+    """Why not, where it is not ok: a ``baton.leg.RecomputeReason``'s value."""
 
 
 def pull_records(kv_connector_stats: Mapping[str, Any] | None) -> list[PullRecord]:

@@ -1,7 +1,7 @@
 """The worker side of the KV connector: posts reads, watches them, holds and frees what peers read here.
 
-Lives in the engine process and is called once per engine step. What vLLM's NIXL pull worker does stays its
-own; this adds a release by name, a record per pull, an expiry that the reader checks, and it undoes three
+Lives in the engine process and is called once per engine step. What vLLM's NIXL pull worker does stays its own; this
+adds a release by name, a record per pull and the proof that what was pulled is what was held, and it undoes three
 habits: a spinning progress thread and a stolen CPU affinity, which cost a small machine most of its compute, and
 notices, for which a reader waits until the prefill engine has a moment.
 """
@@ -9,6 +9,7 @@ notices, for which a reader waits until the prefill engine has a moment.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import threading
 import time
@@ -16,22 +17,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata, ReqMeta
 
+from baton.leg import RecomputeReason
 from kvtransfer.connector_deadlines import PunctualWorker
 from kvtransfer.connector_faults import faulty
+from kvtransfer.connector_holds import HOLDS_ATTRIBUTE
+from kvtransfer.connector_records import AgentMetadata, NixlRecordReader, RecordMemory, RecordReads
 from kvtransfer.connector_peers import Peers
 from kvtransfer.connector_telemetry import PullRecord, PullStats
+from kvtransfer.digest import BlockMemory
+from kvtransfer.hold_keeper import MAX_HOLD_COUNT, HoldKeeper
+from kvtransfer.holds import Hold, HoldTable, PeerTable
+from kvtransfer.pull_check import PullCheck
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 PROGRESS_THREAD_KEY = "baton_enable_progress_thread"
-EXPIRY_MARGIN_S = 0.05
-"""Taken off a peer's expiry: the two clocks are compared over one round trip of the handshake."""
+DIGESTS_KEY = "baton_enable_kv_digests"
+
+# vLLM makes and decodes the metadata of its handshake by this name; ours is the same with the hold table added.
+base_worker.NixlAgentMetadata = AgentMetadata
+
+logger = logging.getLogger(__name__)
 
 _agent_config_lock = threading.Lock()
 
@@ -64,6 +78,8 @@ class SilentAgent:
 
 class PullWorker(Peers, PunctualWorker):
     nixl_wrapper: Any
+    keeper: HoldKeeper
+    """From ``register_kv_caches`` on."""
 
     def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig) -> None:
         transfer_config = vllm_config.kv_transfer_config
@@ -81,6 +97,65 @@ class PullWorker(Peers, PunctualWorker):
         self._release_wanted: set[str] = set()
         self._pull_started: dict[str, float] = {}
         self._pull_results: dict[str, tuple[int, int, float, float]] = {}
+        self._pull_holds: dict[str, Hold] = {}
+        self._checks: dict[str, PullCheck] = {}
+        # Requests whose blocks have arrived, since when; how long the proof took; and why there was none.
+        self._arrived: dict[str, float] = {}
+        self._verify_s: dict[str, float] = {}
+        self._reasons: dict[str, RecomputeReason] = {}
+        self._peer_tables: dict[str, PeerTable] = {}
+        self._enable_digests = bool(transfer_config.get_from_extra_config(DIGESTS_KEY, False))
+        self._block_memory: BlockMemory | None = None
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        slot_count = min(self.num_blocks, MAX_HOLD_COUNT)  # each hold has a block that no other has
+        group_count = len(self.kv_cache_config.transfer_groups)
+        block_count = -(-self.model_config.max_model_len // self.block_size) * group_count
+        # Before the stock part, which fixes what the agent tells peers about the memory they may read.
+        self._records = RecordMemory(self.nixl_wrapper, slot_count=slot_count, max_block_count=block_count)
+        self._record_reads = RecordReads(self.nixl_wrapper, self._records)
+        table = HoldTable(self._records.table, slot_count=slot_count, max_block_count=block_count)
+        super().register_kv_caches(kv_caches)
+        if self._enable_digests:
+            self._block_memory = self._as_buffers()
+        self.keeper = HoldKeeper(table, self._block_memory)
+        payload = self.xfer_handshake_metadata
+        metadata = msgspec.msgpack.Decoder(AgentMetadata).decode(payload.agent_metadata_bytes)
+        metadata.hold_table_address = self._records.table.ctypes.data
+        metadata.hold_slot_count = slot_count
+        metadata.hold_record_bytes = self._records.table.nbytes // slot_count
+        payload.agent_metadata_bytes = msgspec.msgpack.Encoder().encode(metadata)
+
+    def _as_buffers(self) -> BlockMemory:
+        """The KV as buffers, its regions in the order in which a peer's are matched with them."""
+        is_plain = (
+            len(self.kv_cache_config.transfer_groups) == 1
+            and set(self.region_mem_types) == {"DRAM"}
+            and self._physical_blocks_per_logical_kv_block == 1
+            and not self.use_host_buffer
+            and not self._has_mamba
+        )
+        if not is_plain:
+            raise RuntimeError(
+                "digests need one group of plain KV blocks in main memory: set enable_kv_digests = false"
+            )
+        regions = []
+        for index, base in enumerate(self.kv_caches_base_addr[self.engine_id][self.tp_rank]):
+            storage = self.device_kv_caches[self.region_names[index]].untyped_storage()
+            size = (self.num_blocks - 1) * self.block_stride_per_layer[index] + self.block_len_per_layer[index]
+            flat = torch.empty(0, dtype=torch.uint8).set_(storage, base - storage.data_ptr(), (size,), (1,))
+            regions.append(memoryview(flat.numpy()))  # keeps the storage alive
+        return BlockMemory(regions, self.block_len_per_layer, self.block_stride_per_layer)
+
+    def shutdown(self) -> None:
+        if hasattr(self, "keeper"):
+            self.keeper.close()  # first: nothing of ours may be believed once its memory goes
+            for check in self._checks.values():
+                check.close()
+            self._checks.clear()
+        super().shutdown()
+        if hasattr(self, "_records"):
+            self._records.close()
 
     # -- holding -------------------------------------------------------------------------------
 
@@ -116,49 +191,96 @@ class PullWorker(Peers, PunctualWorker):
 
     def start_load_kv(self, metadata: NixlConnectorMetadata) -> None:
         now = time.monotonic()
+        holds = getattr(metadata, HOLDS_ATTRIBUTE, {})
         for request_id, meta in metadata.reqs_to_recv.items():
             if meta.awaiting_kvs:
                 self._pull_started[request_id] = now
+                if request_id in holds:
+                    self._pull_holds[request_id] = holds[request_id]
         super().start_load_kv(metadata)
 
-    def _read_blocks_for_req(self, req_id: str, meta: ReqMeta) -> None:
-        if self._is_expired(meta):
-            # Same path as a failed transfer: reported as received and failed, hence recomputed.
-            self.xfer_stats.record_kv_expired_req()
-            self._handle_failed_transfer(req_id, None, self._recv_failures, record_failed_transfer=False)
-            return
-        super()._read_blocks_for_req(req_id, meta)
+    def add_remote_agent(self, nixl_agent_meta: AgentMetadata, *rest: Any, **named: Any) -> str:
+        """In the handshake's own thread. A peer that keeps no hold records cannot be believed, so it is refused."""
+        table = PeerTable(
+            nixl_agent_meta.hold_table_address, nixl_agent_meta.hold_slot_count, nixl_agent_meta.hold_record_bytes
+        )
+        name: str = super().add_remote_agent(nixl_agent_meta, *rest, **named)
+        self._peer_tables[nixl_agent_meta.engine_id] = table
+        return name
 
-    def _is_expired(self, meta: ReqMeta) -> bool:
-        """Whether the peer may have reused the blocks by now. Unknown peers are asked only after the handshake."""
-        if meta.remote is None or meta.remote.blocks_expiry_time is None or not any(meta.local_block_ids):
-            return False
-        offset = self._engine_clock_offset.get(meta.remote.engine_id)
-        if offset is None:
-            return False
-        return bool(time.perf_counter() + EXPIRY_MARGIN_S >= meta.remote.blocks_expiry_time - offset)
+    def _read_blocks(self, *args: Any, **named: Any) -> bool:
+        request_id = named["request_id"]
+        meta = self._recving_metadata.get(request_id)
+        if meta is not None and any(meta.local_block_ids) and request_id not in self._checks:
+            check = self._checks[request_id] = self._check_of(request_id, meta)
+            if not check.begin():
+                # Same path as a failed transfer: reported as received and failed, hence recomputed.
+                self._note_reason(request_id, check)
+                self._handle_failed_transfer(request_id, None, self._recv_failures, record_failed_transfer=False)
+                return False
+        return super()._read_blocks(*args, **named)
+
+    def _check_of(self, request_id: str, meta: ReqMeta) -> PullCheck:
+        assert meta.remote is not None
+        engine_id = meta.remote.engine_id
+        ((_, agent_name),) = self._remote_agents[engine_id].items()
+        peer = self.transfer_topo.get_engine_info(engine_id)
+        is_alike = peer.remote_block_size == self.block_size and peer.remote_physical_blocks_per_logical == 1
+        return PullCheck(
+            NixlRecordReader(self._record_reads, self._peer_tables[engine_id], agent_name),
+            # A pull that names no hold proves nothing: no record has this nonce.
+            self._pull_holds.get(request_id, Hold(0, 0)),
+            block_count=sum(map(len, meta.remote.block_ids)),
+            pulled_block_ids=[block_id for group in meta.local_block_ids for block_id in group],
+            memory=self._block_memory if is_alike else None,
+        )
+
+    def _note_reason(self, request_id: str, check: PullCheck) -> None:
+        assert check.reason is not None
+        self._reasons[request_id] = check.reason
+        if check.reason in (RecomputeReason.EXPIRED, RecomputeReason.STALE):
+            self.xfer_stats.record_kv_expired_req()
+        logger.warning("pull of %s is not used (%s): computed instead", request_id, check.reason.value)
 
     def _pop_done_transfers(self, transfers: dict[str, list[int]]) -> tuple[set[str], set[str]]:
-        """One request at a time, so that vLLM's measurements can be told apart by request."""
+        """One request at a time, so that vLLM's measurements can be told apart by request; and done only when judged.
+
+        A request stays in ``transfers`` until no read can write to its blocks any more, whatever became of it: only
+        then is it reported, and only then does the scheduler compute into them.
+        """
         done: set[str] = set()
         failed: set[str] = set()
         for request_id in list(transfers):
-            mark = len(self.xfer_stats.data["bytes_transferred"])
-            alone = {request_id: transfers[request_id]}
-            done_now, failed_now = super()._pop_done_transfers(alone)
-            done |= done_now
-            failed |= failed_now
-            self._note_measurements(request_id, mark)
-            if request_id in alone:
-                transfers[request_id] = alone[request_id]
+            if request_id not in self._arrived:
+                mark = len(self.xfer_stats.data["bytes_transferred"])
+                alone = {request_id: transfers[request_id]}
+                _, failed_now = super()._pop_done_transfers(alone)
+                failed |= failed_now
+                self._note_measurements(request_id, mark)
+                transfers[request_id] = alone.get(request_id, [])
+                if transfers[request_id]:
+                    continue
+                self._arrived[request_id] = time.monotonic()
+            is_valid = self._verdict(request_id, has_failed=request_id in failed or request_id in self._recv_failures)
+            if is_valid is None:
                 continue
             del transfers[request_id]
-            meta = self._recving_metadata.get(request_id)
-            if meta is not None and self._is_expired(meta):
-                # The read ended after the peer was free to overwrite the blocks: not provably valid.
-                self.xfer_stats.record_kv_expired_req()
+            done.add(request_id)
+            if not is_valid:
                 failed.add(request_id)
         return done, failed
+
+    def _verdict(self, request_id: str, *, has_failed: bool) -> bool | None:
+        """Whether what arrived may be used; None while that is not known."""
+        check = self._checks.get(request_id)
+        if has_failed or check is None:
+            return not has_failed
+        is_valid = check.step(time.monotonic())
+        if is_valid is not None:
+            self._verify_s[request_id] = time.monotonic() - self._arrived[request_id]
+            if not is_valid:
+                self._note_reason(request_id, check)
+        return is_valid
 
     def _note_measurements(self, request_id: str, mark: int) -> None:
         data = self.xfer_stats.data
@@ -174,23 +296,39 @@ class PullWorker(Peers, PunctualWorker):
         block_counts = {r: sum(map(len, m.local_block_ids)) for r, m in self._recving_metadata.items()}
         results = super().get_transfer_results()
         results.finished_sending |= self._release_now()
+        for request_id in results.finished_sending:
+            # Released, expired or read by a stock peer: the scheduler frees the blocks when it is told so.
+            self.keeper.let_go(request_id)
         now = time.monotonic()
         for request_id in results.finished_recving:
-            byte_count, descriptor_count, post_s, wire_s = self._pull_results.pop(request_id, (0, 0, 0.0, 0.0))
-            self.xfer_stats.record_pull(
-                PullRecord(
-                    request_id=request_id,
-                    is_ok=request_id not in results.failed_recving,
-                    started_at=self._pull_started.pop(request_id, now),
-                    in_place_at=now,
-                    transfer_bytes=byte_count,
-                    descriptor_count=descriptor_count,
-                    post_s=post_s,
-                    wire_s=wire_s,
-                    block_count=block_counts.get(request_id, 0),
-                )
-            )
+            is_ok = request_id not in results.failed_recving
+            record = self._record_of(request_id, is_ok=is_ok, block_count=block_counts.get(request_id, 0), now=now)
+            self.xfer_stats.record_pull(record)
         return results
+
+    def _record_of(self, request_id: str, *, is_ok: bool, block_count: int, now: float) -> PullRecord:
+        """What happened to a pull; everything else that was kept of it is forgotten here."""
+        byte_count, descriptor_count, post_s, wire_s = self._pull_results.pop(request_id, (0, 0, 0.0, 0.0))
+        reason = self._reasons.pop(request_id, RecomputeReason.FAILED)
+        if self.was_taken_back(request_id):
+            reason = RecomputeReason.TIMED_OUT
+        self._pull_holds.pop(request_id, None)
+        self._arrived.pop(request_id, None)
+        if (check := self._checks.pop(request_id, None)) is not None:
+            check.close()
+        return PullRecord(
+            request_id=request_id,
+            is_ok=is_ok,
+            started_at=self._pull_started.pop(request_id, now),
+            in_place_at=now,
+            transfer_bytes=byte_count,
+            descriptor_count=descriptor_count,
+            post_s=post_s,
+            wire_s=wire_s,
+            block_count=block_count,
+            verify_s=self._verify_s.pop(request_id, 0.0),
+            reason="" if is_ok else reason.value,
+        )
 
 
 @contextmanager

@@ -4,7 +4,7 @@ A prefill worker seals; the router carries the bytes and cannot read more than i
 Pure: no I/O and no clock. Whether a ticket was used before, or its lease ended, is not known here: see
 ``decode_worker/worker.py`` and ``kvtransfer/ledger.py``.
 
-    "BKT1" | HMAC-SHA256 of the body, 32 bytes | canonical JSON body
+    "BKT2" | HMAC-SHA256 of the body, 32 bytes | canonical JSON body
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 from baton.errors import BatonError, ticket_refused
 from baton.leg import pack_token_ids
+from baton.request import MAX_TENANT_BYTES
 from baton.secret import ticket_key
 from kvtransfer.transfer_params import (
     LOOPBACK_HOSTS,
@@ -44,7 +45,7 @@ __all__ = [
     "validate_transfer_params",
 ]
 
-MAGIC = b"BKT1"
+MAGIC = b"BKT2"
 MAX_TICKET_BYTES = 192 * 1024
 """Room for 16,384 block ids of ten digits."""
 MAX_LEASE_S = 3600.0
@@ -52,6 +53,7 @@ MAX_LEASE_S = 3600.0
 _MAC_BYTES = hashlib.sha256().digest_size
 _ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_TENANT = re.compile(rf"[^\x00-\x1f\x7f]{{0,{MAX_TENANT_BYTES}}}")
 _MAX_TOKEN_ID = (1 << 32) - 1
 _MAX_KV_BYTES = 1 << 50
 _BODY_KEYS = frozenset(
@@ -62,6 +64,7 @@ _BODY_KEYS = frozenset(
         "prompt_digest",
         "prompt_token_count",
         "first_token_id",
+        "tenant",
         "lease_s",
         "kv_bytes",
         "params",
@@ -85,6 +88,8 @@ class KvTicket:
     """A duration from the reply, not an instant: clocks of two machines differ."""
     kv_bytes: int
     params: TransferParams = field(repr=False)
+    tenant: str = ""
+    """Whose prompt it was: nobody else's request continues from this KV."""
 
 
 def prompt_digest(prompt_token_ids: Sequence[int]) -> str:
@@ -102,6 +107,7 @@ def seal(ticket: KvTicket, secret: bytes) -> bytes:
             "prompt_digest": ticket.prompt_digest,
             "prompt_token_count": ticket.prompt_token_count,
             "first_token_id": ticket.first_token_id,
+            "tenant": ticket.tenant,
             "lease_s": ticket.lease_s,
             "kv_bytes": ticket.kv_bytes,
             "params": ticket.params.to_wire(),
@@ -157,6 +163,7 @@ def _ticket(content: Any, limits: TransferLimits) -> KvTicket:
         lease_s=_lease(content),
         kv_bytes=_integer(content, "kv_bytes", 0, _MAX_KV_BYTES),
         params=params,
+        tenant=_text(content, "tenant", _TENANT),
     )
     if params.token_count != ticket.prompt_token_count:
         raise ticket_refused("params", "the KV held is not that of the whole prompt")

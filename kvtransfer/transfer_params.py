@@ -7,10 +7,9 @@ So nothing reaches an engine that did not pass here. Pure: no I/O, no clock, no 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from baton.errors import ticket_refused
@@ -21,6 +20,8 @@ _ENGINE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,256}")  # no comma: ids travel comma-separated in NIXL's heartbeats
 _HANDLE = re.compile(r"[A-Za-z0-9_.:/-]{1,256}")
 _MAX_KV_BYTES = 1 << 50
+_MAX_NONCE = (1 << 64) - 1
+MAX_SLOT_COUNT = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +80,10 @@ class NixlParams:
     dcp_size: int
     pp_size: int
     transfer_mode: str
-    remote_blocks_expiry_time: float
-    """On the prefill engine's own monotonic clock, seconds."""
+    hold_slot: int
+    """Which of the prefill engine's hold records vouches for the KV (``kvtransfer/holds.py``)."""
+    hold_nonce: int = field(repr=False)
+    """What that record must say when the KV has been read."""
 
     KIND = "nixl"
 
@@ -94,10 +97,6 @@ class NixlParams:
         params: dict[str, Any] = {name: getattr(self, name) for name in _NIXL_KEYS}
         params["remote_block_ids"] = [list(group) for group in self.remote_block_ids]
         return params
-
-    def ending_earlier(self, by_s: float) -> NixlParams:
-        """The same, but a reader must be done ``by_s`` seconds sooner. For a lease shorter than the engine's hold."""
-        return replace(self, remote_blocks_expiry_time=self.remote_blocks_expiry_time - by_s)
 
     def to_engine(self) -> dict[str, Any]:
         """What ``DecodeJob.pull`` carries."""
@@ -117,10 +116,6 @@ class SimulatedParams:
     kv_bytes: int
 
     KIND = "simulated"
-
-    def ending_earlier(self, by_s: float) -> SimulatedParams:
-        """The same: a simulated pull asks the holder itself whether it still holds."""
-        return self
 
     def to_engine(self) -> dict[str, Any]:
         """What ``DecodeJob.pull`` carries."""
@@ -166,7 +161,8 @@ def _nixl(given: Mapping[str, Any], limits: TransferLimits) -> NixlParams:
         dcp_size=_integer(given, "dcp_size", 1, limits.max_parallel_size),
         pp_size=_integer(given, "pp_size", 1, limits.max_parallel_size),
         transfer_mode=_one_of(given, "transfer_mode", lambda mode: mode == "pull"),
-        remote_blocks_expiry_time=_seconds(given, "remote_blocks_expiry_time"),
+        hold_slot=_integer(given, "hold_slot", 0, MAX_SLOT_COUNT - 1),
+        hold_nonce=_integer(given, "hold_nonce", 1, _MAX_NONCE),
     )
     if limits.block_token_count is not None and len(params.remote_block_ids) == 1:
         needed = -(-params.remote_num_tokens // limits.block_token_count)
@@ -204,13 +200,6 @@ def _integer(given: Mapping[str, Any], key: str, least: int, most: int) -> int:
     if not least <= value <= most:
         raise ticket_refused("params", f"{key} is not within {least} to {most}")
     return value
-
-
-def _seconds(given: Mapping[str, Any], key: str) -> float:
-    value = given[key]
-    if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
-        raise ticket_refused("params", f"{key} is not a finite number of seconds")
-    return float(value)
 
 
 def _text(given: Mapping[str, Any], key: str, pattern: re.Pattern[str]) -> str:

@@ -191,9 +191,6 @@ class PrefillWorker:
         params = validate_transfer_params(held.params, self.limits.transfer)
         if params.token_count != len(order.prompt_token_ids):
             raise ValueError(f"KV of {params.token_count} tokens for a prompt of {len(order.prompt_token_ids)}")
-        # The engine holds for as long as a lease may ever be extended; a reader that knows of no extension must not
-        # read after the lease as it was granted: what it read then might be another request's KV.
-        params = params.ending_earlier(self.limits.max_hold_s - order.lease_s)
         ticket = KvTicket(
             ticket_id=order.leg_id,  # the caller knows it before our answer, which it may never see
             worker_id=self.worker_id,
@@ -204,6 +201,7 @@ class PrefillWorker:
             lease_s=order.lease_s,
             kv_bytes=held.kv_bytes,
             params=params,
+            tenant=order.tenant,
         )
         return seal(ticket, self._secret), ticket.ticket_id
 

@@ -29,7 +29,7 @@ from engine_pair import (
 )
 
 from baton.errors import BatonError, Reason
-from baton.leg import KvAdopted, Stepped
+from baton.leg import KvAdopted, RecomputeReason, Stepped
 from baton.request import EngineStop, LegFinish, Sampling
 from engine.protocol import DecodeJob, PrefillJob
 
@@ -89,17 +89,53 @@ async def test_only_what_the_decoder_lacks_is_pulled(pair: Pair, token_count: in
 async def test_a_dead_ticket_costs_a_computation_and_never_a_wrong_token(pair: Pair) -> None:
     ids = prompt(300, seed=4)
     expected = await alone(pair.decoder, ids)
-    for wrong in (
-        {"remote_blocks_expiry_time": 1.0},
-        {"remote_engine_id": "an-engine-of-an-earlier-life"},
+    first = await prefilled(pair.prefiller, ids)
+    held = kv_of(first).params
+    other = await prefilled(pair.prefiller, prompt(300, seed=44))
+    others = kv_of(other).params
+    for wrong, reason in (
+        ({"remote_engine_id": "an-engine-of-an-earlier-life"}, RecomputeReason.FAILED),
+        ({"hold_nonce": held["hold_nonce"] ^ 1}, RecomputeReason.EXPIRED),
+        ({"hold_slot": others["hold_slot"]}, RecomputeReason.EXPIRED),
+        ({"hold_slot": 40_000}, RecomputeReason.FAILED),
+        ({"remote_block_ids": others["remote_block_ids"]}, RecomputeReason.CORRUPT),
+        ({"remote_block_ids": [held["remote_block_ids"][0][::-1]]}, RecomputeReason.CORRUPT),
     ):
-        first = await prefilled(pair.prefiller, ids)
         await pair.decoder.reset_prefix_cache()
         adopted, rest, _ = await decoded(pair.decoder, continuation(ids, first, **wrong))
         assert [first.first_token_id, *rest] == expected
+        assert (adopted.recompute_reason, adopted.pull_count) == (reason, 1)
         assert adopted.recomputed_token_count == 300
         assert adopted.transfer_bytes == 0
-        await pair.prefiller.release(kv_of(first).handle)
+    # All that spoilt none of it: what was held still is.
+    await pair.decoder.reset_prefix_cache()
+    adopted, rest, _ = await decoded(pair.decoder, continuation(ids, first))
+    assert [first.first_token_id, *rest] == expected
+    assert (adopted.recompute_reason, adopted.recomputed_token_count) == (None, 0)
+    assert adopted.verify_s > 0
+    await pair.prefiller.release(kv_of(first).handle)
+    await pair.prefiller.release(kv_of(other).handle)
+
+
+async def test_kv_that_was_released_is_never_used_whatever_lies_there_now(pair: Pair) -> None:
+    ids = prompt(300, seed=45)
+    expected = await alone(pair.decoder, ids)
+    first = await prefilled(pair.prefiller, ids)
+    await pair.prefiller.release(kv_of(first).handle)
+    await is_idle(pair.prefiller)
+    adopted, rest, _ = await decoded(pair.decoder, continuation(ids, first))
+    assert [first.first_token_id, *rest] == expected
+    assert (adopted.recompute_reason, adopted.transfer_bytes) == (RecomputeReason.EXPIRED, 0)
+
+
+async def test_a_hold_ends_with_its_lease_if_nobody_releases_it(pair: Pair) -> None:
+    ids = prompt(300, seed=46)
+    expected = await alone(pair.decoder, ids)
+    first = await prefilled(pair.prefiller, ids, lease_s=0.5)
+    await is_idle(pair.prefiller)
+    adopted, rest, _ = await decoded(pair.decoder, continuation(ids, first))
+    assert [first.first_token_id, *rest] == expected
+    assert adopted.recompute_reason is RecomputeReason.EXPIRED
 
 
 async def test_a_malformed_ticket_is_refused_and_the_engine_lives(pair: Pair) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.leg import KvAdopted
+from baton.leg import KvAdopted, RecomputeReason
 from engine.adoption import Pull, StartTimes, kv_adopted
 from engine.protocol import DecodeJob
 
@@ -19,6 +19,10 @@ class Record:
     transfer_bytes: int = 5000
     descriptor_count: int = 30
     block_count: int = 3
+    post_s: float = 0.01
+    wire_s: float = 0.15
+    verify_s: float = 0.02
+    reason: str = ""
 
 
 def adopted(token_count: int, *, pulls: bool, cached: int = 0, pull: Pull | None = None) -> KvAdopted:
@@ -48,7 +52,20 @@ def test_blocks_that_were_not_missing_count_as_cached_here() -> None:
 
 
 def test_a_failed_pull_says_how_much_was_computed_here_instead() -> None:
-    failed = adopted(301, pulls=True, cached=128, pull=Record(is_ok=False))
+    failed = adopted(301, pulls=True, cached=128, pull=Record(is_ok=False, reason="failed"))
     assert failed.recomputed_token_count == 300 - 128
     assert failed.cached_token_count == 128
     assert (failed.transfer_bytes, failed.descriptor_count) == (0, 0)
+
+
+def test_the_account_of_a_transfer_is_the_pulls_own() -> None:
+    pulled = adopted(301, pulls=True, cached=300, pull=Record())
+    assert (pulled.post_s, pulled.wire_s, pulled.verify_s) == (0.01, 0.15, 0.02)
+    assert (pulled.pull_count, pulled.recompute_reason) == (1, None)
+    assert adopted(257, pulls=True, cached=256, pull=None).pull_count == 0
+
+
+def test_a_pull_that_is_not_used_says_why() -> None:
+    for reason in RecomputeReason:
+        failed = adopted(301, pulls=True, pull=Record(is_ok=False, reason=reason.value))
+        assert (failed.recompute_reason, failed.pull_count) == (reason, 1)

@@ -42,7 +42,8 @@ NIXL: dict[str, Any] = {
     "dcp_size": 1,
     "pp_size": 1,
     "transfer_mode": "pull",
-    "remote_blocks_expiry_time": 12.5,
+    "hold_slot": 3,
+    "hold_nonce": (1 << 64) - 1,
 }
 SIMULATED: dict[str, Any] = {
     "kind": "simulated",
@@ -88,14 +89,15 @@ def content_of(ticket: KvTicket) -> dict[str, Any]:
 
 ids = st.from_regex(r"[A-Za-z0-9_.:-]{1,128}", fullmatch=True)
 nixl_params = st.builds(
-    lambda engine, request, port, blocks, expiry: NixlParams(
-        engine, request, "127.0.0.1", port, (tuple(blocks),), 300, 1, 1, 1, "pull", expiry
+    lambda engine, request, port, blocks, slot, nonce: NixlParams(
+        engine, request, "127.0.0.1", port, (tuple(blocks),), 300, 1, 1, 1, "pull", slot, nonce
     ),
     ids,
     ids,
     st.integers(1, 65535),
     st.lists(st.integers(1, 2**31 - 1), min_size=1, max_size=50, unique=True),
-    st.floats(0, 1e12, allow_nan=False),
+    st.integers(0, (1 << 16) - 1),
+    st.integers(1, (1 << 64) - 1),
 )
 simulated_params = st.builds(SimulatedParams, ids, ids, st.just(300), st.integers(0, 2**40))
 tickets = st.builds(
@@ -109,6 +111,7 @@ tickets = st.builds(
     lease_s=st.floats(0.001, 3600, allow_nan=False),
     kv_bytes=st.integers(0, 2**40),
     params=nixl_params | simulated_params,
+    tenant=st.from_regex(r"[A-Za-z0-9 _./@ä-]{0,128}", fullmatch=True),
 )
 
 
@@ -173,6 +176,7 @@ MALFORMED_FIELDS: list[tuple[str, Any]] = [
     *bads("prompt_digest", "", "0" * 63, "G" * 64, 1),
     *bads("prompt_token_count", 0, -1, 301, 300.0, True, "300", 2**40),
     *bads("first_token_id", -1, 2**32, 1.0, True, None),
+    *bads("tenant", "x" * 129, "a\n", "a\0", 5, None),
     *bads("lease_s", 0, -1, 3601, math.inf, math.nan, True, "30"),
     *bads("kv_bytes", -1, 2**51, 1.5, False),
     *bads("params", None, [], "x", {}),
@@ -202,7 +206,8 @@ MALFORMED_NIXL: list[tuple[str, Any]] = [
     *bads("remote_num_tokens", 0, -1, "1", 2**21, True, 299.0),
     *[(key, bad) for key in ("tp_size", "dcp_size", "pp_size") for bad in (0, 2, True, "1", None)],
     *bads("transfer_mode", "push", "", None),
-    *bads("remote_blocks_expiry_time", math.nan, math.inf, -1.0, None, "1", True),
+    *bads("hold_slot", -1, 1 << 16, "1", 1.0, True, None),
+    *bads("hold_nonce", 0, -1, 1 << 64, "1", 1.0, True, None),
     *bads(
         "remote_block_ids",
         None, [], [[]], [3], "12", [["3"]], [[0]], [[-1]], [[True]], [[1.0]], [[2**31]], [[5, 5]],
@@ -297,9 +302,3 @@ def test_only_the_exact_token_passes() -> None:
     assert is_cluster_token(SECRET, token)
     for wrong in (None, "", token[:-1], token.upper(), "é", cluster_token(bytes(32)), SECRET.hex()):
         assert not is_cluster_token(SECRET, wrong)
-
-
-def test_a_reader_of_nixl_params_can_be_told_to_be_done_sooner() -> None:
-    params = validate_transfer_params(NIXL, TransferLimits())
-    sooner = params.ending_earlier(2.5).to_wire()
-    assert sooner == {**params.to_wire(), "remote_blocks_expiry_time": 10.0}

@@ -149,6 +149,20 @@ class WorkerInfo:
     kv_bytes_per_token: int
     engine: str
     vocab_size: int
+    transfer_peer: bytes = field(default=b"", repr=False)
+    """Where other engines reach this worker's, sealed by it; empty: its engine needs no introductions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Introduced:
+    """What became of introducing a worker's engine to another one's."""
+
+    worker_id: str
+    """Of the peer, as is the epoch."""
+    epoch: str
+    problem: str
+    """Why the two engines cannot exchange KV; empty: they can."""
+    duration_s: float
 
 
 @dataclass(frozen=True, slots=True)

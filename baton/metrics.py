@@ -148,6 +148,14 @@ class RouterMetrics:
         self.ready_workers = Gauge(
             "baton_ready_workers", "Workers a request could be placed on.", ["role"], registry=registry
         )
+        self.introductions = Counter(
+            "baton_introductions",
+            "Times that the engine of one worker was to meet that of another, by whether it has.",
+            ["result"],
+            registry=registry,
+        )
+        for result in ("met", "failed"):
+            self.introductions.labels(result)
         for outcome in Outcome:
             self.requests.labels(outcome.value)
         for phase in PHASES:
@@ -156,6 +164,9 @@ class RouterMetrics:
             self.kv_part.labels(part)
         for reason in RecomputeReason:
             self.recomputes.labels(reason.value)
+
+    def introduced(self, has_met: bool) -> None:
+        self.introductions.labels("met" if has_met else "failed").inc()
 
     def request_ended(
         self,

@@ -11,9 +11,9 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from baton.leg import DecodeDone, DecodeEvent, KvAdopted, Stepped
+from baton.leg import DecodeDone, DecodeEvent, Introduced, KvAdopted, Stepped
 from baton.request import EngineStop, LegFinish, Sampling, TokenLogprobs
-from kvtransfer.peer import Introduced, PeerAddress
+from kvtransfer.peer import PeerAddress
 
 __all__ = [
     "DecodeDone",

@@ -20,6 +20,7 @@ from baton.leg import WorkerInfo, WorkerLoad
 from baton.request import Role
 from baton.status import abort
 from baton.worker.v1 import worker_pb2, worker_pb2_grpc
+from engine.introductions import Introductions
 from engine.legs import is_duration
 from engine.load_board import LoadBoard
 from engine.protocol import EngineInfo
@@ -67,7 +68,9 @@ async def answering(context: Any, phase: str, *, max_s: float | None = MAX_CALL_
         await abort(context, internal(f"a {phase} handler raised {type(error).__name__}"))
 
 
-def worker_info(engine: EngineInfo, *, worker_id: str, epoch: str, role: Role) -> WorkerInfo:
+def worker_info(
+    engine: EngineInfo, *, worker_id: str, epoch: str, role: Role, transfer_peer: bytes = b""
+) -> WorkerInfo:
     return WorkerInfo(
         worker_id=worker_id,
         epoch=epoch,
@@ -80,6 +83,7 @@ def worker_info(engine: EngineInfo, *, worker_id: str, epoch: str, role: Role) -
         kv_bytes_per_token=engine.kv_bytes_per_token,
         engine=engine.name,
         vocab_size=engine.vocab_size,
+        transfer_peer=transfer_peer,
     )
 
 
@@ -96,6 +100,7 @@ def info_to_proto(info: WorkerInfo) -> worker_pb2.GetWorkerInfoResponse:
         kv_bytes_per_token=info.kv_bytes_per_token,
         engine=info.engine,
         vocab_size=info.vocab_size,
+        transfer_peer=info.transfer_peer,
     )
 
 
@@ -113,11 +118,12 @@ def load_to_proto(load: WorkerLoad) -> worker_pb2.WatchLoadResponse:
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
-    """Identity, load and drain of one worker process."""
+    """Identity, load, introductions and drain of one worker process."""
 
-    def __init__(self, info: WorkerInfo, board: LoadBoard) -> None:
+    def __init__(self, info: WorkerInfo, board: LoadBoard, introductions: Introductions) -> None:
         self._info = info
         self._board = board
+        self._introductions = introductions
 
     async def GetWorkerInfo(self, request: Any, context: Any) -> worker_pb2.GetWorkerInfoResponse:
         return info_to_proto(self._info)
@@ -141,6 +147,18 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             names = Counter(getattr(task.get_coro(), "__qualname__", "?") for task in asyncio.all_tasks())
             return worker_pb2.GetLoadResponse(load=load_to_proto(load), task_counts=names)
 
+    async def Introduce(self, request: Any, context: Any) -> worker_pb2.IntroduceResponse:
+        async with answering(context, "introduce"):
+            results = await self._introductions.introduce(request.transfer_peers)
+            return worker_pb2.IntroduceResponse(
+                introduced=[
+                    worker_pb2.Introduced(
+                        worker_id=each.worker_id, epoch=each.epoch, problem=each.problem, duration_s=each.duration_s
+                    )
+                    for each in results
+                ]
+            )
+
     async def Drain(self, request: Any, context: Any) -> worker_pb2.DrainResponse:
         async with answering(context, "drain"):
             if not is_duration(request.timeout_s, MAX_DRAIN_S):
@@ -149,8 +167,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             return worker_pb2.DrainResponse(remaining_count=await self._board.drain(request.timeout_s))
 
 
-def add_worker_service(server: grpc.aio.Server, info: WorkerInfo, board: LoadBoard) -> str:
+def add_worker_service(
+    server: grpc.aio.Server, info: WorkerInfo, board: LoadBoard, introductions: Introductions
+) -> str:
     """Attaches the service and returns its full name, which the host reports health under."""
     add = worker_pb2_grpc.add_WorkerServiceServicer_to_server
-    add(WorkerServicer(info, board), server)  # type: ignore[no-untyped-call]  # generated
+    add(WorkerServicer(info, board, introductions), server)  # type: ignore[no-untyped-call]  # generated
     return SERVICE

@@ -20,14 +20,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from baton.errors import FieldViolation, engine_failed, invalid_request, prompt_too_long, queue_full, ticket_refused
-from baton.leg import DecodeDone, DecodeEvent, KvAdopted, RecomputeReason, Stepped
+from baton.leg import DecodeDone, DecodeEvent, Introduced, KvAdopted, RecomputeReason, Stepped
 from engine import sim_scheduler
 from engine.blocks import BlockPool, BlockTable, block_count_for
 from engine.protocol import DecodeJob, EngineInfo, EngineLoad, HeldKv, Prefilled, PrefillJob
 from engine.sim_config import PhaseDelays, SimConfig
 from engine.sim_scheduler import Batch, Scheduler, State
 from engine.sim_tokens import TokenRule, simulated_answer
-from kvtransfer.peer import Introduced, PeerAddress
+from kvtransfer.peer import PeerAddress
 from kvtransfer.simulated import HeldContent, PullFailed, PullGivenUp, SimNetwork, SimulatedPull, simulated_params
 from kvtransfer.transfer_params import SimulatedParams
 

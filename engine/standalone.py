@@ -25,7 +25,7 @@ from baton.errors import BatonError
 from baton.log_lines import log_to_stderr
 from baton.metrics import WorkerMetrics
 from baton.request import Role
-from baton.secret import secret_from_environment
+from baton.secret import secret_from_environment, side_channel_key
 from engine.config import EngineConfig, EngineIdentity
 from engine.hosting import (
     Attach,
@@ -37,6 +37,7 @@ from engine.hosting import (
     start_unless_stopped,
     stop_on_signals,
 )
+from engine.introductions import Introductions
 from engine.load_board import LoadBoard, WorkerPart
 from engine.protocol import Engine
 from engine.service import add_worker_service, worker_info
@@ -110,16 +111,22 @@ async def serve(
     epoch = secrets.token_hex(8)
     registry = CollectorRegistry()
     metrics = WorkerMetrics(registry, worker_id)
-    engine = build_engine(engine_config, EngineIdentity(worker_id, epoch))
+    engine = build_engine(engine_config, EngineIdentity(worker_id, epoch, side_channel_key(secret)))
     if not await start_unless_stopped(engine, stop):
         return
     part, attach = build(WorkerSetup(engine, worker_id, epoch, secret, metrics))
     board = LoadBoard(engine, [part], epoch=epoch, metrics=metrics)
 
+    introductions = Introductions(
+        engine,
+        worker_id=worker_id,
+        secret=secret,
+        allowed_hosts=(*engine_config.peer_hosts, engine_config.side_channel_host),
+    )
+    info = worker_info(engine.info, worker_id=worker_id, epoch=epoch, role=role, transfer_peer=introductions.sealed)
+
     def attach_worker(server: Any) -> str:
-        return add_worker_service(
-            server, worker_info(engine.info, worker_id=worker_id, epoch=epoch, role=role), board
-        )
+        return add_worker_service(server, info, board, introductions)
 
     host = WorkerHost(host_config, secret=secret, registry=registry, attach=[attach, attach_worker])
     await run_worker_host(

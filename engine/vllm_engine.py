@@ -31,7 +31,7 @@ from baton.errors import (
     queue_full,
     ticket_refused,
 )
-from baton.leg import DecodeDone, DecodeEvent, Stepped
+from baton.leg import DecodeDone, DecodeEvent, Introduced, Stepped
 from baton.request import LegFinish, Structure, StructureKind, TokenLogprobs
 from baton.structures import MAX_CHECK_S
 from engine.adoption import StartTimes, kv_adopted
@@ -42,7 +42,7 @@ from engine.protocol import DecodeJob, EngineInfo, EngineLoad, HeldKv, Prefilled
 from kvtransfer.connector_parent import claim_ownership
 from kvtransfer.emitted_tokens import STRUCTURE_FAILED, extra_args
 from kvtransfer.hold_keeper import MAX_HOLD_COUNT
-from kvtransfer.peer import Introduced, PeerAddress
+from kvtransfer.peer import PeerAddress
 from kvtransfer.transfer_params import NixlParams, TransferLimits, validate_transfer_params
 
 __all__ = ["VllmEngine"]

@@ -30,7 +30,7 @@ from baton.errors import BatonError
 from baton.log_lines import log_to_stderr
 from baton.metrics import WorkerMetrics
 from baton.request import Role
-from baton.secret import secret_from_environment
+from baton.secret import secret_from_environment, side_channel_key
 from decode_worker.service import add_decode_service
 from decode_worker.worker import DecodeLimits, DecodeWorker
 from engine.config import EngineConfig, EngineIdentity
@@ -43,6 +43,7 @@ from engine.hosting import (
     start_unless_stopped,
     stop_on_signals,
 )
+from engine.introductions import Introductions
 from engine.load_board import LoadBoard, WorkerPart
 from engine.protocol import Engine
 from engine.service import add_worker_service, worker_info
@@ -128,7 +129,7 @@ def _free_port(host: str) -> int:
         return port
 
 
-def make_engine(config: WorkerProcessConfig, engine: EngineConfig, epoch: str) -> Engine:
+def make_engine(config: WorkerProcessConfig, engine: EngineConfig, epoch: str, secret: bytes) -> Engine:
     if engine.kind == "simulated":
         from engine.sim import SimEngine
         from engine.sim_config import SimConfig
@@ -140,7 +141,7 @@ def make_engine(config: WorkerProcessConfig, engine: EngineConfig, epoch: str) -
         return SimEngine(sim, SimNetwork(spans_processes=True))
     from engine.vllm_engine import VllmEngine
 
-    return VllmEngine(engine, EngineIdentity(config.worker_id, epoch))
+    return VllmEngine(engine, EngineIdentity(config.worker_id, epoch, side_channel_key(secret)))
 
 
 async def run_worker(
@@ -160,7 +161,7 @@ async def run_worker(
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", ",".join(map(str, config.gpus)))
     registry = CollectorRegistry()
     metrics = WorkerMetrics(registry, config.worker_id)
-    engine = make_engine(config, on_machine, epoch)
+    engine = make_engine(config, on_machine, epoch, secret)
     what = "loading the model" if on_machine.kind == "vllm" else "starting"
     on_progress(f"{what} on {_said(on_machine)}")
     if not await start_unless_stopped(engine, stop):
@@ -174,7 +175,16 @@ async def run_worker(
     decode = DecodeWorker(engine, limits=DecodeLimits(transfer=transfer), **shared)
     parts: tuple[WorkerPart, ...] = (prefill, decode)
     board = LoadBoard(engine, parts, epoch=epoch, metrics=metrics)
-    info = worker_info(engine.info, worker_id=config.worker_id, epoch=epoch, role=config.role)
+    introductions = Introductions(
+        engine, worker_id=config.worker_id, secret=secret, allowed_hosts=transfer.allowed_hosts
+    )
+    info = worker_info(
+        engine.info,
+        worker_id=config.worker_id,
+        epoch=epoch,
+        role=config.role,
+        transfer_peer=introductions.sealed,
+    )
     hosting = HostConfig(
         host=config.bind_host,
         port=config.port,
@@ -189,7 +199,7 @@ async def run_worker(
         attach=(
             partial(add_prefill_service, worker=prefill),
             partial(add_decode_service, worker=decode),
-            partial(add_worker_service, info=info, board=board),
+            partial(add_worker_service, info=info, board=board, introductions=introductions),
         ),
     )
     await run_worker_host(

@@ -27,8 +27,8 @@ from baton.leg import RecomputeReason
 from kvtransfer.connector_deadlines import PunctualWorker
 from kvtransfer.connector_faults import faulty
 from kvtransfer.connector_holds import HOLDS_ATTRIBUTE
-from kvtransfer.connector_records import AgentMetadata, NixlRecordReader, RecordMemory, RecordReads
 from kvtransfer.connector_peers import Peers
+from kvtransfer.connector_records import AgentMetadata, NixlRecordReader, RecordMemory, RecordReads
 from kvtransfer.connector_telemetry import PullRecord, PullStats
 from kvtransfer.digest import BlockMemory
 from kvtransfer.hold_keeper import MAX_HOLD_COUNT, HoldKeeper

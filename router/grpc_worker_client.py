@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -18,6 +18,7 @@ from baton.leg import (
     DecodeDone,
     DecodeEvent,
     DecodeOrder,
+    Introduced,
     KvAdopted,
     PrefillOrder,
     PrefillReply,
@@ -169,7 +170,13 @@ class GrpcWorkerClient:
             kv_bytes_per_token=info.kv_bytes_per_token,
             engine=info.engine,
             vocab_size=info.vocab_size,
+            transfer_peer=info.transfer_peer,
         )
+
+    async def introduce(self, transfer_peers: Sequence[bytes], *, timeout_s: float) -> list[Introduced]:
+        request = pb.IntroduceRequest(transfer_peers=transfer_peers)
+        reply = await self._answer(self._open(self._worker_stub.Introduce, request, timeout_s))
+        return [Introduced(each.worker_id, each.epoch, each.problem, each.duration_s) for each in reply.introduced]
 
     async def close(self) -> None:
         if self._late_releases:

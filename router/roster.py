@@ -136,6 +136,7 @@ class Roster:
         self._leaving: set[_Entry] = set()
         self._closing: set[asyncio.Task[None]] = set()
         self._on_change: list[Callable[[], None]] = []
+        self._on_connected: list[Callable[[WorkerIdentity, WorkerInfo], None]] = []
         self._on_lost: list[Callable[[WorkerIdentity], None]] = []
         self._on_forgotten: list[Callable[[WorkerIdentity], None]] = []
         self._is_closed = False
@@ -175,6 +176,10 @@ class Roster:
     def on_change(self, call: Callable[[], None]) -> None:
         """``call`` after every change that placement could care about."""
         self._on_change.append(call)
+
+    def on_connected(self, call: Callable[[WorkerIdentity, WorkerInfo], None]) -> None:
+        """``call`` each time a process said who it is: on the first connection and on every further one."""
+        self._on_connected.append(call)
 
     def on_lost(self, call: Callable[[WorkerIdentity], None]) -> None:
         """``call`` when a process is believed dead, with what was on it."""
@@ -338,6 +343,8 @@ class Roster:
             logger.info("worker %s is a new process", worker_id)
             self._tell_lost(before)
             self._tell_forgotten(before)
+        for call in self._on_connected:  # AFTER its predecessor is forgotten
+            call(entry.known.identity, info)
 
     def _heard(self, entry: _Entry, load: WorkerLoad) -> None:
         if load.epoch != entry.known.identity.epoch:

@@ -33,6 +33,7 @@ from router.config import RouterConfig, is_loopback
 from router.flight import FlightLimits
 from router.grpc_worker_client import GrpcWorkerClient
 from router.health import RouterHealth
+from router.introductions import Introductions
 from router.phase_window import PhaseWindow
 from router.placement import PlacementPolicy
 from router.prompt_encoder import PromptEncoder
@@ -106,6 +107,7 @@ class RouterServer:
                 lost_s=2 * config.worker_silence_s,
             ),
         )
+        self.introductions = Introductions(self.roster, on_result=self.metrics.introduced)
         self.admission = Admission(
             self.roster,
             limits=AdmissionLimits(
@@ -212,6 +214,7 @@ class RouterServer:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.relay.close()
+        await self.introductions.close()
         await self.roster.close()
         metrics_server, self._metrics_server = self._metrics_server, None
         if metrics_server is not None:

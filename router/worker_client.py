@@ -7,12 +7,12 @@ with status UNAVAILABLE. Whoever opens a stream closes it (``aclosing``): that c
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Protocol, TypeVar
 
 from baton.errors import deadline_exceeded, engine_failed
-from baton.leg import DecodeEvent, DecodeOrder, PrefillOrder, PrefillReply, WorkerInfo, WorkerLoad
+from baton.leg import DecodeEvent, DecodeOrder, Introduced, PrefillOrder, PrefillReply, WorkerInfo, WorkerLoad
 from router.cluster_view import WorkerSpec
 
 T = TypeVar("T")
@@ -37,6 +37,9 @@ class WorkerClient(Protocol):
         """Reports at least every ``interval_s``, without end."""
 
     async def info(self, *, timeout_s: float) -> WorkerInfo: ...
+
+    async def introduce(self, transfer_peers: Sequence[bytes], *, timeout_s: float) -> list[Introduced]:
+        """Has the worker's engine meet those of other workers, given as they said it."""
 
     async def close(self) -> None:
         """Cancels every call. Idempotent."""
@@ -116,6 +119,11 @@ class InProcessWorkerClient:
     async def info(self, *, timeout_s: float) -> WorkerInfo:
         self._check_there()
         return self._info
+
+    async def introduce(self, transfer_peers: Sequence[bytes], *, timeout_s: float) -> list[Introduced]:
+        """Nobody to meet: engines of one process know each other."""
+        self._check_there()
+        return []
 
     async def close(self) -> None:
         self._is_closed = True

@@ -23,9 +23,11 @@ from decode_worker.service import add_decode_service
 from decode_worker.worker import DecodeWorker
 from engine.cost import CostModel, DecodeCost, PrefillCost
 from engine.hosting import HostConfig, WorkerHost
+from engine.introductions import Introductions
 from engine.load_board import LoadBoard
 from engine.service import add_worker_service, worker_info
 from engine.sim import PhaseDelays, SimConfig, SimEngine, SimNetwork, TokenRule, simulated_answer
+from kvtransfer.peer import PeerAddress, seal_peer
 from prefill_worker.service import add_prefill_service
 from prefill_worker.worker import PrefillWorker
 from router.grpc_worker_client import GrpcWorkerClient
@@ -51,10 +53,11 @@ class HostedWorker:
         self.prefill, self.decode = PrefillWorker(self.engine, **shared), DecodeWorker(self.engine, **shared)
         board = LoadBoard(self.engine, [self.prefill, self.decode], epoch="e1", metrics=metrics)
         self.info = worker_info(self.engine.info, worker_id=worker_id, epoch="e1", role=Role.DECODE)
+        met = Introductions(self.engine, worker_id=worker_id, secret=SECRET, allowed_hosts=["127.0.0.1"])
         attach = [
             partial(add_prefill_service, worker=self.prefill),
             partial(add_decode_service, worker=self.decode),
-            partial(add_worker_service, info=self.info, board=board),
+            partial(add_worker_service, info=self.info, board=board, introductions=met),
         ]
         self.host = WorkerHost(HostConfig(), secret=SECRET, registry=registry, attach=attach)
 
@@ -119,6 +122,24 @@ async def test_a_prefill_and_its_decode_cross_the_wire_whole() -> None:
         assert tuple(tokens) == simulated_answer(PROMPT, 5, RULE)
         await prefill.release_kv(reply.ticket_id, timeout_s=5)
         assert await prefill.release_kv(reply.ticket_id, timeout_s=5) is False
+
+
+async def test_a_worker_is_introduced_to_all_but_itself_and_meets_only_allowed_hosts_of_its_cluster() -> None:
+    async with hosted("p") as [(_, client)]:
+        here, afar = (
+            PeerAddress("d", "e2", "d-1", "127.0.0.1", 5600),
+            PeerAddress("x", "e3", "x-1", "192.0.2.1", 5600),
+        )
+        itself = PeerAddress("p", "e1", "p-1", "127.0.0.1", 5601)
+        sealed = [seal_peer(each, SECRET) for each in (afar, itself, here)]
+        first, second = await client.introduce(sealed, timeout_s=5)
+        assert (first.worker_id, first.epoch) == ("x", "e3")
+        assert "peer_hosts" in first.problem
+        assert (second.worker_id, second.epoch, second.problem) == ("d", "e2", "")
+        for bad in ([seal_peer(here, bytes(32))], [b"?"], [seal_peer(here, SECRET)] * 65):
+            with pytest.raises(BatonError) as refused:
+                await client.introduce(bad, timeout_s=5)
+            assert refused.value.reason is Reason.INVALID_REQUEST
 
 
 async def test_leases_are_extended_and_released_by_ticket() -> None:

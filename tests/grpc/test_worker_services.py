@@ -29,6 +29,7 @@ from decode_worker.service import add_decode_service
 from decode_worker.worker import DecodeWorker
 from engine.cost import CostModel, DecodeCost, PrefillCost
 from engine.hosting import HostConfig, HostingError, WorkerEndpoint, WorkerHost, run_worker_host, start_unless_stopped
+from engine.introductions import Introductions
 from engine.load_board import LoadBoard
 from engine.protocol import DecodeJob, KvAdopted, Stepped
 from engine.service import add_worker_service, worker_info
@@ -70,10 +71,11 @@ def make_worker(name: str, network: SimNetwork, config: HostConfig) -> tuple[Any
     prefill, decode = PrefillWorker(engine, **shared), DecodeWorker(engine, **shared)
     board = LoadBoard(engine, [prefill, decode], epoch="e1", metrics=metrics)
     info = worker_info(engine.info, worker_id=name, epoch="e1", role=Role.PREFILL)
+    met = Introductions(engine, worker_id=name, secret=SECRET, allowed_hosts=["127.0.0.1"])
     attach = [
         partial(add_prefill_service, worker=prefill),
         partial(add_decode_service, worker=decode),
-        partial(add_worker_service, info=info, board=board),
+        partial(add_worker_service, info=info, board=board, introductions=met),
     ]
     return engine, prefill, decode, board, WorkerHost(config, secret=SECRET, registry=registry, attach=attach)
 

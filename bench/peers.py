@@ -219,6 +219,7 @@ def vllm_command(spec: SystemSpec, engine: EngineConfig, port: int, *, kv_role: 
         "max-num-batched-tokens": spec.max_batched_token_count or engine.max_batched_token_count,
         "generation-config": "vllm",
     }
+    options |= {key.replace("_", "-"): value for key, value in engine.extra_args.items()}
     if not spec.as_shipped:
         options["distributed-executor-backend"] = UNIPROC
     if kv_role is not None:

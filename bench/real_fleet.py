@@ -19,7 +19,13 @@ def free_ports(count: int) -> list[int]:
 
 
 def fleet_config(
-    model_path: Path, state_dir: Path, *, prefill_cores: str, decode_cores: str, dtype: str = "bfloat16"
+    model_path: Path,
+    state_dir: Path,
+    *,
+    prefill_cores: str,
+    decode_cores: str,
+    dtype: str = "bfloat16",
+    max_batched_token_count: int = 512,
 ) -> FleetConfig:
     """Real engines with leases so long that no timer helps. Cores as in the TOML: ``[[0]]`` is one worker on core 0.
 
@@ -44,7 +50,7 @@ def fleet_config(
         [prefill.engine]
         dtype = "{dtype}"
         kv_cache_bytes = 536870912
-        max_batched_token_count = 512
+        max_batched_token_count = {max_batched_token_count}
         lease_s = 600.0
         [decode]
         count = {decode_cores.count("[") - 1}
@@ -52,6 +58,6 @@ def fleet_config(
         [decode.engine]
         dtype = "{dtype}"
         kv_cache_bytes = 536870912
-        max_batched_token_count = 512
+        max_batched_token_count = {max_batched_token_count}
         lease_s = 600.0
     """)

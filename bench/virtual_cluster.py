@@ -189,15 +189,14 @@ class VirtualCluster:
     def __init__(self, config: SimConfig, **options: Any) -> None:
         self.network = SimNetwork(spans_processes=False, misfortune=options.pop("misfortune", None))
         connect = options.pop("connect", ProcessClient)
+        connect_spec = options.pop("connect_spec", lambda spec: connect(self.processes[spec.worker_id]))
         self.config = config
         self.processes: dict[str, WorkerProcess] = {}
         self.dead: list[WorkerProcess] = []
         self._epochs = itertools.count(1)
         self._requests = itertools.count(1)
         self.registry = CollectorRegistry()
-        self.roster = Roster(
-            lambda spec: connect(self.processes[spec.worker_id]), options.pop("roster", RosterLimits())
-        )
+        self.roster = Roster(connect_spec, options.pop("roster", RosterLimits()))
         self.admission = Admission(
             self.roster,
             rng=random.Random(7),  # noqa: S311 a reproducible choice among equals

@@ -391,11 +391,12 @@ class VllmEngine:
                     if output.finished:
                         is_finished = True
                         reason = output.outputs[0].finish_reason
-                        if (output.kv_transfer_params or {}).get(STRUCTURE_FAILED):
-                            # Its last tokens were not masked by the structure any more.
-                            raise invalid_request(
-                                [FieldViolation("sampling.structure", "is more than the engine can follow")]
-                            )
+                        is_given_up = (output.kv_transfer_params or {}).get(STRUCTURE_FAILED)
+                        if is_given_up or (reason == "error" and job.sampling.structure is not None):
+                            # A grammar that does not compile, that was given up, or that no token may follow: another
+                            # engine would say the same. Failed pulls never come here, they are recomputed.
+                            what = "is more than the engine can follow, or is contradicted by another field"
+                            raise invalid_request([FieldViolation("sampling.structure", what)])
                         if reason not in ("stop", "length"):
                             raise self._failed(f"the engine ended the request: {reason}")
                     yield output

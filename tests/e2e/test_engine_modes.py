@@ -1,8 +1,8 @@
-"""Every sampling mode, three ways, against one engine that does it all: answers, ends and logprobs.
+"""Every sampling mode, every way, against one engine that does it all: answers, ends and logprobs.
 
-The three ways: handed over after the first token; computed anew where it is decoded, with some of the answer emitted
-already; prefilled anew elsewhere with some of the answer emitted, and handed over. In float32, where an answer does
-not depend on what else is in the batch: the modes run side by side.
+The ways: handed over after the first token; computed anew where it is decoded, with some of the answer emitted
+already; prefilled anew elsewhere with some of the answer emitted, and handed over; and that with a pull that fails.
+In float32, where an answer does not depend on what else is in the batch: the modes run side by side.
 """
 
 from __future__ import annotations
@@ -132,8 +132,9 @@ async def alone(engine: VllmEngine, mode: Mode, emitted: Said | None = None) -> 
     return Said((*before[0], *token_ids), (*before[1], *logprobs), finish)
 
 
-async def handed_over(pair: Pair, mode: Mode, emitted: Said) -> Said:
-    """Prefilled in one engine, with ``emitted`` of the answer, and decoded in the other."""
+async def handed_over(pair: Pair, mode: Mode, emitted: Said, *, in_vain: bool = False) -> Said:
+    """Prefilled in one engine, with ``emitted`` of the answer, and decoded in the other, which finds the hold ended
+    if it is ``in_vain``."""
     count = len(emitted.token_ids)
     ids = (*PROMPT, *emitted.token_ids)
     first = await pair.prefiller.prefill(
@@ -151,12 +152,13 @@ async def handed_over(pair: Pair, mode: Mode, emitted: Said) -> Said:
     if first.finish is not None:
         assert first.held is None
         return Said(token_ids, logprobs, first.finish)
+    pull = kv_of(first).params
     job = DecodeJob(
         "decode",
         (*ids, first.first_token_id),
         mode.sampling,
         after(mode, count + 1),
-        pull=kv_of(first).params,
+        pull={**pull, "hold_nonce": pull["hold_nonce"] ^ 1} if in_vain else pull,
         output_token_count=count + 1,
         top_logprob_count=mode.top_logprob_count,
     )
@@ -205,11 +207,13 @@ async def answers(pair: Pair) -> Answers:
     # With what it just said in its cache: more than a prompt's worth.
     ways = {"again, warm": await all_of(lambda name, mode: alone(pair.decoder, mode, cut(one[name], EMITTED)))}
     await forget()
-    ways["again, cold"] = await all_of(lambda name, mode: alone(pair.decoder, mode, cut(one[name], EMITTED)))
-    await forget()
     ways["handed over"] = await all_of(lambda name, mode: handed_over(pair, mode, cut(one[name], 0)))
     await forget()
     ways["again, handed over"] = await all_of(lambda name, mode: handed_over(pair, mode, cut(one[name], EMITTED)))
+    await forget()
+    ways["again, handed over in vain"] = await all_of(
+        lambda name, mode: handed_over(pair, mode, cut(one[name], EMITTED), in_vain=True)
+    )
     await forget()
     return Answers(greedy, asked, one, ways)
 
@@ -295,8 +299,16 @@ async def test_emitted_tokens_that_do_not_match_their_structure_fail_their_reque
     fine = asyncio.create_task(alone(pair.decoder, Mode(Sampling())))
     with pytest.raises(BatonError) as caught:
         await alone(pair.decoder, mode, forged)
-    assert caught.value.reason is Reason.ENGINE_FAILED
+    assert [each.field for each in caught.value.violations] == ["sampling.structure"]
     assert len((await fine).token_ids) == COUNT
+    await is_idle(pair.decoder)
+
+
+async def test_a_structure_that_no_allowed_token_may_follow_fails_its_request_alone(pair: Pair) -> None:
+    sampling = Sampling(allowed_token_ids=PROMPT[:1], structure=Structure(StructureKind.REGEX, "[0-9]{9}"))
+    with pytest.raises(BatonError) as caught:
+        await alone(pair.decoder, Mode(sampling, EngineStop(COUNT), None))
+    assert [each.field for each in caught.value.violations] == ["sampling.structure"]
     await is_idle(pair.decoder)
 
 

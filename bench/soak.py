@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.request import Role
-from bench import evidence, soak_books, soak_faults
+from bench import evidence, modes, soak_books, soak_faults
 from bench.drills import (
     Overrun,
     answer_of,
@@ -248,6 +248,7 @@ SECTIONS: dict[str, Section] = {
     "books": Section(soak_books.run, soak_books.add_options),
     "deaths": Section(deaths),
     "interleavings": Section(interleavings),
+    "modes": Section(modes.run, modes.add_options),
     "faults": Section(soak_faults.run, soak_faults.add_options),
     "faults-real": Section(soak_faults.run_real),
 }

@@ -96,6 +96,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             raise ConfigError(f"{path} must be one of {', '.join(map(repr, arguments))}, not {_said(value)}")
         return value
     if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None  # TOML has no word for it; a worker's configuration on its way to its process has
         inner = [argument for argument in arguments if argument is not type(None)]
         if len(inner) == 1:
             return _convert(inner[0], value, path)

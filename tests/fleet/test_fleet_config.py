@@ -6,6 +6,7 @@ import dataclasses
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,7 @@ from fleet.config import (
 )
 from fleet.members import members_of
 from fleet.toml_table import ConfigError
+from fleet.worker_process import engine_config, read_config
 from router.config import RouterConfig
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -109,6 +111,19 @@ def test_every_example_is_accepted_and_names_its_members(file: Path) -> None:
     names = [member.name for member in members_of(config, SECRET)]
     assert names[0] == "router"
     assert len(names) == 1 + sum(config.pools[role].count for role in Role)
+
+
+@pytest.mark.parametrize("file", sorted(DEPLOY.glob("baton*.toml")), ids=lambda file: file.name)
+def test_what_a_worker_is_told_makes_the_very_engine_that_was_configured(file: Path) -> None:
+    config = load_config(file)
+    by_the_worker: dict[str, Any] = {"cores": (), "side_channel_host": "127.0.0.1", "side_channel_port": 5600}
+    for member in members_of(config, SECRET)[1:]:
+        told = read_config(member.child.arguments[1])
+        made = engine_config(told, available_cores=tuple(range(64)))
+        assert member.role is not None
+        assert dataclasses.replace(made, **by_the_worker) == dataclasses.replace(
+            config.engines[member.role], **by_the_worker
+        )
 
 
 def test_an_unknown_key_is_refused_by_name_with_the_nearest_known_one() -> None:

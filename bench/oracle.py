@@ -50,6 +50,7 @@ from typing import Any, NoReturn
 
 from bench.cores import pinned_engine_environment
 from bench.exactness import OracleAnswer
+from kvtransfer.connector_parent import become_engine_process
 
 MODE_KEYWORDS = frozenset({
     "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty",
@@ -338,6 +339,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> tuple[OracleOptions, Pa
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    become_engine_process()  # where somebody owns it, it does not outlive them
     try:
         options, prompts_path, out_path = _parse_arguments(arguments)
         prompts = _load(prompts_path, options)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from bench.corpus import Corpus
 from bench.exactness import Case, OracleAnswer, base_cases, eos_first_cases, stop_cases
 from bench.oracle import OraclePrompt, read_answers, write_prompts
+from kvtransfer.connector_parent import OWNER_VARIABLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,7 @@ async def ask_oracle_in_words(
             *options,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
+            env={**os.environ, OWNER_VARIABLE: str(os.getpid())},  # it ends with us, however we end
         )
         try:
             async with asyncio.timeout(timeout_s):

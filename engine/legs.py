@@ -35,7 +35,8 @@ MAX_STOP_TOKEN_COUNT = 1024
 MAX_TEMPERATURE = 2.0
 RETRY_AFTER_S = 0.25
 
-_LEG_ID = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
+MAX_LEG_ID_CHARS = 128
+_LEG_ID = re.compile(rf"[A-Za-z0-9_.:/-]{{1,{MAX_LEG_ID_CHARS}}}")
 _MAX_SEED = (1 << 63) - 1
 
 

@@ -20,7 +20,7 @@ from baton.errors import BatonError, FieldViolation, engine_failed, internal, in
 from baton.leg import PrefillOrder, PrefillReply
 from baton.metrics import Outcome, WorkerMetrics, outcome_of
 from baton.secret import checked_secret
-from engine.legs import RETRY_AFTER_S, Legs, check_order, is_duration
+from engine.legs import MAX_LEG_ID_CHARS, RETRY_AFTER_S, Legs, check_order, is_duration
 from engine.protocol import Engine, HeldKv, Prefilled, PrefillJob
 from engine.recent_ids import RecentIds
 from kvtransfer.ledger import Lease, Ledger
@@ -227,7 +227,8 @@ class PrefillWorker:
         """
         lease = self._ledger.release(ticket_id)
         if lease is None:
-            self._released_early.add(ticket_id)
+            if len(ticket_id) <= MAX_LEG_ID_CHARS:  # no longer one can be a leg's
+                self._released_early.add(ticket_id)
             return False
         self._changed()
         await asyncio.shield(self._let_go(lease.handle))

@@ -415,3 +415,11 @@ async def test_a_release_that_overtakes_its_prefill_is_kept_until_the_kv_is_held
         with pytest.raises(BatonError, match="released before it was ready"):
             await running
         pair.assert_nothing_is_left()
+
+
+@in_virtual_time
+async def test_releases_of_ids_too_long_for_any_leg_are_not_remembered() -> None:
+    async with a_pair() as pair:
+        assert not await pair.prefill.release_kv("x" * 129)
+        assert not await pair.prefill.release_kv("x" * 128)
+        assert len(pair.prefill._released_early) == 1

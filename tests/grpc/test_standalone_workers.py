@@ -72,7 +72,10 @@ def files(tmp_path: Path) -> dict[str, Path]:
 
 async def test_two_processes_serve_one_request_and_end_on_a_signal_with_status_0(files: dict[str, Path]) -> None:
     prompt = tuple(range(10, 60))
-    common: dict[str, Any] = {"sampling": worker_pb2.SamplingSpec(top_p=1.0), "leg_id": "leg-1"}
+    common: dict[str, Any] = {
+        "sampling": worker_pb2.SamplingSpec(top_p=1.0, repetition_penalty=1.0),
+        "leg_id": "leg-1",
+    }
     async with a_process("prefill", files["prefill"]) as p, a_process("decode", files["decode"]) as d:
         async with (
             grpc.aio.insecure_channel(await address_of(p)) as prefill_channel,
@@ -116,7 +119,7 @@ async def test_a_second_signal_ends_the_wait_for_held_kv(files: dict[str, Path])
             order = worker_pb2.PrefillRequest(
                 leg_id="leg-1",
                 prompt_token_ids=pack_token_ids(range(10, 60)),
-                sampling=worker_pb2.SamplingSpec(top_p=1.0),
+                sampling=worker_pb2.SamplingSpec(top_p=1.0, repetition_penalty=1.0),
                 stop=worker_pb2.StopSpec(max_token_count=4, ignore_eos=True),
                 lease_s=60,
             )

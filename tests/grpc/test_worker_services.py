@@ -130,7 +130,7 @@ def prefill_request(prompt: tuple[int, ...] = PROMPT, max_token_count: int = 6, 
     values: dict[str, Any] = {
         "leg_id": "leg-1",
         "prompt_token_ids": pack_token_ids(prompt),
-        "sampling": worker_pb2.SamplingSpec(top_p=1.0),
+        "sampling": worker_pb2.SamplingSpec(top_p=1.0, repetition_penalty=1.0),
         "stop": worker_pb2.StopSpec(max_token_count=max_token_count),
         "lease_s": 10.0,
     }
@@ -141,7 +141,7 @@ def decode_request(prompt: tuple[int, ...] = PROMPT, max_token_count: int = 6, t
     return worker_pb2.DecodeRequest(
         leg_id="leg-2",
         prompt_token_ids=pack_token_ids(prompt),
-        sampling=worker_pb2.SamplingSpec(top_p=1.0),
+        sampling=worker_pb2.SamplingSpec(top_p=1.0, repetition_penalty=1.0),
         stop=worker_pb2.StopSpec(max_token_count=max_token_count),
         ticket=ticket,
     )

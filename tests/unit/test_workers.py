@@ -182,6 +182,7 @@ async def test_every_wrong_ticket_is_refused_typed_counted_and_leaves_the_right_
             ("prompt_token_count", decode_order(reply, prompt_token_ids=(*PROMPT, first, first))),
             ("first_token", decode_order(reply, prompt_token_ids=(*PROMPT, first + 1))),
             ("prompt_digest", decode_order(reply, prompt_token_ids=other)),
+            ("tenant", decode_order(reply, tenant="somebody")),
             (
                 "own_worker",
                 decode_order(reply, ticket=seal(dataclasses.replace(ticket, worker_id="decode-0"), SECRET)),
@@ -194,6 +195,18 @@ async def test_every_wrong_ticket_is_refused_typed_counted_and_leaves_the_right_
         assert (await events_of(pair.decode, decode_order(reply)))[0].recomputed_token_count == 0
         error = await refusal(events_of(pair.decode, decode_order(reply)))
         assert error.metadata["check"] == "replayed"
+        await pair.prefill.release_kv(reply.ticket_id)
+
+
+@in_virtual_time
+async def test_kv_is_handed_over_within_a_tenant_only() -> None:
+    async with a_pair() as pair:
+        reply = await pair.prefill.prefill(prefill_order(tenant="ours"))
+        for stranger in ("", "our", "ours "):
+            error = await refusal(events_of(pair.decode, decode_order(reply, tenant=stranger)))
+            assert error.metadata["check"] == "tenant"
+        adopted, *_ = await events_of(pair.decode, decode_order(reply, tenant="ours"))
+        assert adopted.recomputed_token_count == 0
         await pair.prefill.release_kv(reply.ticket_id)
 
 

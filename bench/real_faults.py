@@ -53,6 +53,8 @@ class Tally:
 class FaultyCluster(VirtualCluster):
     """One prefill and one decode worker on real engines, in real time."""
 
+    clock_slack_s = 60.0
+
     async def adopt(self, worker_id: str, role: Role, engine: Any) -> None:
         process = WorkerProcess(worker_id, role, f"e{next(self._epochs)}", engine)
         process.start_reaper()

@@ -77,7 +77,7 @@ class StructureKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """``text`` is the schema (JSON), the expression or the grammar (Lark or GBNF); ``choices`` serves CHOICE alone."""
+    """``text`` is the schema (JSON), expression or grammar (Lark or GBNF); ``choices`` serves CHOICE alone."""
 
     kind: StructureKind
     text: str = field(default="", repr=False)

@@ -38,6 +38,7 @@ ASK_TIMEOUT_S = 600.0
 LOGPROB_GAP = 2e-3
 """Nats by which a log probability may differ between two float32 engines that batched differently."""
 TOP_COUNT = 5
+ORACLE_CONCURRENCY = 8
 PROMPT_LENGTHS = (5, 17, 64, 127, 128, 129, 200, 255, 256, 257, 320, 520)
 """Around the block size of 128, and one longer than the 512 tokens that a step of the fleet's engines takes."""
 
@@ -425,7 +426,11 @@ async def run(options: argparse.Namespace) -> bool:
     asked = questions(Corpus(model, SEED), options.mode_prompts, SEED)
     say(f"modes: asking the oracle {len(asked)} questions")
     oracle = await ask_oracle_in_words(
-        model, [each.for_oracle() for each in asked], "--dtype", "float32", "--concurrency", "3"
+        model,
+        [each.for_oracle() for each in asked],
+        *("--dtype", "float32", "--concurrency", str(ORACLE_CONCURRENCY)),
+        # No prompt in two steps: a seeded one would end a plain engine on CPU.
+        *("--max-batched-tokens", str(ORACLE_CONCURRENCY * (max(PROMPT_LENGTHS) + 64))),
     )
     verdicts: list[ModeVerdict] = []
     with tempfile.TemporaryDirectory() as state:
@@ -445,7 +450,9 @@ async def run(options: argparse.Namespace) -> bool:
                     verdicts += await _ask_all(fleet, asked, oracle, placement, concurrency=8)
                     say(f"modes: {placement}: {dict(Counter(each.kind for each in verdicts))}")
                 if "death" in wanted:
+                    _write(asked, verdicts)  # what is known so far, should a later way be interrupted
                     verdicts += await _ask_with_deaths(fleet, asked, oracle, options.mode_batch)
+            _write(asked, verdicts)
     verdicts = await settled(verdicts, asked, oracle, model)
     _write(asked, verdicts)
     return all(each.kind != "wrong" for each in verdicts)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
 
-from baton.leg import RecomputeReason
+from baton.leg import DecodeEvent, DecodeOrder, RecomputeReason, Stepped
 from baton.request import Handover, TokenLogprobs
 from baton.testing import in_virtual_time
-from bench.virtual_cluster import RULE, TokenAnswer, VirtualCluster, virtual_cluster
+from bench.virtual_cluster import RULE, ProcessClient, TokenAnswer, VirtualCluster, virtual_cluster
 from router.answering import Completed, Piece, RoutedRequest
 from router.placement import PlacementPolicy
 
@@ -120,6 +120,42 @@ def test_a_stop_sequence_cuts_ids_logprobs_counts_and_sum_at_the_same_token(max_
             whole = cluster.expected(request)
             heard = await listen(cluster, request, stop=whole[9:11])
             assert heard.token_ids == whole[:11]
+            assert_aligned(heard)
+
+    scenario()
+
+
+class HastyClient(ProcessClient):
+    """Five tokens come at once, as after a pause of the network."""
+
+    async def decode(self, order: DecodeOrder, *, timeout_s: float) -> AsyncGenerator[DecodeEvent, None]:
+        waiting: list[Stepped] = []
+        async with aclosing(super().decode(order, timeout_s=timeout_s)) as events:
+            async for event in events:
+                if isinstance(event, Stepped):
+                    waiting.append(event)
+                if waiting and (len(waiting) == 5 or not isinstance(event, Stepped)):
+                    yield Stepped(
+                        tuple(token_id for each in waiting for token_id in each.token_ids),
+                        tuple(logprobs for each in waiting for logprobs in each.logprobs),
+                    )
+                    waiting.clear()
+                if not isinstance(event, Stepped):
+                    yield event
+
+
+@pytest.mark.parametrize("stop_at", range(6, 12))
+@pytest.mark.parametrize("max_chunk_token_count", [2, 64])
+def test_a_stop_sequence_among_tokens_that_came_together_takes_no_logprob_from_behind_it(
+    stop_at: int, max_chunk_token_count: int
+) -> None:
+    @in_virtual_time
+    async def scenario() -> None:
+        async with virtual_cluster(connect=HastyClient) as cluster:
+            request = cluster.request(50, 30, top_logprob_count=1, max_chunk_token_count=max_chunk_token_count)
+            whole = cluster.expected(request)
+            heard = await listen(cluster, request, stop=whole[stop_at - 2 : stop_at])
+            assert heard.token_ids == whole[:stop_at]
             assert_aligned(heard)
 
     scenario()

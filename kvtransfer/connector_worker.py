@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 PROGRESS_THREAD_KEY = "baton_enable_progress_thread"
 DIGESTS_KEY = "baton_enable_kv_digests"
+FORGOTTEN_PEER_COUNT = 256
 
 # vLLM makes and decodes the metadata of its handshake by this name; ours is the same with the hold table added.
 base_worker.NixlAgentMetadata = AgentMetadata
@@ -205,6 +206,10 @@ class PullWorker(Peers, PunctualWorker):
             nixl_agent_meta.hold_table_address, nixl_agent_meta.hold_slot_count, nixl_agent_meta.hold_record_bytes
         )
         name: str = super().add_remote_agent(nixl_agent_meta, *rest, **named)
+        # Of peers forgotten since. Not of the latest: a handshake of another thread may be about to become known.
+        for engine_id in list(self._peer_tables)[:-FORGOTTEN_PEER_COUNT]:
+            if engine_id not in self._remote_agents:
+                del self._peer_tables[engine_id]
         self._peer_tables[nixl_agent_meta.engine_id] = table
         return name
 

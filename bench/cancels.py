@@ -137,7 +137,7 @@ class Scale:
 
 
 SIMULATED = Scale(200, 700, 40, 0.001, 0.05, 0.3, 0.001, 1.0)
-REAL = Scale(400, 700, 48, 0.0015, 0.05, 0.8, 0.005, 0.0)
+REAL = Scale(300, 700, 48, 0.0015, 0.05, 0.5, 0.005, 0.0)
 
 
 class CancelDrill:
@@ -173,7 +173,7 @@ class CancelDrill:
                 await self._reached(tasks[0], watch, "held")
             match stage:
                 case Stage.HELD:
-                    await asyncio.sleep(rng.random() * scale.longest_decode_s)
+                    await asyncio.sleep(rng.random() * scale.longest_decode_s / 2)
                 case Stage.QUEUED:
                     tasks += self._blockers()
                     await asyncio.sleep(scale.longest_pull_s)  # they are being computed

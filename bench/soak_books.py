@@ -11,9 +11,9 @@ from typing import Any
 from baton.testing import run_virtual
 from bench import evidence
 from bench.cancels import Cancelled, real_cancels, rows_of, simulated_cancels
+from bench.corpus import Corpus
 from bench.drills import baseline_of
 from bench.fleet_under_test import running_fleet
-from bench.questions import make_questions
 from bench.real_fleet import fleet_config
 from bench.soaking import SEED, model_directory, say
 
@@ -64,7 +64,6 @@ def _simulated(count: int) -> list[Cancelled]:
 
 async def _real(count: int) -> list[Cancelled]:
     model = model_directory()
-    asked = await make_questions(model, count=1, max_length=16, seed=SEED)
     with tempfile.TemporaryDirectory() as state:
         config = fleet_config(
             model,
@@ -74,7 +73,7 @@ async def _real(count: int) -> list[Cancelled]:
             max_batched_token_count=STEP_TOKEN_COUNT,
         )
         async with running_fleet(config) as fleet:
-            await baseline_of(fleet, asked.corpus)
+            await baseline_of(fleet, Corpus(model, SEED))
             say("books: the fleet is ready")
             return await real_cancels(fleet, count, SEED)
 

@@ -447,8 +447,9 @@ async def run(options: argparse.Namespace) -> bool:
             config = replace(config, router=replace(config.router, placement=placement))
             async with running_fleet(config) as fleet:
                 if placement in wanted:
-                    verdicts += await _ask_all(fleet, asked, oracle, placement, concurrency=8)
-                    say(f"modes: {placement}: {dict(Counter(each.kind for each in verdicts))}")
+                    answered = await _ask_all(fleet, asked, oracle, placement, concurrency=8)
+                    say(f"modes: {placement}: {dict(Counter(each.kind for each in answered))}")
+                    verdicts += answered
                 if "death" in wanted:
                     _write(asked, verdicts)  # what is known so far, should a later way be interrupted
                     verdicts += await _ask_with_deaths(fleet, asked, oracle, options.mode_batch)

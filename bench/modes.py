@@ -24,7 +24,7 @@ from typing import Any
 
 from baton.client import BatonClient, Chunk, Finished, TokenLogprob
 from baton.errors import BatonError
-from baton.request import OutputOptions, Role, Sampling, StopConditions, Structure, StructureKind
+from baton.request import Handover, OutputOptions, Role, Sampling, StopConditions, Structure, StructureKind
 from bench import evidence
 from bench.corpus import Corpus
 from bench.exactness import TIE_GAP_FLOAT32, OracleAnswer
@@ -269,6 +269,8 @@ class ModeVerdict:
     came: int = -1
     attempt_count: int = 1
     rank_difference_count: int = 0
+    handover: str = ""
+    recomputed_token_count: int = 0
 
 
 def judge_mode(question: Question, placement: str, wanted: OracleAnswer, heard: HeardMode) -> ModeVerdict:
@@ -306,10 +308,16 @@ def judge_mode(question: Question, placement: str, wanted: OracleAnswer, heard: 
         1, len(wanted.logprobs)
     ):
         return wrong(f"cumulative logprob {finished.cumulative_logprob} for {total:.5f}")
+    phases = finished.phases
     return ModeVerdict(
-        question.name, placement, "exact",
-        attempt_count=finished.phases.attempt_count, rank_difference_count=rank_difference_count,
-    )  # fmt: skip
+        question.name,
+        placement,
+        "exact",
+        attempt_count=phases.attempt_count,
+        rank_difference_count=rank_difference_count,
+        handover="" if phases.handover is None else phases.handover.value,
+        recomputed_token_count=phases.recomputed_token_count,
+    )
 
 
 async def ask_mode(client: BatonClient, question: Question, heard: HeardMode) -> HeardMode:
@@ -474,12 +482,15 @@ def _write(asked: Sequence[Question], verdicts: Sequence[ModeVerdict]) -> None:
         rows.append(row)
     kinds = Counter(each.kind for each in verdicts)
     lengths = [len(question.prompt_token_ids) for question in asked]
+    injected_count = sum(each.handover == Handover.OUTPUT_INJECTION.value for each in verdicts)
     summary = [
         f"{len(verdicts)} requests: {len(rows)} modes, prompts of {min(lengths)} to {max(lengths)} tokens, float32",
         "compared with one monolithic engine asked in vLLM's own words: token ids, text, ending, log probabilities "
         f"(within {LOGPROB_GAP:g} nats), number of likeliest tokens, and the cumulative log probability",
         f"exact {kinds['exact']}, shown to be floating-point ties {kinds['tie']}, wrong {kinds['wrong']}",
-        f"{sum(each.attempt_count > 1 for each in verdicts)} answers lost a worker and went on elsewhere",
+        f"{sum(each.attempt_count > 1 for each in verdicts)} answers lost a worker and went on elsewhere; "
+        f"{injected_count} continued in an engine that did not draw their first token; "
+        f"{sum(each.recomputed_token_count > 0 for each in verdicts)} found their KV unusable",
         f"positions whose rank differs although the log probability agrees: "
         f"{sum(each.rank_difference_count for each in verdicts)}",
         "promise (no difference that is not a tie): " + ("BROKEN" if kinds["wrong"] else "kept"),

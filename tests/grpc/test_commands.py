@@ -99,6 +99,26 @@ async def test_generate_as_json_is_one_event_per_line_and_adds_up(tmp_path: Path
         assert abs(sum(phases[name] for name in names) - phases["total_s"]) < 1e-9
 
 
+async def test_generate_takes_every_mode_and_prints_logprobs_under_the_answer(tmp_path: Path) -> None:
+    schema = tmp_path / "answer.json"
+    schema.write_text('{"type": "object"}')
+    async with sim_cluster(tmp_path) as cluster:
+        code, out, err = await run(
+            *("generate", "hi", "--max-tokens", "6", "--min-tokens", "6", "--logprobs", "2", "--seed", "3"),
+            *("--temperature", "0.5", "--presence-penalty", "1", "--frequency-penalty", "-1", "--tenant", "blue"),
+            *("--repetition-penalty", "1.5", "--stop-token-id", "200", *at(cluster)),
+        )
+        assert (code, err) == (0, "")
+        table = out.splitlines()[-8:]
+        assert table[0].split()[:3] == ["id", "logprob", "rank"]
+        assert [line.split()[0] for line in table[1:]] == ["0", "1", "2", "3", "4", "5", "sum"]
+        code, out, err = await run("generate", "hi", "--max-tokens", "6", "--json-schema", str(schema), *at(cluster))
+        assert (code, err) == (0, "")
+        code, _, err = await run("generate", "hi", "--regex", "a", "--min-tokens", "1", *at(cluster))
+        assert (code, err.count("\n")) == (2, 1)
+        assert "stop.min_output_token_count" in err
+
+
 async def test_errors_are_one_line_with_the_exit_code_of_their_kind(tmp_path: Path) -> None:
     async with sim_cluster(tmp_path, sim={"cost": SLOW}) as cluster:
         for arguments, expected_code, word in (

@@ -22,6 +22,7 @@ from baton.errors import BatonError, Reason
 from baton.request import PlacementMode, Role, StopConditions
 from baton.secret import TOKEN_KEY, cluster_token
 from baton.status import from_rpc_error
+from baton.timeline import Phase
 from engine.cost import CostModel, DecodeCost
 from router.phase_window import NAMES
 
@@ -244,3 +245,20 @@ async def test_metrics_tell_the_same_as_the_answers(tmp_path: Path) -> None:
             assert seconds >= 0
         moved = sum(each.phases.kv_transfer_bytes for each in answers)
         assert float(values["baton_kv_transfer_bytes_total"]) == moved
+        assert float(values["baton_kv_pulls_total"]) == sum(each.phases.transfer.pull_count for each in answers)
+        for part in ("post", "wire", "verify"):
+            told = float(values[f'baton_kv_transfer_part_seconds_sum{{part="{part}"}}'])
+            assert told == pytest.approx(
+                sum(getattr(each.phases.transfer, f"{part}_s") for each in answers), abs=1e-6
+            )
+
+
+async def test_a_snapshot_shows_the_bandwidth_of_the_last_pulls_where_they_were_made(tmp_path: Path) -> None:
+    async with sim_cluster(tmp_path) as cluster, BatonClient(cluster.endpoint.address) as client:
+        assert {worker.kv_bytes_per_s for worker in (await snapshot(cluster)).workers} == {0.0}
+        phases = (await answer(client, 5)).phases
+        workers = {worker.worker_id: worker for worker in (await snapshot(cluster)).workers}
+        felt = phases.kv_transfer_bytes / phases[Phase.KV_TRANSFER]
+        assert workers["decode-0"].kv_bytes_per_s == pytest.approx(felt, rel=1e-3)
+        assert workers["prefill-0"].kv_bytes_per_s == 0.0
+        assert workers["decode-0"].recomputed_share == 0.0

@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 
 from engine.environment import preloads
 
+CLOCK_VARIABLE = "BATON_BENCH_STEP_CLOCK"
+"""The file that ``bench/step_clock.py`` notes engine steps in."""
+
 
 def pinned_engine_environment(base: Mapping[str, str], cores: Sequence[int]) -> dict[str, str]:
     """``base`` plus what an engine pinned to ``cores`` (by affinity, set by the caller) should see.

@@ -65,6 +65,7 @@ class ConnectorEnd:
     def __init__(self, path: str, model: Path, port: int, seed: int) -> None:
         import torch
         from vllm.config import set_current_vllm_config
+        from vllm.distributed.kv_transfer import kv_transfer_state
         from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
         from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
         from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -95,9 +96,11 @@ class ConnectorEnd:
             init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
             initialize_model_parallel(1, 1)
             kind = _connector_class(path)
-            self._scheduler_side = kind(config, KVConnectorRole.SCHEDULER, kv_config)
+            # The worker side first, and where Baton's scheduler side looks for it, as in an engine process.
             self._worker_side = kind(config, KVConnectorRole.WORKER, kv_config)
+            kv_transfer_state._KV_CONNECTOR_AGENT = self._worker_side
             self._worker_side.register_kv_caches(tensors)
+            self._scheduler_side = kind(config, KVConnectorRole.SCHEDULER, kv_config)
             metadata = self._worker_side.get_handshake_metadata()
             self._scheduler_side.set_xfer_handshake_metadata_pp_aware({(0, 0): metadata})
         self._is_baton = path == "baton"
@@ -120,6 +123,9 @@ class ConnectorEnd:
             "tp_size": 1,
         }
         self._call(metadata)
+        if self._is_baton:
+            hold = self._worker_side.connector_worker.keeper.hold(request_id, block_ids)
+            params |= {"hold_slot": hold.slot, "hold_nonce": hold.nonce}
         return {"params": params, "checksum": checksum(self._pages, block_ids)}
 
     def release(self, *, request_id: str, **_: Any) -> dict[str, Any]:
@@ -139,6 +145,11 @@ class ConnectorEnd:
         metadata.add_new_req_to_recv(
             request_id, (list(block_ids),), params, local_num_computed_blocks=(0,), awaiting_kvs=True
         )
+        if self._is_baton:
+            from kvtransfer.connector_holds import HOLDS_ATTRIBUTE
+            from kvtransfer.holds import Hold
+
+            setattr(metadata, HOLDS_ATTRIBUTE, {request_id: Hold(params["hold_slot"], params["hold_nonce"])})
         began = time.perf_counter()
         results = self._call(metadata)
         posted = time.perf_counter()
@@ -150,6 +161,9 @@ class ConnectorEnd:
         elapsed_s = time.perf_counter() - began
         stats = self._worker_side.get_kv_connector_stats()
         told = {} if stats is None else stats.data
+        from kvtransfer.connector_telemetry import pull_records
+
+        pulls = pull_records(told)
         return {
             "elapsed_s": elapsed_s,
             "first_look_s": posted - began,
@@ -157,6 +171,7 @@ class ConnectorEnd:
             "descriptor_count": sum(told.get("num_descriptors", ())),
             "wire_s": sum(told.get("transfer_duration", ())),
             "post_s": sum(told.get("post_duration", ())),
+            "verify_s": sum(pull.verify_s for pull in pulls),
             "checksum": checksum(self._pages, block_ids) if is_checked else None,
         }
 

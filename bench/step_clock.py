@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-CLOCK_VARIABLE = "BATON_BENCH_STEP_CLOCK"
+from bench.cores import CLOCK_VARIABLE
 
 
 class ClockedScheduler(Scheduler):  # type: ignore[misc]

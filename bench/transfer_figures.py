@@ -31,13 +31,13 @@ from types import FrameType
 from typing import Any, TextIO
 
 from baton.request import Role
+from bench.cores import CLOCK_VARIABLE
 from bench.first_figures import block_order
 from bench.kv_pair import BLOCK_BYTES, LAYER_COUNT, PAGE_BYTES, PATHS
 from bench.machine import MachineClock, machine_facts, wait_until_quiet
 from bench.oracle import model_limits
 from bench.peers import SYSTEMS, RunningSystem, SystemSpec, role_cores, start_system
 from bench.real_fleet import free_ports
-from bench.step_clock import CLOCK_VARIABLE
 from bench.targets import BatonTarget, OpenAiTarget, ServerNotes, Target, TargetError, TokenEvent
 from bench.transfer_pairs import pair_records
 from bench.transfer_report import render
@@ -61,7 +61,7 @@ REQUEST_TIMEOUT_S = 120.0
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     if options.report_from is not None:
-        options.report.write_text(render(_read(options.report_from)))
+        options.report.write_text(render([document for path in options.report_from for document in _read(path)]))
         print(options.report)
         return 0
     signal.signal(signal.SIGTERM, _raise_exit)  # a terminated benchmark must still end its servers
@@ -188,7 +188,7 @@ async def _requests(
     )
     half = number if number < len(COMPARED) else 2 * len(COMPARED) - 1 - number
     rng = random.Random(f"{options.seed}/{number - half}")  # noqa: S311 the same prompts for every system of a pass
-    counts = (6, 6, 4) if options.quick else (15, 15, 8)
+    counts = (6, 4, 3) if options.quick else (15, 15, 8)
     lengths = [n for n, count in zip(PROMPT_TOKEN_COUNTS, counts, strict=True) for _ in range(count)]
     rng.shuffle(lengths)
     records: list[dict[str, Any]] = []
@@ -280,7 +280,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--out", type=Path, help="raw records")
     parser.add_argument("--report", type=Path, help="markdown")
-    parser.add_argument("--report-from", type=Path, help="run nothing; make the report from these raw records")
+    parser.add_argument(
+        "--report-from", type=Path, nargs="+", help="run nothing; make the report from these raw records"
+    )
     parser.add_argument("--wait-quiet-s", type=float, default=20.0, help="longest wait for others, before each block")
     parser.add_argument("--logs", type=Path, default=Path(".baton/bench"), help="the servers' logs")
     options = parser.parse_args(arguments)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import secrets
 import signal
 import socket
 import sys
@@ -23,6 +24,7 @@ from bench.children import Child, ChildError
 from bench.kv_pair import BLOCK_BYTES, POOL_BLOCK_COUNT
 from bench.real_fleet import free_ports
 from engine.environment import preloads
+from kvtransfer.side_channel import KEY_VARIABLE
 
 BLOCK_COUNTS = (1, 2, 16, 32)
 """2.8, 5.6, 45 and 90 MiB. Less than a block never moves."""
@@ -33,6 +35,8 @@ RAW_DESCRIPTOR_BYTES = (96 * 1024, 256 * 1024, 1 << 20, 4 << 20, 1 << 30)
 READY_DEADLINE_S = 150.0
 ANSWER_DEADLINE_S = 60.0
 IDLE_S = 2.0
+HANDOFF_S = 0.004
+"""Between a prefill's end and the decode's order, through a router: the holder digests meanwhile."""
 
 
 class Pair:
@@ -47,12 +51,13 @@ class Pair:
         self._listener = self._sockets.enter_context(socket.socket(socket.AF_UNIX))
         self._listener.bind(f"{self._folder}/s")
         self._listener.listen()
+        environment = {**_environment(), KEY_VARIABLE: secrets.token_hex(32)}  # both ends are of one cluster
         for end, core, port in zip(("holder", "reader"), cores, free_ports(2), strict=True):
             command = [sys.executable, "-m", "bench.kv_pair", "--end", end, "--path", path]
             command += ["--socket", f"{self._folder}/s", "--port", str(port), "--model", str(model)]
             log_path = logs / f"pair-{path}-{end}.log"
             self.children[end] = Child(
-                log_path.stem, command, environment=_environment(), log_path=log_path, cores=[core]
+                log_path.stem, command, environment=environment, log_path=log_path, cores=[core]
             )
 
     def await_ready(self) -> None:
@@ -178,6 +183,7 @@ def _read(
     ids = [list(usable[:block_count]) if layout == "adjacent" else rng.sample(usable, block_count) for _ in range(2)]
     byte_count = block_count * BLOCK_BYTES
     held = pair.ask("holder", "hold", request_id=request_id, block_ids=ids[0], byte_count=byte_count)
+    time.sleep(HANDOFF_S)
     got = pair.ask(
         "reader",
         "read",

@@ -28,8 +28,9 @@ from kvtransfer.side_channel import KEY_VARIABLE
 
 BLOCK_COUNTS = (1, 2, 16, 32)
 """2.8, 5.6, 45 and 90 MiB. Less than a block never moves."""
-LAYOUTS = ("adjacent", "scattered")
-"""Block ids as a fresh pool gives them out, and at random, as the worst case of an old one."""
+LAYOUTS = ("adjacent", "descending", "scattered")
+"""Block ids as a fresh pool gives them out; as pools do that got them back, from the last to the first; and at
+random, as the worst case of old ones."""
 MEMCPY = "memcpy"
 RAW_DESCRIPTOR_BYTES = (96 * 1024, 256 * 1024, 1 << 20, 4 << 20, 1 << 30)
 READY_DEADLINE_S = 150.0
@@ -180,7 +181,7 @@ def _read(
     """Raises ``ChildError`` when other bytes arrived than were held."""
     request_id = f"read.{rng.getrandbits(48):x}-{rng.getrandbits(32):08x}"
     usable = range(1, POOL_BLOCK_COUNT)  # block 0 is vLLM's null block
-    ids = [list(usable[:block_count]) if layout == "adjacent" else rng.sample(usable, block_count) for _ in range(2)]
+    ids = [_block_ids(usable, layout, block_count, rng) for _ in range(2)]
     byte_count = block_count * BLOCK_BYTES
     held = pair.ask("holder", "hold", request_id=request_id, block_ids=ids[0], byte_count=byte_count)
     time.sleep(HANDOFF_S)
@@ -198,6 +199,13 @@ def _read(
     if not got["is_ok"] or (is_checked and got["checksum"] != held["checksum"]):
         raise ChildError(f"{pair.path}: {block_count} blocks, {layout}: not what was held arrived")
     return {"layout": layout, "byte_count": byte_count, **{k: v for k, v in got.items() if k != "checksum"}}
+
+
+def _block_ids(usable: range, layout: str, block_count: int, rng: random.Random) -> list[int]:
+    if layout == "scattered":
+        return rng.sample(usable, block_count)
+    ids = list(usable[:block_count])
+    return ids if layout == "adjacent" else ids[::-1]
 
 
 def _idle(pair: Pair) -> dict[str, Any]:

@@ -38,10 +38,8 @@ def render(documents: Sequence[Record]) -> str:
         "# The transfer, side by side" + (" (quick run)" if run["is_quick"] else ""),
         f"{machine['core_count']} cores of {machine['cpu_model']}, {machine['memory_gib']} GiB, Linux "
         f"{machine['kernel']}; {run['model']}; commit {machine['commit']}, {machine['at']}. On such a machine only "
-        "ratios "
-        "mean anything; they are **Baton / peer** with a 95% bootstrap interval, of medians unless they say "
-        "otherwise. "
-        "A goal counts as met where the ratio meets it; “surely” where the whole interval does.",
+        "ratios mean anything; they are **Baton / peer** with a 95% bootstrap interval, of medians unless they say "
+        "otherwise. A goal counts as met where the ratio meets it; “surely” where the whole interval does.",
     ]
     reads = [document for document in documents if document["record"] == "read"]
     if reads:
@@ -60,10 +58,9 @@ _BANDWIDTH = (
     "From the step that is asked to pull to the step that finds the KV in place and accepted, between two processes "
     "that hold KV laid out as the default model's and no model: 30 layers, 96 KiB per layer and block of 128 tokens, "
     "so that nothing below 2.8 MiB ever moves. *Adjacent*: block ids as a fresh pool gives them out, which NIXL "
-    "merges "
-    "into one descriptor a layer. *Scattered*: block ids at random. Raw NIXL reads one region with the descriptor "
-    "size that "
-    "was best for that many bytes. memcpy is within one process."
+    "merges into one descriptor a layer. *Descending*: as a pool gives them out that got them back, from the last to "
+    "the first. *Scattered*: at random. Raw NIXL reads one region with the descriptor size that was best for that "
+    "many bytes. memcpy is within one process."
 )
 _IDLE = (
     "CPU while nothing is asked, in cores. Pairs: the connector alone, each end. Systems: all processes together, "
@@ -297,9 +294,8 @@ def _system_sections(requests: Sequence[Record], run: Record) -> list[str]:
         ),
         "## What the connector costs the engine",
         "The same engine with Baton's connector and with none, by the step clock: tokens of prefill per second, and "
-        "the "
-        "median decode step of an answer without its first (a goal on time is 1 / 0.97). Baton's decode steps run on "
-        "the other core.",
+        "the median decode step of an answer without its first (a goal on time is 1 / 0.97). Baton's decode steps "
+        "run on the other core.",
         _table(
             (
                 "prompt",
@@ -337,20 +333,14 @@ def _how(documents: Sequence[Record], run: Record) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in run["machine"]["packages"].items())
     lines = [
         "- Pairs: holder on the first core, reader on the second; all pairs live throughout and are stopped but for "
-        "their "
-        "turn; turns in mirrored order, reads of a turn shuffled, after one for warmth. Both ends step as an idle "
-        "engine "
-        "does: every millisecond. Content is compared in the first round.",
+        "their turn; turns in mirrored order, reads of a turn shuffled, after one for warmth. Both ends step as an "
+        "idle engine does: every millisecond. Content is compared in the first round.",
         "- “As shipped”: vLLM's NIXL connector as it comes, progress thread, four UCX threads, both ends' main "
-        "threads on "
-        "the machine's last core. “Tuned”: no UCX threads, every thread back on its core; the progress thread cannot "
-        "be "
-        "switched off by an option. “No progress thread” (full run) is a patch of ours.",
+        "threads on the machine's last core. “Tuned”: no UCX threads, every thread back on its core; the progress "
+        "thread cannot be switched off by an option. “No progress thread” (full run) is a patch of ours.",
         f"- Systems in the order {', '.join(run['order'])}, each alive in its block only; the same prompts for all "
-        "of a "
-        "pass; greedy, 12 tokens of output; every engine with 512 tokens a step, blocks of 128, bfloat16, eager. "
-        "Stock "
-        "P/D is “tuned” as in `bench/peers.py`.",
+        "of a pass; greedy, 12 tokens of output; every engine with 512 tokens a step, blocks of 128, bfloat16, "
+        "eager. Stock P/D is “tuned” as in `bench/peers.py`.",
         f"- {packages}. Seed {run['seed']}. Raw records: the file named like this page under `docs/evidence/`; "
         "`python -m bench.transfer_figures --report-from` makes this page from it.",
     ]

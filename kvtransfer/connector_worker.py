@@ -24,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata, ReqMeta
 
 from baton.leg import RecomputeReason
+from kvtransfer.block_order import in_memory_order
 from kvtransfer.connector_deadlines import PunctualWorker
 from kvtransfer.connector_faults import faulty
 from kvtransfer.connector_holds import HOLDS_ATTRIBUTE
@@ -33,6 +34,7 @@ from kvtransfer.connector_telemetry import PullRecord, PullStats
 from kvtransfer.digest import BlockMemory
 from kvtransfer.hold_keeper import MAX_HOLD_COUNT, HoldKeeper
 from kvtransfer.holds import Hold, HoldTable, PeerTable
+from kvtransfer.huge_pages import use_huge_pages
 from kvtransfer.pull_check import PullCheck
 
 if TYPE_CHECKING:
@@ -70,8 +72,11 @@ class SilentAgent:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._agent, name)
 
-    def make_prepped_xfer(self, *args: Any, notif_msg: bytes = b"", **named: Any) -> Any:
-        return self._agent.make_prepped_xfer(*args, **named)
+    def make_prepped_xfer(
+        self, operation: str, here: Any, local: Any, there: Any, remote: Any, notif_msg: bytes = b"", **named: Any
+    ) -> Any:
+        local, remote = in_memory_order(local, remote)
+        return self._agent.make_prepped_xfer(operation, here, local, there, remote, **named)
 
     def send_notif(self, agent_name: str, notif_msg: bytes) -> None:
         """Does nothing, on purpose."""
@@ -112,6 +117,10 @@ class PullWorker(Peers, PunctualWorker):
         slot_count = min(self.num_blocks, MAX_HOLD_COUNT)  # each hold has a block that no other has
         group_count = len(self.kv_cache_config.transfer_groups)
         block_count = -(-self.model_config.max_model_len // self.block_size) * group_count
+        storages = [cache.untyped_storage() for cache in kv_caches.values()]
+        for address, storage in {storage.data_ptr(): storage for storage in storages}.items():
+            if storage.device.type == "cpu":
+                use_huge_pages(address, storage.nbytes())  # BEFORE it is registered, which may pin it
         # Before the stock part, which fixes what the agent tells peers about the memory they may read.
         self._records = RecordMemory(self.nixl_wrapper, slot_count=slot_count, max_block_count=block_count)
         self._record_reads = RecordReads(self.nixl_wrapper, self._records)

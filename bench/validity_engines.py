@@ -14,7 +14,7 @@ import random
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,9 +88,9 @@ async def running_engines(model: Path, first_port: int, *, is_checked: bool = Tr
             await decoder.start()
         yield Engines(prefiller, decoder)
     finally:
-        with_process = [engine.process_id for engine in (prefiller, decoder) if engine.process_id]
-        for process_id in with_process:
-            os.kill(process_id, signal.SIGCONT)
+        if decoder.process_id:
+            with suppress(ProcessLookupError):
+                os.kill(decoder.process_id, signal.SIGCONT)  # a stopped one could not be closed
         await asyncio.gather(prefiller.close(), decoder.close())
 
 

@@ -114,6 +114,8 @@ class EngineConfig:
         _one_of("dtype", self.dtype, _DTYPES)
         if self.enable_kv_digests and self.device != "cpu":
             raise ValueError("enable_kv_digests: is true; digests need KV in main memory, so leave it out")
+        if self.enable_kv_digests is None:
+            object.__setattr__(self, "enable_kv_digests", self.device == "cpu")
         if not self.model_name:
             raise ValueError("model_name: is empty; give the name that callers will use")
         if self.kind == "vllm" and not self.model_path:
@@ -160,10 +162,6 @@ class EngineConfig:
                 raise ValueError(
                     f"extra_args.{name}: cannot be set; the handoff and its checks rest on Baton's value"
                 )
-
-    @property
-    def has_kv_digests(self) -> bool:
-        return self.device == "cpu" if self.enable_kv_digests is None else self.enable_kv_digests
 
 
 def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -61,8 +61,9 @@ test: dev model lint types ## everything, the real engine included: under fiftee
 soak: dev model ## the volumes behind docs/evidence; takes hours
 	@$(RUN) bench.soak
 
-bench: dev model ## first figures: Baton beside one vLLM engine and stock vLLM P/D
+bench: dev model ## figures: Baton beside one vLLM engine and stock vLLM P/D; then the transfer beside raw NIXL
 	@$(RUN) bench.first_figures
+	@$(RUN) bench.transfer_figures
 
 proto: dev ## generate the Python code of proto/
 	@$(RUN) deploy.setup.stubs

@@ -152,6 +152,8 @@ def _parts_table(reads: Sequence[Record]) -> str:
     for byte_count in sorted({record["byte_count"] for record in ours}):
         for layout in LAYOUTS:
             chosen = [r for r in ours if r["byte_count"] == byte_count and r["layout"] == layout]
+            if not chosen:
+                continue
             cells = [p50([float(record.get(key, 0.0)) for record in chosen]) * 1e3 for key in _PARTS]
             rest = p50([_elapsed(r) - sum(float(r.get(key, 0.0)) for key in _PARTS) for r in chosen]) * 1e3
             descriptors = p50([float(record["descriptor_count"]) for record in chosen])

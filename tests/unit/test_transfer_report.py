@@ -1,46 +1,107 @@
-"""The account of a request's transfer: added up over attempts, and told to Prometheus number by number."""
+"""The transfer figures' page: ratios the right way round, goals judged by them, and a miss called a miss."""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry
+from typing import Any
 
-from baton.leg import KvAdopted, RecomputeReason
-from baton.metrics import Outcome, RouterMetrics
-from baton.timeline import PHASES, PhaseDurations
-from baton.transfer_report import TransferReport
+import pytest
 
-PULLED = KvAdopted(0.1, 0.2, 0.3, 1000, 7, 0, 0.0, 0, pull_count=1, post_s=0.01, wire_s=0.02, verify_s=0.03)
-FAILED = KvAdopted(
-    0.1, 0.2, 0.3, 10, 2, 40, 0.0, 0,
-    recompute_reason=RecomputeReason.STALE, pull_count=2, post_s=1.0, wire_s=2.0, verify_s=4.0,
-)  # fmt: skip
-DURATIONS = PhaseDurations(dict.fromkeys(PHASES, 0.0), 0.0, None)
+from bench.transfer_report import render
+
+MIB = 1 << 20
+RUN: dict[str, Any] = {
+    "record": "run",
+    "is_quick": True,
+    "seed": 1,
+    "model": "tiny",
+    "order": ["baton", "engine", "stock-pd"],
+    "titles": {"baton": "Baton", "engine": "one engine", "stock-pd": "stock"},
+    "machine": {
+        "core_count": 2,
+        "cpu_model": "a CPU",
+        "memory_gib": 8,
+        "kernel": "6",
+        "commit": "c",
+        "at": "now",
+        "packages": {"nixl": "1"},
+    },
+}
 
 
-def test_attempts_add_up_and_a_later_success_does_not_hide_why_one_failed() -> None:
-    both = TransferReport(1010, 9, 3, 1.01, 2.02, 4.03, 40, RecomputeReason.STALE)
-    assert TransferReport().plus(FAILED).plus(PULLED) == both
-    assert TransferReport().plus(PULLED).plus(FAILED).recompute_reason is RecomputeReason.STALE
-
-
-def test_the_bandwidth_is_of_the_wire_and_absent_where_nothing_moved() -> None:
-    assert TransferReport().plus(PULLED).wire_bytes_per_s == 50_000
-    assert TransferReport().wire_bytes_per_s is None
-
-
-def test_prometheus_is_told_each_number_of_a_request_that_pulled_and_none_of_one_that_did_not() -> None:
-    registry = CollectorRegistry()
-    metrics = RouterMetrics(registry)
-    metrics.request_ended(Outcome.OK, DURATIONS, transfer=TransferReport())
-    metrics.request_ended(Outcome.OK, DURATIONS, transfer=TransferReport().plus(FAILED))
-    sample = registry.get_sample_value
-    for part, seconds in (("post", 1.0), ("wire", 2.0), ("verify", 4.0)):
-        assert sample("baton_kv_transfer_part_seconds_sum", {"part": part}) == seconds
-        assert sample("baton_kv_transfer_part_seconds_count", {"part": part}) == 1
-    assert sample("baton_kv_pulls_total") == 2
-    assert sample("baton_kv_descriptors_total") == 2
-    assert sample("baton_kv_transfer_bytes_total") == 10
-    assert sample("baton_recomputed_tokens_total") == 40
-    assert {reason: sample("baton_recomputes_total", {"reason": reason.value}) for reason in RecomputeReason} == {
-        reason: float(reason is RecomputeReason.STALE) for reason in RecomputeReason
+def read(path: str, layout: str, elapsed_s: float, byte_count: int = 45 * MIB) -> dict[str, Any]:
+    ours = {"wire_s": elapsed_s / 2, "verify_s": elapsed_s / 4} if path != "raw" else {}
+    return {
+        "record": "read",
+        "path": path,
+        "layout": layout,
+        "byte_count": byte_count,
+        "round": 0,
+        "elapsed_s": elapsed_s,
+        "descriptor_count": 30,
+        **ours,
     }
+
+
+def request(system: str, *, ttft_s: float, exposed_s: float | None, token_count: int = 2000) -> dict[str, Any]:
+    """Two prefill steps of one second together, then decode steps of 20 ms, on another engine if there is one."""
+    decode_pid, decode_from = (1, 1.0) if exposed_s is None else (2, 1.0 + exposed_s)
+    steps = [
+        {"pid": 1, "began_at": 0.0, "ended_at": 0.5, "token_count": token_count // 2},
+        {"pid": 1, "began_at": 0.5, "ended_at": 1.0, "token_count": token_count // 2},
+    ]
+    for number in range(4):
+        began_at = decode_from + 0.02 * number
+        steps.append({"pid": decode_pid, "began_at": began_at, "ended_at": began_at + 0.02, "token_count": 1})
+    return {
+        "record": "request",
+        "system": system,
+        "block": 0,
+        "prompt_token_count": token_count,
+        "sent_at": 0.0,
+        "token_at": [ttft_s, ttft_s + 0.03],
+        "steps": steps,
+        "ended_at": 5.0,
+    }
+
+
+def line_with(page: str, *words: str) -> str:
+    (line,) = [line for line in page.splitlines() if all(word in line for word in words)]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("elapsed_s", "said"), [(0.004, "1.00 [1.00, 1.00]; goal ≥ 0.85: **surely met**"), (0.008, "**missed**")]
+)
+def test_bandwidth_is_judged_against_the_best_raw_descriptor_size(elapsed_s: float, said: str) -> None:
+    raw = [read("raw", size, s) for size, s in (("98304", 0.006), ("1048576", 0.004)) for _ in range(4)]
+    ours = [read("baton", "adjacent", elapsed_s) for _ in range(4)]
+    copied = [read("raw", "memcpy", 0.003) for _ in range(4)]
+    page = render([RUN, *raw, *copied, *ours])
+    assert said in line_with(page, "Baton, adjacent")
+    assert "1024 KiB" in line_with(page, "raw NIXL,", "KiB each")
+
+
+def test_less_than_the_goals_size_is_shown_without_a_verdict() -> None:
+    small = [read(path, layout, 0.001, 3 * MIB) for path, layout in (("raw", "98304"), ("raw", "memcpy"))] * 4
+    page = render([RUN, *small, *[read("baton", "adjacent", 0.002, 3 * MIB)] * 4])
+    assert "goal" not in line_with(page, "Baton, adjacent")
+
+
+def test_the_exposed_handoff_lies_between_two_engines_and_is_compared_with_stock() -> None:
+    requests = [request("baton", ttft_s=1.0, exposed_s=0.01) for _ in range(4)]
+    requests += [request("stock-pd", ttft_s=1.2, exposed_s=0.02) for _ in range(4)]
+    requests += [request("engine", ttft_s=1.0, exposed_s=None) for _ in range(4)]
+    page = render([RUN, *requests])
+    assert "| 2000 tokens | 10.0 ms | 20.0 ms | 0.50 [0.50, 0.50]; goal ≤ 0.33: **missed** | 1.0%" in page
+    assert "goal ≤ 1.05: **surely met**" in page
+    assert "2000.0 /s | 2000.0 /s | 1.00 [1.00, 1.00]; goal ≥ 0.97: **surely met**" in page
+
+
+def test_an_idle_fleet_that_burns_more_than_its_share_is_a_miss() -> None:
+    idle = {"record": "idle system", "system": "baton", "block": 0, "by_command": {"python": 0.05}, "cpu_share": 0.05}
+    assert "**missed**" in line_with(render([RUN, idle]), "system: Baton")
+
+
+def test_a_file_without_a_run_is_refused() -> None:
+    with pytest.raises(ValueError, match="no record of a run"):
+        render([])

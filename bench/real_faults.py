@@ -7,7 +7,6 @@ engines computing every prompt itself, before anything is transferred. Nothing j
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import random
 from collections import Counter
@@ -17,8 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from baton.errors import BatonError
 from baton.leg import DecodeDone, KvAdopted, Stepped
 from baton.request import EngineStop, Role
+from bench.real_fleet import free_ports
 from bench.tiny_model import VOCAB_SIZE
 from bench.virtual_cluster import Heard, VirtualCluster, WorkerProcess
 from engine.config import EngineConfig, EngineIdentity
@@ -152,15 +153,10 @@ def _judge(tally: Tally, name: str, question: Question, heard: Heard) -> None:
         tally.wrong.append(f"{name}: prompt of {length} tokens, wrong from token {first}, {heard.report}")
 
 
-@asynccontextmanager
-async def faulty_cluster(
-    model: Path, first_port: int, faults: Mapping[str, Any] | None, **changes: Any
-) -> AsyncIterator[FaultyCluster]:
-    """``faults`` of the decode engine, as ``EngineConfig.transfer_faults`` without the switch that allows them."""
-    from engine.vllm_engine import VllmEngine
-
+def tiny_config(model: Path, port: int, core_index: int, faults: Mapping[str, Any] | None) -> EngineConfig:
+    """``faults`` as ``EngineConfig.transfer_faults``, without the switch that allows them."""
     cores = sorted(os.sched_getaffinity(0))
-    template = EngineConfig(
+    return EngineConfig(
         model_path=str(model),
         model_name="tiny",
         dtype="float32",
@@ -170,17 +166,20 @@ async def faulty_cluster(
         enable_prefix_caching=False,  # or a prompt asked twice would pull nothing
         pull_timeout_s=PULL_TIMEOUT_S,
         extra_args={"skip_tokenizer_init": True},
+        cores=(cores[core_index % len(cores)],),
+        side_channel_port=port,
+        transfer_faults={"allow_faults": True, "hang_s": HANG_S, "stuck_s": STUCK_S, **faults} if faults else {},
     )
-    template = dataclasses.replace(template, **changes)
-    plan = {"allow_faults": True, "hang_s": HANG_S, "stuck_s": STUCK_S, **faults} if faults else {}
+
+
+@asynccontextmanager
+async def faulty_cluster(model: Path, faults: Mapping[str, Any] | None) -> AsyncIterator[FaultyCluster]:
+    """``faults`` are the decode engine's."""
+    from engine.vllm_engine import VllmEngine
+
     engines = {}
-    for index, role in enumerate((Role.PREFILL, Role.DECODE)):
-        config = dataclasses.replace(
-            template,
-            cores=(cores[index % len(cores)],),
-            side_channel_port=first_port + index,
-            transfer_faults=plan if role is Role.DECODE else {},
-        )
+    for index, (role, port) in enumerate(zip((Role.PREFILL, Role.DECODE), free_ports(2), strict=True)):
+        config = tiny_config(model, port, index, faults if role is Role.DECODE else None)
         engines[role] = VllmEngine(config, EngineIdentity(f"{role.value}-0"))
     cluster = FaultyCluster(SimConfig(engine_id="none"))
     try:
@@ -196,3 +195,18 @@ async def faulty_cluster(
             await process.decode.close()
             await process.prefill.close()
         await asyncio.gather(*(engine.close() for engine in engines.values()))
+
+
+async def refusal_to_register(model: Path) -> str:
+    """What an engine says whose memory the transfer library does not take. Raises ``AssertionError`` if it starts."""
+    from engine.vllm_engine import VllmEngine
+
+    plan = {"probability": 1.0, "operations": ["register"], "kinds": ["fail"]}
+    engine = VllmEngine(tiny_config(model, free_ports(1)[0], 0, plan), EngineIdentity("decode-0"))
+    try:
+        await engine.start()
+    except BatonError as error:
+        return error.message
+    finally:
+        await engine.close()
+    raise AssertionError("an engine started whose memory was not registered")

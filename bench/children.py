@@ -159,6 +159,10 @@ class Child:
             by_command[process.command] = by_command.get(process.command, 0.0) + seconds
         return Cpu(by_command)
 
+    def by_process(self) -> dict[int, tuple[str, int, float]]:
+        """Command name, parent and CPU seconds so far of every live process of the tree."""
+        return {p.pid: (p.command, p.parent_pid, p.cpu_ticks / _TICKS_PER_S) for p in self._processes()}
+
     def pin(self, cores: Sequence[int]) -> int:
         """Moves every thread of the tree to ``cores``, as ``taskset -a`` would; how many were moved."""
         moved = 0

@@ -94,6 +94,10 @@ class RunningSystem:
                 total[command] = total.get(command, 0.0) + seconds
         return Cpu(total)
 
+    def by_process(self) -> dict[int, tuple[str, int, float]]:
+        """Command name, parent and CPU seconds so far of every live process of the system."""
+        return {pid: process for child in self._children for pid, process in child.by_process().items()}
+
     def assert_running(self) -> None:
         """Raises ``ChildError`` when a process of it ended."""
         for child in self._children:

@@ -23,7 +23,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -196,18 +196,31 @@ async def _requests(
         for length in WARM_UP:
             await _request(target, rng.choices(range(1000, vocab_size), k=length))
         await asyncio.sleep(1.0)
-        before, began = system.cpu(), time.monotonic()
+        before, began = system.by_process(), time.monotonic()
         await asyncio.sleep(IDLE_S)
         span_s = time.monotonic() - began
-        spent = system.cpu().since(before)
-        shares = {name: round(s / span_s, 4) for name, s in spent.by_command.items()}
-        records.append({"record": "idle system", "cpu_share": round(spent.total_s / span_s, 4), "by_command": shares})
+        records.append({"record": "idle system", "processes": _idle_shares(before, system.by_process(), span_s)})
         for index, length in enumerate(lengths):
             await asyncio.sleep(SETTLE_S)
             record = await _request(target, rng.choices(range(1000, vocab_size), k=length))
             records.append({"record": "request", "index": index, **record})
             system.assert_running()
     return records
+
+
+def _idle_shares(
+    before: Mapping[int, tuple[str, int, float]], after: Mapping[int, tuple[str, int, float]], span_s: float
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "pid": pid,
+            "parent_pid": parent,
+            "command": command,
+            "cpu_share": round((cpu_s - before[pid][2]) / span_s, 4),
+        }
+        for pid, (command, parent, cpu_s) in after.items()
+        if pid in before
+    ]
 
 
 class _Closing:

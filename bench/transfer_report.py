@@ -63,8 +63,8 @@ _BANDWIDTH = (
     "many bytes. memcpy is within one process."
 )
 _IDLE = (
-    "CPU while nothing is asked, in cores. Pairs: the connector alone, each end. Systems: all processes together, "
-    "router or proxy and supervisor included."
+    "CPU while nothing is asked, in cores. Connectors: each end of a pair, without an engine. Systems: each engine "
+    "process with the worker or server process that owns it, and all processes, router or proxy included."
 )
 
 
@@ -323,12 +323,21 @@ def _idle_table(idle: Sequence[Record], run: Record) -> str:
             is_ours = record["path"] == "baton"
         else:
             name = f"system: {run['titles'][record['system']]}, block {record['block'] + 1}"
-            parts = ", ".join(f"{command} {share:.3f}" for command, share in record["by_command"].items()) or "0"
-            worst = record["cpu_share"]
+            workers = _workers(record["processes"])
+            parts = ", ".join(f"engine and its parent {share:.3f}" for share in workers)
+            parts += f"; all together {sum(process['cpu_share'] for process in record['processes']):.3f}"
+            worst = max(workers, default=0.0)
             is_ours = record["system"] == "baton"
         verdict = f"**{'met' if worst <= IDLE_GOAL else 'missed'}**" if is_ours else ""
         rows.append([name, parts, f"{worst:.3f}", verdict])
-    return _table(("what", "cores", "most, or all together", "goal for one worker ≤ 0.02"), rows)
+    return _table(("what", "cores", "the busiest", "goal for a worker ≤ 0.02"), rows)
+
+
+def _workers(processes: Sequence[Record]) -> list[float]:
+    """CPU of each engine process and of the worker or server process that owns it."""
+    shares = {process["pid"]: process["cpu_share"] for process in processes}
+    engines = [process for process in processes if process["command"].startswith("VLLM")]
+    return [engine["cpu_share"] + shares.get(engine["parent_pid"], 0.0) for engine in engines]
 
 
 def _how(documents: Sequence[Record], run: Record) -> str:

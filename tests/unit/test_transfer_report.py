@@ -97,9 +97,15 @@ def test_the_exposed_handoff_lies_between_two_engines_and_is_compared_with_stock
     assert "2000.0 /s | 2000.0 /s | 1.00 [1.00, 1.00]; goal ≥ 0.97: **surely met**" in page
 
 
-def test_an_idle_fleet_that_burns_more_than_its_share_is_a_miss() -> None:
-    idle = {"record": "idle system", "system": "baton", "block": 0, "by_command": {"python": 0.05}, "cpu_share": 0.05}
-    assert "**missed**" in line_with(render([RUN, idle]), "system: Baton")
+@pytest.mark.parametrize(("worker_share", "said"), [(0.004, "met"), (0.015, "missed")])
+def test_an_idle_worker_is_its_engine_and_the_process_that_owns_it(worker_share: float, said: str) -> None:
+    processes = [
+        {"pid": 1, "parent_pid": 0, "command": "python", "cpu_share": 0.5},
+        {"pid": 2, "parent_pid": 1, "command": "python", "cpu_share": worker_share},
+        {"pid": 3, "parent_pid": 2, "command": "VLLM::EngineCor", "cpu_share": 0.01},
+    ]
+    idle = {"record": "idle system", "system": "baton", "block": 0, "processes": processes}
+    assert f"**{said}**" in line_with(render([RUN, idle]), "system: Baton")
 
 
 def test_a_file_without_a_run_is_refused() -> None:

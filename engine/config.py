@@ -90,9 +90,9 @@ class EngineConfig:
     """A thread that serves peers while the engine computes or idles. It sleeps until something arrives. Without it
     the first contact of a pair, and over TCP every read, waits for the owner's engine to step."""
     seed: int = 0
-    enable_kv_digests: bool | None = None
-    """Whether held blocks get digests that their reader checks. Left out: on a CPU they do, where the hash costs a
-    few milliseconds; elsewhere they cannot. That KV is still held when it has been read is proven either way."""
+    enable_kv_digests: bool = True
+    """Whether held blocks get digests that their reader checks, which costs a few milliseconds. Only KV in main memory
+    can have them. That KV is still held when it has been read is proven either way."""
     extra_args: Mapping[str, Any] = field(default_factory=dict)
     """Further engine arguments by name: none that has a key of its own here, none that Baton rests on."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -112,10 +112,6 @@ class EngineConfig:
         _one_of("kind", self.kind, _KINDS)
         _one_of("device", self.device, _DEVICES)
         _one_of("dtype", self.dtype, _DTYPES)
-        if self.enable_kv_digests and self.device != "cpu":
-            raise ValueError("enable_kv_digests: is true; digests need KV in main memory, so leave it out")
-        if self.enable_kv_digests is None:
-            object.__setattr__(self, "enable_kv_digests", self.device == "cpu")
         if not self.model_name:
             raise ValueError("model_name: is empty; give the name that callers will use")
         if self.kind == "vllm" and not self.model_path:
@@ -162,6 +158,10 @@ class EngineConfig:
                 raise ValueError(
                     f"extra_args.{name}: cannot be set; the handoff and its checks rest on Baton's value"
                 )
+
+    @property
+    def has_kv_digests(self) -> bool:
+        return self.enable_kv_digests and self.device == "cpu"
 
 
 def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:

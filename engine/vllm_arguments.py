@@ -38,7 +38,7 @@ def engine_arguments(config: EngineConfig, identity: EngineIdentity) -> dict[str
             lease_s=config.lease_s,
             enable_progress_thread=config.enable_progress_thread,
             device=config.device,
-            enable_kv_digests=bool(config.enable_kv_digests),
+            enable_kv_digests=config.has_kv_digests,
             pull_timeout_s=config.pull_timeout_s,
             transfer_faults=config.transfer_faults,
         ),

@@ -91,7 +91,7 @@ class EngineConfig:
     the first contact of a pair, and over TCP every read, waits for the owner's engine to step."""
     seed: int = 0
     enable_kv_digests: bool = True
-    """Whether held blocks get digests that their reader checks, which costs a few milliseconds. Only KV in main memory
+    """Whether held blocks get digests that their reader checks: a few milliseconds a pull. Only KV in main memory
     can have them. That KV is still held when it has been read is proven either way."""
     extra_args: Mapping[str, Any] = field(default_factory=dict)
     """Further engine arguments by name: none that has a key of its own here, none that Baton rests on."""

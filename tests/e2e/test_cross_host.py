@@ -1,0 +1,383 @@
+"""Two hosts: prefill and decode worker in network namespaces of their own, KV over TCP, nothing shared but a wire.
+
+The workers are the stand-alone ones, spoken to over gRPC as the router does. The oracle is the decode engine alone,
+under another tenant, whose cached prefixes are not shared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import pytest_asyncio
+from engine_pair import BLOCK, MODEL_PATH, OUTPUT_TOKEN_COUNT, becomes_true, prompt
+from namespaces import DEVICE, Hosts, two_hosts
+
+from baton.errors import BatonError
+from baton.leg import DecodeDone, DecodeOrder, KvAdopted, PrefillOrder, PrefillReply, Stepped, WorkerInfo
+from baton.request import EngineStop, Sampling
+from baton.secret import SECRET_VARIABLE, new_secret, side_channel_key
+from kvtransfer.peer import PeerAddress, open_peer, seal_peer
+from kvtransfer.side_channel import NONCE_BYTES, ClientSession, ServerSession, SideChannelError
+from router.grpc_worker_client import GrpcWorkerClient
+
+pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
+
+SECRET = new_secret()
+GREEDY = Sampling(temperature=0.0)
+GRPC_PORT, METRICS_PORT, SIDE_PORT = 6410, 6411, 6412
+READY_S = 150.0
+CALL_S = 60.0
+
+
+@dataclass
+class RunningWorker:
+    """A worker process in a namespace, and the client that a router would have of it."""
+
+    process: asyncio.subprocess.Process
+    client: GrpcWorkerClient
+    info: WorkerInfo
+    side_channel: tuple[str, int]
+    log: list[str] = field(default_factory=list)
+
+    @property
+    def peer(self) -> PeerAddress:
+        return open_peer(self.info.transfer_peer, SECRET)
+
+
+@dataclass
+class TwoHosts:
+    hosts: Hosts
+    prefill: RunningWorker
+    decode: RunningWorker
+    files: Path
+
+
+def configuration(role: str, hosts: Hosts, core_index: int) -> str:
+    address, other = (hosts.p_address, hosts.d_address) if role == "prefill" else (hosts.d_address, hosts.p_address)
+    cores = sorted(os.sched_getaffinity(0))
+    return f"""
+[worker]
+id = "{role}-0"
+[host]
+host = "{address}"
+port = {GRPC_PORT}
+metrics_port = {METRICS_PORT}
+[limits.transfer]
+allowed_hosts = ["{address}", "{other}"]
+[engine]
+model_path = "{MODEL_PATH}"
+model_name = "smollm2-135m-instruct"
+kv_cache_bytes = {384 << 20}
+max_context_token_count = 4096
+max_batched_token_count = 512
+cores = [{cores[core_index % len(cores)]}]
+side_channel_host = "{address}"
+side_channel_port = {SIDE_PORT}
+transports = ["tcp"]
+net_devices = ["{DEVICE}"]
+peer_hosts = ["{other}", "{hosts.here}", "{hosts.nobody}"]
+"""
+
+
+@asynccontextmanager
+async def worker(role: str, hosts: Hosts, files: Path, core_index: int) -> AsyncIterator[RunningWorker]:
+    """Ready. Killed at the end, whatever it does then; its engine process dies with it."""
+    file = files / f"{role}.toml"
+    file.write_text(configuration(role, hosts, core_index), encoding="utf-8")
+    name, address = (hosts.p, hosts.p_address) if role == "prefill" else (hosts.d, hosts.d_address)
+    process = await asyncio.create_subprocess_exec(
+        *("ip", "netns", "exec", name, sys.executable, "-m", f"{role}_worker", str(file)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env={**os.environ, SECRET_VARIABLE: SECRET.hex(), "NO_PROXY": "*"},
+    )
+    client = GrpcWorkerClient(f"{address}:{GRPC_PORT}", SECRET)
+    log: list[str] = []
+    ready = asyncio.Event()
+
+    async def listen() -> None:
+        assert process.stdout is not None
+        async for line in process.stdout:
+            log.append(line.decode(errors="replace").rstrip())
+            if f"{role}-0 ready on" in log[-1]:
+                ready.set()
+        ready.set()
+
+    listening = asyncio.create_task(listen())
+    try:
+        async with asyncio.timeout(READY_S):
+            await ready.wait()
+        assert process.returncode is None, "\n".join(log[-20:])
+        info = await client.info(timeout_s=CALL_S)
+        yield RunningWorker(process, client, info, (address, SIDE_PORT), log)
+    except BaseException:
+        print("\n".join(log[-60:]))
+        raise
+    finally:
+        await client.close()
+        with suppress(ProcessLookupError):
+            process.send_signal(signal.SIGKILL)
+        await process.wait()
+        await listening
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[TwoHosts]:
+    files = tmp_path_factory.mktemp("hosts")
+    with two_hosts() as hosts:
+        async with AsyncExitStack() as stack:
+            starting = [
+                stack.enter_async_context(worker(role, hosts, files, index))
+                for index, role in enumerate(("prefill", "decode"))
+            ]
+            prefill, decode = await asyncio.gather(*starting)
+            yield TwoHosts(hosts, prefill, decode, files)
+
+
+# -- what the tests do over and over -----------------------------------------------------------------------------
+
+
+def stop(count: int) -> EngineStop:
+    return EngineStop(count, ignore_eos=True)
+
+
+async def prefilled(by: RunningWorker, ids: tuple[int, ...], leg: str = "prefill") -> PrefillReply:
+    order = PrefillOrder(leg, ids, GREEDY, stop(OUTPUT_TOKEN_COUNT), lease_s=60.0)
+    return await by.client.prefill(order, timeout_s=CALL_S)
+
+
+async def decoded(by: RunningWorker, order: DecodeOrder) -> tuple[KvAdopted, list[int]]:
+    adopted, *steps, done = [event async for event in by.client.decode(order, timeout_s=CALL_S)]
+    assert isinstance(adopted, KvAdopted)
+    assert isinstance(done, DecodeDone)
+    return adopted, [token for step in steps if isinstance(step, Stepped) for token in step.token_ids]
+
+
+async def handed_over(two: TwoHosts, ids: tuple[int, ...], leg: str) -> tuple[KvAdopted, list[int]]:
+    first = await prefilled(two.prefill, ids, leg)
+    order = DecodeOrder(
+        f"{leg}.d",
+        (*ids, first.first_token_id),
+        GREEDY,
+        stop(OUTPUT_TOKEN_COUNT - 1),
+        ticket=first.ticket,
+        output_token_count=1,
+    )
+    adopted, rest = await decoded(two.decode, order)
+    await two.prefill.client.release_kv(first.ticket_id, timeout_s=CALL_S)
+    return adopted, [first.first_token_id, *rest]
+
+
+async def alone(two: TwoHosts, ids: tuple[int, ...]) -> list[int]:
+    order = DecodeOrder("oracle", ids, GREEDY, stop(OUTPUT_TOKEN_COUNT), tenant="the oracle")
+    _, tokens = await decoded(two.decode, order)
+    return tokens
+
+
+async def introduced(to: RunningWorker, *peers: PeerAddress) -> list[str]:
+    """The problem with each."""
+    results = await to.client.introduce([seal_peer(peer, SECRET) for peer in peers], timeout_s=CALL_S)
+    return [each.problem for each in results]
+
+
+async def asked(at: tuple[str, int], key: bytes, request: bytes) -> bytes:
+    """What an engine answers to somebody who knows ``key``."""
+    reader, writer = await asyncio.open_connection(*at)
+    try:
+        async with asyncio.timeout(5):
+            session = ClientSession(key, os.urandom(NONCE_BYTES), request)
+            writer.write(session.start())
+            while not session.is_done:
+                data = await reader.read(65_536)
+                if not data:
+                    raise SideChannelError("hung up")
+                writer.write(session.feed(data))
+            return session.reply
+    finally:
+        writer.close()
+
+
+async def welcome_of(of: RunningWorker) -> dict[str, Any]:
+    """What the engine of a worker says of itself to its peers."""
+    request = msgspec.msgpack.encode({"engine_id": "a-test", "wanted_engine_id": of.peer.engine_id})
+    reply = await asked(of.side_channel, side_channel_key(SECRET), request)
+    said: dict[str, Any] = msgspec.msgpack.decode(reply)
+    return said
+
+
+@asynccontextmanager
+async def impostor(two: TwoHosts, key: bytes, welcome: dict[str, Any]) -> AsyncIterator[PeerAddress]:
+    """An engine, as far as the side channel shows, on the test's own address."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        session = ServerSession(key, os.urandom(NONCE_BYTES), lambda _: msgspec.msgpack.encode(welcome))
+        with suppress(ConnectionError, SideChannelError):
+            while not session.is_done and (data := await reader.read(65_536)):
+                writer.write(session.feed(data))
+                await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, two.hosts.here, 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server:
+        yield PeerAddress("impostor", "e1", welcome["engine_id"], two.hosts.here, port)
+
+
+# -- the tests, in order: the last one restarts a worker -----------------------------------------------------------
+
+
+async def test_a_pair_that_was_introduced_pays_nothing_for_its_first_request(two: TwoHosts) -> None:
+    assert await introduced(two.decode, two.prefill.peer) == [""]
+    assert await introduced(two.prefill, two.decode.peer) == [""]
+    assert await introduced(two.decode, two.prefill.peer, two.decode.peer) == [""]  # again, and itself: nothing
+    for number in range(4):
+        adopted, _ = await handed_over(two, prompt(1000, seed=100 + number), f"first-{number}")
+        assert adopted.recomputed_token_count == 0
+        print(f"pull {number}: {adopted.transfer_s * 1e3:.1f} ms for {adopted.transfer_bytes} bytes")
+
+
+@pytest.mark.parametrize("token_count", [1, 127, 128, 129, 300, 1000])
+async def test_answers_across_hosts_are_those_of_one_engine(two: TwoHosts, token_count: int) -> None:
+    ids = prompt(token_count, seed=200)
+    adopted, answer = await handed_over(two, ids, f"exact-{token_count}")
+    assert adopted.recomputed_token_count == 0
+    assert adopted.transfer_bytes == -(-token_count // BLOCK) * BLOCK * 23_040
+    assert answer == await alone(two, ids)
+
+
+async def test_engines_listen_on_the_configured_address_alone(two: TwoHosts) -> None:
+    for name, address in ((two.hosts.p, two.hosts.p_address), (two.hosts.d, two.hosts.d_address)):
+        places = two.hosts.listening(name)
+        assert {(address, GRPC_PORT), (address, SIDE_PORT), ("127.0.0.1", METRICS_PORT)} <= places
+        assert {place for place, _ in places} <= {address, "127.0.0.1"}
+
+
+async def test_a_read_does_not_wait_for_an_owner_that_computes(two: TwoHosts) -> None:
+    ids = prompt(1000, seed=300)
+    first = await prefilled(two.prefill, ids, "held")
+    busy = asyncio.create_task(
+        two.prefill.client.prefill(
+            PrefillOrder("busy", prompt(3900, seed=301), GREEDY, stop(1), lease_s=60.0), timeout_s=CALL_S
+        )
+    )
+    await asyncio.sleep(0.3)  # so that the owner is in the middle of a step
+    order = DecodeOrder(
+        "reader", (*ids, first.first_token_id), GREEDY, stop(3), ticket=first.ticket, output_token_count=1
+    )
+    adopted, _ = await decoded(two.decode, order)
+    assert not busy.done(), "the prefill was to be busy all the while"
+    assert adopted.recomputed_token_count == 0
+    print(f"pull from a computing owner: {adopted.transfer_s * 1e3:.1f} ms")
+    await busy
+    await two.prefill.client.release_kv(first.ticket_id, timeout_s=CALL_S)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", "another-model"),
+        ("weights", "0123456789abcdef"),
+        ("dtype", "float32"),
+        ("block_token_count", "16"),
+        ("layers", "31"),
+        ("vllm", "0.1"),
+        ("connector", "0/1"),
+    ],
+)
+async def test_a_peer_that_differs_is_refused_by_the_name_of_what_differs(
+    two: TwoHosts, name: str, value: str
+) -> None:
+    welcome = await welcome_of(two.prefill)
+    here = welcome["facts"][name]
+    welcome |= {"engine_id": f"impostor-{name}", "facts": {**welcome["facts"], name: value}, "agent": b"never read"}
+    async with impostor(two, side_channel_key(SECRET), welcome) as peer:
+        (problem,) = await introduced(two.decode, peer)
+    assert problem.endswith(f"{name}: {here} here, {value} there")
+
+
+async def test_a_peer_of_another_cluster_is_refused_and_told_nothing(two: TwoHosts) -> None:
+    welcome = {**await welcome_of(two.prefill), "engine_id": "impostor-key"}
+    async with impostor(two, side_channel_key(new_secret()), welcome) as peer:
+        (problem,) = await introduced(two.decode, peer)
+    assert "does not know the cluster's key" in problem
+
+
+async def test_who_does_not_know_the_key_gets_no_answer_and_does_no_harm(two: TwoHosts) -> None:
+    request = msgspec.msgpack.encode({"engine_id": "x", "wanted_engine_id": two.prefill.peer.engine_id})
+    with pytest.raises(SideChannelError):
+        await asked(two.prefill.side_channel, side_channel_key(new_secret()), request)
+    for said in (b"GET / HTTP/1.1\r\n\r\n", b"BKS1" + bytes(32) + b"\xff\xff\xff\xff", b"BKS1" + bytes(200)):
+        with socket.create_connection(two.prefill.side_channel, timeout=5) as outsider:
+            outsider.sendall(said)
+            received = b""
+            with suppress(ConnectionResetError):
+                while more := outsider.recv(65_536):
+                    received += more
+        assert len(received) <= NONCE_BYTES + 32  # at most the server's own proof, and then the end
+    assert (await welcome_of(two.prefill))["engine_id"] == two.prefill.peer.engine_id
+
+
+async def test_neither_silent_callers_nor_silent_peers_hold_up_a_handshake(two: TwoHosts) -> None:
+    with SilentCrowd() as crowd:
+        for _ in range(200):
+            crowd.add(two.prefill.side_channel)
+        assert (await welcome_of(two.prefill))["engine_id"] == two.prefill.peer.engine_id
+    nobodies = [PeerAddress(f"n{i}", "e", f"nobody-{i}", two.hosts.nobody, 1000 + i) for i in range(6)]
+    welcome = {**await welcome_of(two.prefill), "engine_id": "impostor-slow", "facts": {}}
+    async with impostor(two, side_channel_key(SECRET), welcome) as peer:
+        problems = await introduced(two.decode, *nobodies, peer)
+    assert all(problems[:-1])
+    assert "cannot exchange KV" in problems[-1]
+
+
+async def test_a_worker_that_restarts_on_its_ports_is_met_again_and_nobody_crashes(two: TwoHosts) -> None:
+    before = two.prefill.peer
+    decode_pid = two.decode.process.pid
+    two.prefill.process.kill()
+    await two.prefill.process.wait()
+
+    async def port_is_free() -> bool:
+        return not any(port == SIDE_PORT for _, port in two.hosts.listening(two.hosts.p))
+
+    await becomes_true(port_is_free, within_s=10)
+    async with worker("prefill", two.hosts, two.files, 0) as again:
+        now = TwoHosts(two.hosts, again, two.decode, two.files)
+        assert again.peer.engine_id != before.engine_id
+        assert await introduced(two.decode, again.peer) == [""]
+        (gone,) = await introduced(two.decode, before)
+        assert gone == "another engine answers there now"
+        ids = prompt(700, seed=400)
+        adopted, answer = await handed_over(now, ids, "again")
+        assert adopted.recomputed_token_count == 0
+        assert answer == await alone(now, ids)
+    assert (two.decode.process.pid, two.decode.process.returncode) == (decode_pid, None)
+    with pytest.raises(BatonError):
+        await two.prefill.client.info(timeout_s=1.0)
+
+
+class SilentCrowd:
+    """Connections that say nothing."""
+
+    def __init__(self) -> None:
+        self._sockets: list[socket.socket] = []
+
+    def __enter__(self) -> SilentCrowd:
+        return self
+
+    def add(self, at: tuple[str, int]) -> None:
+        self._sockets.append(socket.create_connection(at, timeout=5))
+
+    def __exit__(self, *_: object) -> None:
+        for each in self._sockets:
+            each.close()

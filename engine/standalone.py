@@ -163,6 +163,10 @@ def main(
         worker_id = from_table(WorkerName, "worker", tables["worker"]).id or f"{role.value}-{os.getpid()}"
         host_config = from_table(HostConfig, "host", tables["host"])
         engine_config = from_table(EngineConfig, "engine", tables["engine"])
+        # One list of hosts: whom the engine may dial is whom a ticket may name, unless the file says otherwise.
+        transfer = tables["limits"].setdefault("transfer", {})
+        if isinstance(transfer, dict):
+            transfer.setdefault("allowed_hosts", [*engine_config.peer_hosts, engine_config.side_channel_host])
         limits = from_table(limits_class, "limits", tables["limits"])
         secret = secret_from_environment(os.environ)
     except ValueError as error:

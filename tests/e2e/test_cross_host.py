@@ -73,8 +73,6 @@ id = "{role}-0"
 host = "{address}"
 port = {GRPC_PORT}
 metrics_port = {METRICS_PORT}
-[limits.transfer]
-allowed_hosts = ["{address}", "{other}"]
 [engine]
 model_path = "{MODEL_PATH}"
 model_name = "smollm2-135m-instruct"

@@ -105,6 +105,9 @@ class Peers:
     src_xfer_handles_by_block_size: dict[int, int]
     dst_xfer_side_handles: dict[str, dict[int, int]]
     dst_num_blocks: dict[str, int]
+    region_num_blocks: list[int]
+    kv_cache_config: Any
+    _has_mamba: bool
 
     def __init__(self, vllm_config: VllmConfig, *rest: Any, **named: Any) -> None:
         settings = vllm_config.kv_transfer_config.kv_connector_extra_config
@@ -202,13 +205,14 @@ class Peers:
                 del self._introductions[next(iter(self._introductions))]
             introduction = self._introductions[peer.engine_id] = _Introduction(now)
             future = self._ensure_handshake(peer.engine_id, peer.host, peer.port, 1)  # type: ignore[attr-defined]
-            if future is None:
-                self._replace(peer)
+            pool = self._handshake_initiation_executor
+            if future is None and known is not None and not known.problem:
                 introduction.problem, introduction.ended_at = "", now
+            elif future is None:
+                pool.submit(self._met, peer, introduction, None)
             else:
                 # vLLM's own callback was added before this one: by the time this runs, the peer is known. Through
                 # the pool, because a handshake that is over already would have this thread run it.
-                pool = self._handshake_initiation_executor
                 future.add_done_callback(functools.partial(pool.submit, self._met, peer, introduction))
 
     def introductions(self, engine_ids: list[str]) -> dict[str, tuple[str | None, float]]:
@@ -226,7 +230,8 @@ class Peers:
         problem = ""
         self._warming.add(peer.engine_id)
         try:
-            future.result()
+            if future is not None:
+                future.result()
             self._replace(peer)
             self._warm_up(peer.engine_id)
         except (HandshakeError, SideChannelError, OSError) as error:
@@ -260,9 +265,16 @@ class Peers:
         connection, its buffers and its memory mappings are there when the first request comes."""
         here = self.src_xfer_handles_by_block_size[self.block_size]
         there = self.dst_xfer_side_handles[engine_id][0]
-        layer_count = len(self.block_len_per_layer)
-        local = [layer * self.num_blocks for layer in range(layer_count)]
-        remote = [layer * self.dst_num_blocks[engine_id] for layer in range(layer_count)]
+        # Descriptors are numbered layer by layer where all layers are alike. Otherwise only the first is certain to
+        # be a null block; a wrong number would overwrite somebody's KV.
+        is_plain = (
+            len(self.kv_cache_config.transfer_groups) == 1
+            and not self._has_mamba
+            and set(self.region_num_blocks) <= {self.num_blocks}
+        )
+        layers = range(len(self.block_len_per_layer) if is_plain else 1)
+        local = [layer * self.num_blocks for layer in layers]
+        remote = [layer * self.dst_num_blocks[engine_id] for layer in layers]
         ends_at = time.monotonic() + WARM_UP_TIMEOUT_S
         for _ in range(WARM_UP_READ_COUNT):
             with self._agent_turn:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +143,8 @@ async def test_a_prompt_that_cannot_fit_is_refused_without_being_tokenised(monke
         raise AssertionError("tokenised")
 
     monkeypatch.setattr(TINY, "encode", explode)
-    began = time.perf_counter()  # real time: the point is that 60 MB cost milliseconds
     with pytest.raises(BatonError) as refused:
         await TINY.encode_bounded("a" * 60_000_000, max_token_count=2048)
-    assert time.perf_counter() - began < 0.25
     assert refused.value.reason is Reason.PROMPT_TOO_LONG
     assert "at least" in refused.value.message
 

@@ -46,7 +46,10 @@ class Hosts:
         """Address and port of every TCP socket that listens in a namespace."""
         said = _run("netns", "exec", name, "ss", "-ltnH").splitlines()
         places = [line.split()[3].rpartition(":") for line in said]
-        return {(address.partition("%")[0], int(port)) for address, _, port in places}
+        # gRPC's sockets are of IPv6 and carry IPv4 addresses in it: [::ffff:10.0.0.1].
+        return {
+            (address.partition("%")[0].strip("[]").removeprefix("::ffff:"), int(port)) for address, _, port in places
+        }
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from kvtransfer.side_channel import KEY_VARIABLE
 
 _key_of_this_process = secrets.token_bytes(32)
 _in_force: dict[str, str] = {}
+_handed_down = ""
 
 
 def engine_environment(config: EngineConfig) -> dict[str, str]:
@@ -72,9 +73,12 @@ def hand_down_key(key: bytes) -> None:
 
     Raises ``ValueError`` when another engine of this process has another key.
     """
+    global _handed_down
     said = (key or _key_of_this_process).hex()
-    if os.environ.setdefault(KEY_VARIABLE, said) != said:
+    # What the variable holds before is no engine's of this process, but whoever's that started it.
+    if (_handed_down or said) != said:
         raise ValueError("engines of one process are of one cluster: give both the same secret, or run two processes")
+    _handed_down = os.environ[KEY_VARIABLE] = said
 
 
 def preloads() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from engine import environment
 from engine.config import EngineConfig
 from engine.environment import engine_environment, put_in_force
+from kvtransfer.side_channel import KEY_VARIABLE
 
 GOOD = EngineConfig(model_path="/models/small", model_name="small", kv_cache_bytes=64 << 20)
 
@@ -82,3 +85,16 @@ def test_two_engines_of_a_process_cannot_ask_for_different_environments(monkeypa
     put_in_force({"BATON_TEST_A": "1", "BATON_TEST_B": "2"})
     with pytest.raises(ValueError, match="BATON_TEST_A"):
         put_in_force({"BATON_TEST_A": "3"})
+
+
+def test_a_key_inherited_from_the_starting_process_gives_way_and_a_second_one_of_ours_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A worker started by a process that itself ran engines inherits the key of those."""
+    monkeypatch.setattr(environment, "_handed_down", "")
+    monkeypatch.setenv(KEY_VARIABLE, "aa" * 32)
+    environment.hand_down_key(b"b" * 32)
+    assert os.environ[KEY_VARIABLE] == (b"b" * 32).hex()
+    environment.hand_down_key(b"b" * 32)
+    with pytest.raises(ValueError, match="one cluster"):
+        environment.hand_down_key(b"c" * 32)

@@ -44,7 +44,7 @@ def engine_arguments(config: EngineConfig, identity: EngineIdentity) -> dict[str
         ),
         # Named: left to choose, an engine keeps whichever its first structured request needed, and two engines that
         # go on with each other's answers would mask different tokens. This one, because it bounds its own work: over
-        # an ambiguous grammar of one line, vLLM's first choice keeps the engine's loop busy for ever.
+        # an ambiguous grammar of one line, vLLM's first choice kept the engine's loop busy for more than a minute.
         "structured_outputs_config": {"backend": "guidance"},
         # Requests, hence prompts, are never logged; statistics reach us through ``reports`` alone.
         "enable_log_requests": False,

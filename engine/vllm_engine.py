@@ -32,15 +32,16 @@ from baton.errors import (
     ticket_refused,
 )
 from baton.leg import DecodeDone, DecodeEvent, Introduced, Stepped
-from baton.request import LegFinish, Structure, StructureKind, TokenLogprobs
+from baton.request import LegFinish, Structure
 from baton.structures import MAX_CHECK_S
 from engine.adoption import StartTimes, kv_adopted
 from engine.config import EngineConfig, EngineIdentity
 from engine.environment import engine_environment, hand_down_key, put_in_force
 from engine.legs import RETRY_AFTER_S, sampling_violations
 from engine.protocol import DecodeJob, EngineInfo, EngineLoad, HeldKv, Prefilled, PrefillJob
+from engine.vllm_sampling import can_be_read, sampling_params, token_logprobs
 from kvtransfer.connector_parent import claim_ownership
-from kvtransfer.emitted_tokens import STRUCTURE_FAILED, extra_args
+from kvtransfer.emitted_tokens import STRUCTURE_FAILED
 from kvtransfer.hold_keeper import MAX_HOLD_COUNT
 from kvtransfer.peer import PeerAddress
 from kvtransfer.transfer_params import NixlParams, TransferLimits, validate_transfer_params
@@ -209,7 +210,7 @@ class VllmEngine:
                 queue_s=max(0.0, last.metrics.scheduled_ts - arrived),
                 compute_s=max(0.0, last.metrics.first_token_ts - last.metrics.scheduled_ts),
                 cached_token_count=last.num_cached_tokens or 0,
-                first_logprobs=(*_token_logprobs(job, last.outputs[0]), None)[0],
+                first_logprobs=(*token_logprobs(job, last.outputs[0]), None)[0],
             )
             is_handed_over = True
             return prefilled
@@ -248,7 +249,7 @@ class VllmEngine:
                         )
                     (completion,) = output.outputs
                     if completion.token_ids:
-                        yield Stepped(tuple(completion.token_ids), _token_logprobs(job, completion))
+                        yield Stepped(tuple(completion.token_ids), token_logprobs(job, completion))
                     if output.finished:
                         is_stop = completion.finish_reason == "stop"
                         yield DecodeDone(LegFinish.STOP if is_stop else LegFinish.LENGTH)
@@ -376,7 +377,7 @@ class VllmEngine:
             await self._check_structure(job.sampling.structure)
         llm = self._running
         try:
-            sampling = _sampling_params(job, max_token_count, transfer)
+            sampling = sampling_params(job, max_token_count, transfer)
         except (VLLMClientError, ValueError) as error:
             what = getattr(error, "parameter", None) or "value"
             raise invalid_request([FieldViolation(f"sampling.{what}", "was refused by the engine")]) from None
@@ -460,11 +461,14 @@ class VllmEngine:
         if structure in self._known_structures:
             return
         async with self._structure_reader:
-            reading = asyncio.get_running_loop().run_in_executor(None, _read_structure, structure)
+            reading = asyncio.get_running_loop().run_in_executor(None, can_be_read, structure)
             done, _ = await asyncio.wait([reading], timeout=MAX_CHECK_S)
         if not done:
             reading.add_done_callback(lambda late: late.exception())
             raise invalid_request([FieldViolation("sampling.structure", "takes too long to read")])
+        if (bug := reading.exception()) is not None:
+            # Not the caller's fault. Its text, which a chain of errors would show in a log, may quote the structure.
+            raise self._failed(f"a structure could not be checked: {type(bug).__name__}")
         if not reading.result():
             raise invalid_request([FieldViolation("sampling.structure", "is not one that the engine can follow")])
         if len(self._known_structures) >= _KNOWN_STRUCTURE_COUNT:
@@ -485,83 +489,6 @@ def _vllm_version() -> str:
     import vllm
 
     return str(vllm.__version__)
-
-
-def _sampling_params(job: PrefillJob | DecodeJob, max_token_count: int, transfer: dict[str, Any] | None) -> Any:
-    """To vllm, the answer is all of it: what was emitted already counts towards its lengths."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    sampling, stop = job.sampling, job.stop
-    answer_token_count = job.output_token_count + max_token_count
-    params = SamplingParams(
-        max_tokens=answer_token_count,
-        min_tokens=min(stop.min_token_count, answer_token_count),
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        seed=sampling.seed,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        repetition_penalty=sampling.repetition_penalty,
-        logit_bias=dict(sampling.logit_bias) or None,
-        allowed_token_ids=list(sampling.allowed_token_ids) or None,
-        structured_outputs=None if sampling.structure is None else _structured_outputs(sampling.structure),
-        logprobs=job.top_logprob_count,
-        stop_token_ids=list(stop.stop_token_ids),
-        ignore_eos=stop.ignore_eos,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-        extra_args=extra_args(job.prompt_token_ids[len(job.prompt_token_ids) - job.output_token_count :], transfer),
-        skip_clone=True,  # made for this one request
-    )
-    if sampling.bad_token_sequences:
-        # vLLM takes words and tokenises them, each in two spellings; what its sampler reads are these.
-        params._bad_words_token_ids = [list(each) for each in sampling.bad_token_sequences]
-    return params
-
-
-def _structured_outputs(structure: Structure) -> Any:
-    from vllm.sampling_params import StructuredOutputsParams
-
-    match structure.kind:
-        case StructureKind.JSON_SCHEMA:
-            return StructuredOutputsParams(json=structure.text)
-        case StructureKind.JSON_OBJECT:
-            return StructuredOutputsParams(json_object=True)
-        case StructureKind.REGEX:
-            return StructuredOutputsParams(regex=structure.text)
-        case StructureKind.CHOICE:
-            return StructuredOutputsParams(choice=list(structure.choices))
-        case StructureKind.GRAMMAR:
-            return StructuredOutputsParams(grammar=structure.text)
-
-
-def _read_structure(structure: Structure) -> bool:
-    """Whether the engine's grammar compiler can read it. What it says of the reasons quotes the text."""
-    from vllm import SamplingParams
-    from vllm.v1.structured_output.backend_guidance import validate_guidance_grammar
-
-    try:
-        validate_guidance_grammar(SamplingParams(structured_outputs=_structured_outputs(structure)))
-    except Exception:
-        return False
-    return True
-
-
-def _token_logprobs(job: PrefillJob | DecodeJob, completion: Any) -> tuple[TokenLogprobs, ...]:
-    """Of the tokens of this output; vLLM's are one mapping a token, of the drawn one and the likeliest."""
-    count = job.top_logprob_count
-    if count is None:
-        return ()
-    told = []
-    for token_id, candidates in zip(completion.token_ids, completion.logprobs, strict=True):
-        drawn = candidates[token_id]
-        likeliest = sorted((each.rank, other_id, each.logprob) for other_id, each in candidates.items())
-        top = tuple((other_id, logprob) for rank, other_id, logprob in likeliest if rank <= count)
-        told.append(TokenLogprobs(drawn.logprob, drawn.rank, top))
-    return tuple(told)
 
 
 def _create(config: EngineConfig, identity: EngineIdentity) -> tuple[Any, Any]:

@@ -45,7 +45,12 @@ PROCESS_MAINS: dict[str, tuple[str, ...]] = {
 
 HEAVY: dict[str, tuple[str, ...]] = {
     "ray": ("fleet/*.py",),
-    "vllm": ("engine/vllm_engine.py", "engine/vllm_arguments.py", "kvtransfer/connector*.py"),
+    "vllm": (
+        "engine/vllm_engine.py",
+        "engine/vllm_arguments.py",
+        "engine/vllm_sampling.py",
+        "kvtransfer/connector*.py",
+    ),
     "nixl": ("engine/vllm_engine.py", "kvtransfer/connector*.py"),
     "torch": (
         "engine/vllm_engine.py",

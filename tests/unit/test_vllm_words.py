@@ -62,6 +62,8 @@ def no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 def refuses_the_word_bad(sampling: Any) -> None:
     if "bad" in str(sampling.structured_outputs):
         raise ValueError("bad")
+    if "broken" in str(sampling.structured_outputs):
+        raise AttributeError("broken is what was asked for")
 
 
 def engine_with(recorder: Recorder) -> VllmEngine:
@@ -175,4 +177,16 @@ async def test_what_the_engine_could_not_follow_never_reaches_it(field: str, cha
     with pytest.raises(BatonError) as caught:
         _ = [output async for output in engine._generate("r", DecodeJob("leg", (1, 2), **changes), 5, None)]
     assert (caught.value.reason, caught.value.violations[0].field) == (Reason.INVALID_REQUEST, field)
+    assert recorder.samplings == []
+
+
+@pytest.mark.usefixtures("no_vllm")
+async def test_a_fault_in_the_check_of_a_structure_is_not_told_as_the_callers() -> None:
+    recorder = Recorder()
+    job = DecodeJob("leg", (1, 2), Sampling(structure=Structure(StructureKind.REGEX, "broken")))
+    with pytest.raises(BatonError) as caught:
+        _ = [output async for output in engine_with(recorder)._generate("r", job, 5, None)]
+    assert caught.value.reason is Reason.ENGINE_FAILED
+    assert "AttributeError" in str(caught.value)
+    assert "broken" not in str(caught.value)
     assert recorder.samplings == []

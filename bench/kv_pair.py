@@ -62,7 +62,7 @@ def fill(pages: Sequence[np.ndarray[Any, Any]], seed: int) -> None:
 class ConnectorEnd:
     """A connector, scheduler and worker side, without an engine around it."""
 
-    def __init__(self, path: str, model: Path, port: int, seed: int) -> None:
+    def __init__(self, path: str, model: Path, host: str, port: int, seed: int) -> None:
         import torch
         from vllm.config import set_current_vllm_config
         from vllm.distributed.kv_transfer import kv_transfer_state
@@ -70,8 +70,8 @@ class ConnectorEnd:
         from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
         from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
-        self._port = port
-        config = _baton_config(model, port) if path == "baton" else _stock_config(path, model)
+        self._host, self._port = host, port
+        config = _baton_config(model, host, port) if path == "baton" else _stock_config(path, model)
         config.cache_config.kv_cache_layout = "LBHNC"
         config.cache_config.num_gpu_blocks = POOL_BLOCK_COUNT
         self._engine_id = config.kv_transfer_config.engine_id
@@ -117,7 +117,7 @@ class ConnectorEnd:
             "remote_block_ids": [block_ids],
             "remote_engine_id": self._engine_id,
             "remote_request_id": request_id,
-            "remote_host": "127.0.0.1",
+            "remote_host": self._host,
             "remote_port": self._port,
             "remote_num_tokens": len(block_ids) * BLOCK_TOKEN_COUNT,
             "tp_size": 1,
@@ -193,14 +193,18 @@ class ConnectorEnd:
         return results
 
 
-def _baton_config(model: Path, port: int) -> Any:
+def _baton_config(model: Path, host: str, port: int) -> Any:
     from vllm import AsyncEngineArgs
 
     from engine.config import EngineConfig, EngineIdentity
     from engine.vllm_arguments import engine_arguments
 
     config = EngineConfig(
-        model_path=str(model), model_name="kv", kv_cache_bytes=POOL_BLOCK_COUNT * BLOCK_BYTES, side_channel_port=port
+        model_path=str(model),
+        model_name="kv",
+        kv_cache_bytes=POOL_BLOCK_COUNT * BLOCK_BYTES,
+        side_channel_host=host,
+        side_channel_port=port,
     )
     return AsyncEngineArgs(**engine_arguments(config, EngineIdentity(f"pair-{port}"))).create_engine_config()
 
@@ -342,13 +346,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--end", choices=("holder", "reader"), required=True)
     parser.add_argument("--path", choices=PATHS, required=True)
     parser.add_argument("--socket", required=True, help="Unix socket of who drives this")
+    parser.add_argument("--host", default="127.0.0.1", help="side channel")
     parser.add_argument("--port", type=int, required=True, help="side channel")
     parser.add_argument("--model", type=Path, required=True, help="only its configuration is read")
     options = parser.parse_args(arguments)
-    os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = "127.0.0.1"
+    os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = options.host
     os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(options.port)
     seed = 1 if options.end == "holder" else 2
-    end = RawEnd(seed) if options.path == "raw" else ConnectorEnd(options.path, options.model, options.port, seed)
+    end: End = RawEnd(seed)
+    if options.path != "raw":
+        end = ConnectorEnd(options.path, options.model, options.host, options.port, seed)
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(options.socket)
         connection.sendall(options.end.encode() + b"\n")

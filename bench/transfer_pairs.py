@@ -15,8 +15,9 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,10 +41,32 @@ HANDOFF_S = 0.004
 """Between a prefill's end and the decode's order, through a router: the holder digests meanwhile."""
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an end of a pair lives."""
+
+    host: str = "127.0.0.1"
+    command: tuple[str, ...] = ()
+    """In front of the end's own."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Goes over the rest."""
+
+
+HERE = (Place(), Place())
+
+
 class Pair:
     """A holder on the first core and a reader on the second, of one path."""
 
-    def __init__(self, path: str, model: Path, cores: Sequence[int], logs: Path) -> None:
+    def __init__(
+        self,
+        path: str,
+        model: Path,
+        cores: Sequence[int],
+        logs: Path,
+        places: Sequence[Place] = HERE,
+        module: str = "bench.kv_pair",
+    ) -> None:
         self.path = path
         self.children: dict[str, Child] = {}
         self._files: dict[str, TextIO] = {}
@@ -53,12 +76,17 @@ class Pair:
         self._listener.bind(f"{self._folder}/s")
         self._listener.listen()
         environment = {**_environment(), KEY_VARIABLE: secrets.token_hex(32)}  # both ends are of one cluster
-        for end, core, port in zip(("holder", "reader"), cores, free_ports(2), strict=True):
-            command = [sys.executable, "-m", "bench.kv_pair", "--end", end, "--path", path]
-            command += ["--socket", f"{self._folder}/s", "--port", str(port), "--model", str(model)]
+        for end, core, port, place in zip(("holder", "reader"), cores, free_ports(2), places, strict=True):
+            command = [*place.command, sys.executable, "-m", module, "--end", end, "--path", path]
+            command += ["--socket", f"{self._folder}/s", "--model", str(model)]
+            command += ["--host", place.host, "--port", str(port)]
             log_path = logs / f"pair-{path}-{end}.log"
             self.children[end] = Child(
-                log_path.stem, command, environment=environment, log_path=log_path, cores=[core]
+                log_path.stem,
+                command,
+                environment={**environment, **place.environment},
+                log_path=log_path,
+                cores=[core],
             )
 
     def await_ready(self) -> None:

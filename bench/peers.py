@@ -84,6 +84,8 @@ class RunningSystem:
         self.spec = spec
         self.target_address = target_address
         self.facts = facts
+        self.leg_urls: dict[Role, str] = {}
+        """Of stock prefill/decode: the two servers behind its proxy."""
         self._children = list(children)
 
     def cpu(self) -> Cpu:
@@ -205,7 +207,9 @@ def _start_stock_pd(spec: SystemSpec, config: FleetConfig, log_dir: Path, stack:
     url = f"http://127.0.0.1:{proxy_port}"
     _until_ready(proxy, lambda: _is_healthy(url), deadline_s=30.0)
     facts = {"cores": {role.value: role_cores(config, role) for role in Role}, "threads_repinned": repinned}
-    return RunningSystem(spec, url, [proxy, *children.values()], facts)
+    system = RunningSystem(spec, url, [proxy, *children.values()], facts)
+    system.leg_urls = urls
+    return system
 
 
 def vllm_command(spec: SystemSpec, engine: EngineConfig, port: int, *, kv_role: str | None) -> list[str]:

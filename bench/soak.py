@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.request import Role
-from bench import evidence, modes, soak_books, soak_faults, validity
+from bench import evidence, modes, soak_books, soak_faults, stock_modes, validity
 from bench.drills import (
     Overrun,
     answer_of,
@@ -249,6 +249,7 @@ SECTIONS: dict[str, Section] = {
     "deaths": Section(deaths),
     "interleavings": Section(interleavings),
     "modes": Section(modes.run, modes.add_options),
+    "modes-stock": Section(stock_modes.run, stock_modes.add_options),
     "faults": Section(soak_faults.run, soak_faults.add_options),
     "faults-real": Section(soak_faults.run_real),
     "validity": Section(validity.run, validity.add_options),

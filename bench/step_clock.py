@@ -1,4 +1,4 @@
-"""A scheduler that notes when each engine step that computed something began and ended. For benchmarks.
+"""Schedulers that note when each engine step that computed something began and ended. For benchmarks.
 
 The one place where Baton's engines and stock vLLM's can be read by the same clock: both take a scheduler by name
 (``extra_args.scheduler_cls``, ``--scheduler-cls``). Appends a JSON line a step to the file named in the environment.
@@ -14,9 +14,10 @@ from typing import Any
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from bench.cores import CLOCK_VARIABLE
+from kvtransfer.connector_steps import PullFirstScheduler
 
 
-class ClockedScheduler(Scheduler):  # type: ignore[misc]
+class _Clocked(Scheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
         path = os.environ[CLOCK_VARIABLE]
@@ -40,3 +41,11 @@ class ClockedScheduler(Scheduler):  # type: ignore[misc]
             }
             os.write(self._clock, json.dumps(step).encode() + b"\n")
         return result
+
+
+class ClockedScheduler(_Clocked):
+    """vLLM's own."""
+
+
+class ClockedPullFirst(_Clocked, PullFirstScheduler):
+    """Baton's."""

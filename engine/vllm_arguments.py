@@ -12,6 +12,7 @@ def engine_arguments(config: EngineConfig, identity: EngineIdentity) -> dict[str
     """Arguments for ``AsyncEngineArgs``. Imports the connector, hence vLLM: call it off the event loop."""
     from kvtransfer.connector_executor import EXECUTOR, WORKER_EXTENSION
     from kvtransfer.connector_settings import transfer_config
+    from kvtransfer.connector_steps import SCHEDULER
 
     arguments: dict[str, Any] = {
         "model": config.model_path,
@@ -29,6 +30,7 @@ def engine_arguments(config: EngineConfig, identity: EngineIdentity) -> dict[str
         "scheduling_policy": "priority",
         # A step's tokens must be out before the next step decides: what a prefill holds is counted in them.
         "async_scheduling": False,
+        "scheduler_cls": SCHEDULER,
         "distributed_executor_backend": EXECUTOR,
         "worker_extension_cls": WORKER_EXTENSION,
         "kv_transfer_config": transfer_config(

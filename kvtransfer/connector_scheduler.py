@@ -50,6 +50,8 @@ class PullScheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
         # Requests that began with output, by id: how many tokens of it, and whether their grammar has seen them.
         self._emitted_counts: dict[str, int] = {}
         self._grammar_is_behind: set[str] = set()
+        self.answers_pulls_only = False
+        """While set, a request that has nothing to pull is told to ask later (``connector_steps.py``)."""
 
     def set_xfer_handshake_metadata(self, metadata: Any) -> None:
         """In place of vLLM's listener, which answers anybody. Ours is the worker side's, in this same process."""
@@ -84,6 +86,8 @@ class PullScheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
         if params is not None and params.get("do_remote_prefill"):
             covered = min(int(params["remote_num_tokens"]), request.num_tokens - 1)
             missing = max(0, covered - num_computed_tokens)
+        if self.answers_pulls_only and not missing:
+            return None, False
         if isinstance(request.prefill_stats, _StatsOfAContinuation):
             request.prefill_stats.set(request.num_tokens, num_computed_tokens, missing)
         return missing, missing > 0

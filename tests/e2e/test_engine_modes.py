@@ -24,8 +24,12 @@ from engine.vllm_engine import VllmEngine
 
 pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
-PROMPT = prompt(120, seed=5)
-"""With eight tokens of answer it fills a block: what a continuation finds in a cache is more than its prompt."""
+BLOCK = 32
+"""The smallest there is on CPU: prompts of several blocks stay short, and two engines on a core each fast."""
+STEP = 128
+"""Tokens of one engine step."""
+PROMPT = prompt(2 * BLOCK - 8, seed=5)
+"""With eight tokens of answer it fills its blocks: what a continuation finds in a cache is more than its prompt."""
 COUNT = 14
 EMITTED = 10
 """How many tokens of the answer there are when it is tried again."""
@@ -88,7 +92,7 @@ def modes(greedy: tuple[int, ...]) -> dict[str, Mode]:
             Sampling(bad_token_sequences=((greedy[0], greedy[1]), tuple(greedy[8:11]), tuple(greedy[1:3])))
         ),
         "JSON schema": Mode(
-            Sampling(structure=Structure(StructureKind.JSON_SCHEMA, json.dumps(SCHEMA))), EngineStop(40)
+            Sampling(structure=Structure(StructureKind.JSON_SCHEMA, json.dumps(SCHEMA))), EngineStop(24)
         ),
         "JSON object": Mode(Sampling(structure=Structure(StructureKind.JSON_OBJECT)), ends),
         "regex": Mode(Sampling(structure=Structure(StructureKind.REGEX, "[a-c]{3}-[0-9]{4}(x|yz){2,9}")), ends),
@@ -185,7 +189,8 @@ class Answers:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pair() -> AsyncIterator[Pair]:
-    async with running_pair(first_port=6110, dtype="float32", max_running_count=32) as both:
+    sizes = {"block_token_count": BLOCK, "max_batched_token_count": STEP, "max_running_count": 32}
+    async with running_pair(first_port=6110, dtype="float32", **sizes) as both:
         yield both
 
 
@@ -313,29 +318,29 @@ async def test_a_structure_that_no_allowed_token_may_follow_fails_its_request_al
 
 
 async def test_tenants_share_no_prefix(pair: Pair) -> None:
-    ids = prompt(300, seed=6)
+    ids = prompt(2 * BLOCK + 5, seed=6)
     cached = []
     for tenant in ("a", "a", "b", ""):
         job = DecodeJob("leg", ids, Sampling(), EngineStop(1), tenant=tenant)
         adopted, _, _ = await decoded(pair.decoder, job)
         cached.append(adopted.cached_token_count)
-    assert cached == [0, 256, 0, 0]
+    assert cached == [0, 2 * BLOCK, 0, 0]
 
 
 async def test_a_continuation_says_what_it_found_in_the_cache(pair: Pair) -> None:
     """vLLM's own count is of the prompt alone."""
-    ids = prompt(300, seed=7)
-    jobs = [DecodeJob("leg", ids, Sampling(), EngineStop(1), output_token_count=count) for count in (0, 200)]
+    ids = prompt(2 * BLOCK + 5, seed=7)
+    jobs = [DecodeJob("leg", ids, Sampling(), EngineStop(1), output_token_count=count) for count in (0, BLOCK + 10)]
     cached = []
     for job in jobs:
         adopted, _, _ = await decoded(pair.decoder, job)
         cached.append(adopted.cached_token_count)
-    assert cached == [0, 256]
+    assert cached == [0, 2 * BLOCK]
 
 
 async def test_a_continuation_of_several_steps_draws_no_more_than_its_tokens(pair: Pair) -> None:
     """A step that computes only part of what came before draws nothing that counts."""
-    ids = prompt(1100, seed=8)
+    ids = prompt(2 * STEP + 20, seed=8)
     sampling = Sampling(temperature=1.0, seed=13, presence_penalty=1.0)
     await pair.decoder.reset_prefix_cache()
     _, whole, _ = await decoded(pair.decoder, DecodeJob("whole", ids, sampling, EngineStop(8, ignore_eos=True)))

@@ -464,28 +464,44 @@ async def _until(holds: Callable[[], bool], within_s: float = ASK_TIMEOUT_S) -> 
 async def settled(
     verdicts: Sequence[ModeVerdict], asked: Sequence[Question], oracle: dict[str, OracleAnswer], model: Path
 ) -> list[ModeVerdict]:
-    """Looks at wrong tokens of greedy answers once more: a tie is one that the engine itself, after penalties and
-    masks, puts within ``TIE_GAP_FLOAT32`` of its best. A drawn answer has no such witness and stays wrong."""
-    by_name = {question.name: question for question in asked}
-    doubtful = {
-        each.question for each in verdicts if each.index >= 0 and by_name[each.question].mode.sampling.is_greedy
-    }
-    if not doubtful:
-        return list(verdicts)
-    prompts = [by_name[name].for_oracle() for name in sorted(doubtful)]
-    processed = await ask_both_oracles(model, prompts, "--processed")
+    """Wrong tokens looked at once more: some become ties."""
+    differences = [Difference(each.question, each.index, each.came) for each in verdicts if each.index >= 0]
+    gaps = await gaps_of(differences, asked, oracle, model)
     result = []
     for each in verdicts:
-        answer = processed.get(each.question) if each.index >= 0 else None
-        if (
-            answer is not None
-            and answer.token_ids[: each.index + 1] == oracle[each.question].token_ids[: each.index + 1]
-        ):
-            gap = dict(answer.rivals[each.index]).get(each.came, math.inf)
-            if gap <= TIE_GAP_FLOAT32:
-                each = replace(each, kind="tie", detail=f"{each.detail}, gap {gap:.6f}")
+        gap = gaps.get(Difference(each.question, each.index, each.came), math.inf)
+        if gap <= TIE_GAP_FLOAT32:
+            each = replace(each, kind="tie", detail=f"{each.detail}, gap {gap:.6f}")
         result.append(each)
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """``came`` is the token at ``index`` of the answer to ``question`` where the oracle has another."""
+
+    question: str
+    index: int
+    came: int
+
+
+async def gaps_of(
+    differences: Collection[Difference], asked: Sequence[Question], oracle: dict[str, OracleAnswer], model: Path
+) -> dict[Difference, float]:
+    """Nats by which the engine itself, after penalties and masks, puts the other token behind its best. Only of
+    greedy answers: a drawn one has no such witness, and stays wrong."""
+    by_name = {question.name: question for question in asked}
+    doubtful = {each.question for each in differences if by_name[each.question].mode.sampling.is_greedy}
+    if not doubtful:
+        return {}
+    prompts = [by_name[name].for_oracle() for name in sorted(doubtful)]
+    processed = await ask_both_oracles(model, prompts, "--processed")
+    gaps = {}
+    for each in differences:
+        answer, end = processed.get(each.question), each.index + 1
+        if answer is not None and answer.token_ids[:end] == oracle[each.question].token_ids[:end]:
+            gaps[each] = dict(answer.rivals[each.index]).get(each.came, math.inf)
+    return gaps
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

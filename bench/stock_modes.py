@@ -31,8 +31,17 @@ import aiohttp
 from baton.request import Role
 from bench import evidence
 from bench.corpus import Corpus
-from bench.exactness import OracleAnswer
-from bench.modes import LOGPROB_GAP, ORACLE_CONCURRENCY, PROMPT_LENGTHS, Question, ask_both_oracles, questions
+from bench.exactness import TIE_GAP_FLOAT32, OracleAnswer
+from bench.modes import (
+    LOGPROB_GAP,
+    ORACLE_CONCURRENCY,
+    PROMPT_LENGTHS,
+    Difference,
+    Question,
+    ask_both_oracles,
+    gaps_of,
+    questions,
+)
 from bench.peers import SYSTEMS, start_system
 from bench.real_fleet import fleet_config
 from bench.soaking import SEED, model_directory, say
@@ -62,15 +71,18 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class StockVerdict:
-    """``kind``: "exact", "wrong", "logprobs wrong", "refused", "not asked" or "failed"."""
+    """``kind``: "exact", "tie", "wrong", "logprobs wrong", "refused", "not asked" or "failed"."""
 
     question: str
     mode: str
     flow: str
     kind: str
     detail: str = ""
-    is_prefill_refused: bool = False
-    """Its prefill leg was refused as the caller wrote it, and asked again without its least length."""
+    index: int = -1
+    came: int = -1
+    """The token at ``index``, where the oracle has another."""
+    prefill_refusal: str = ""
+    """Why its prefill leg was refused as the caller wrote it, and asked again without its least length."""
     is_pull_missed: bool = False
     """The prefill leg gave nothing to pull: decode computed the prompt again."""
 
@@ -116,31 +128,32 @@ class Router:
             **question.mode.words,
         }
 
-    async def prefill(self, body: dict[str, Any], request_id: str) -> tuple[Said, bool]:
-        """The first leg, and whether it was refused as the caller wrote it: a least length beyond its one token. It
-        is asked again without, as vLLM's own example of a router does from the start."""
+    async def prefill(self, body: dict[str, Any], request_id: str) -> tuple[Said, str]:
+        """The first leg, and why it was refused as the caller wrote it: a least length beyond its one token. It is
+        asked again without, as vLLM's own example of a router does from the start."""
         body = {**body, "max_tokens": 1, "kv_transfer_params": PREFILL_PARAMS}
         try:
-            return await self._leg(Role.PREFILL, body, request_id), False
-        except RefusedError:
+            return await self._leg(Role.PREFILL, body, request_id), ""
+        except RefusedError as error:
             if not body.pop("min_tokens", 0):
                 raise
-        return await self._leg(Role.PREFILL, body, request_id), True
+            refusal = str(error)
+        return await self._leg(Role.PREFILL, body, request_id), refusal
 
-    async def decode_draws(self, question: Question) -> tuple[Said, bool, bool]:
+    async def decode_draws(self, question: Question) -> tuple[Said, str, bool]:
         body, request_id = self.body(question), uuid.uuid4().hex
-        first, is_refused = await self.prefill(body, request_id)
+        first, refusal = await self.prefill(body, request_id)
         if first.transfer_params:
             body["kv_transfer_params"] = first.transfer_params
-        return await self._leg(Role.DECODE, body, request_id), is_refused, not first.transfer_params
+        return await self._leg(Role.DECODE, body, request_id), refusal, not first.transfer_params
 
-    async def prefill_draws(self, question: Question) -> tuple[Said, bool, bool]:
+    async def prefill_draws(self, question: Question) -> tuple[Said, str, bool]:
         body, request_id = self.body(question), uuid.uuid4().hex
         least = body.pop("min_tokens", 0)
         # The one token must not be an end, if a least length is asked for: that much a router knows.
-        first, is_refused = await self.prefill({**body, "min_tokens": min(1, least)}, request_id)
+        first, refusal = await self.prefill({**body, "min_tokens": min(1, least)}, request_id)
         if first.finish == "stop" or body["max_tokens"] == 1:
-            return first, is_refused, False
+            return first, refusal, False
         body |= {
             "prompt": [*body["prompt"], *first.token_ids],
             "max_tokens": body["max_tokens"] - 1,
@@ -151,26 +164,30 @@ class Router:
         joined = Said(
             first.token_ids + rest.token_ids, first.text + rest.text, rest.finish, first.logprobs + rest.logprobs
         )
-        return joined, is_refused, not first.transfer_params
+        return joined, refusal, not first.transfer_params
 
 
-def judge_stock(wanted: OracleAnswer, said: Said) -> tuple[str, str]:
+def judge_stock(question: Question, flow: str, wanted: OracleAnswer, said: Said) -> StockVerdict:
     """What kind of answer it is, and where it differs. Tokens first: with others, nothing else can agree."""
+
+    def verdict(kind: str, detail: str = "", index: int = -1, came: int = -1) -> StockVerdict:
+        return StockVerdict(question.name, question.mode.name, flow, kind, detail, index, came)
+
     for index, (want, came) in enumerate(zip(wanted.token_ids, said.token_ids, strict=False)):
         if want != came:
-            return "wrong", f"token {index + 1} differs"
+            return verdict("wrong", f"token {index + 1} differs", index, came)
     if len(wanted.token_ids) != len(said.token_ids):
-        return "wrong", f"{len(said.token_ids)} tokens for {len(wanted.token_ids)}"
+        return verdict("wrong", f"{len(said.token_ids)} tokens for {len(wanted.token_ids)}")
     if wanted.finish != said.finish:
-        return "wrong", f"ended by {said.finish} for {wanted.finish}"
+        return verdict("wrong", f"ended by {said.finish} for {wanted.finish}")
     if wanted.text.rstrip("\ufffd") != said.text.rstrip("\ufffd"):
-        return "wrong", "same tokens, another text"
-    for index, (came_logprob, (logprob, _)) in enumerate(zip(said.logprobs, wanted.logprobs, strict=False)):
-        if not math.isclose(came_logprob, logprob, rel_tol=0, abs_tol=LOGPROB_GAP):
-            return "logprobs wrong", f"of token {index + 1}"
+        return verdict("wrong", "same tokens, another text")
     if len(said.logprobs) != len(wanted.logprobs):
-        return "logprobs wrong", f"{len(said.logprobs)} for {len(wanted.logprobs)}"
-    return "exact", ""
+        return verdict("logprobs wrong", f"{len(said.logprobs)} for {len(wanted.logprobs)}")
+    for index, (came_logprob, (logprob, _)) in enumerate(zip(said.logprobs, wanted.logprobs, strict=True)):
+        if not math.isclose(came_logprob, logprob, rel_tol=0, abs_tol=LOGPROB_GAP):
+            return verdict("logprobs wrong", f"of token {index + 1}")
+    return verdict("exact")
 
 
 def ends_the_engine(question: Question, flow: str) -> bool:
@@ -196,14 +213,14 @@ async def ask_stock(
                 return
             ask = router.prefill_draws if flow == "prefill draws" else router.decode_draws
             try:
-                said, is_refused, is_missed = await ask(question)
+                said, refusal, is_missed = await ask(question)
             except RefusedError as error:
                 verdicts.append(StockVerdict(name, mode, flow, "refused", str(error)))
             except (aiohttp.ClientError, TimeoutError) as error:
                 verdicts.append(StockVerdict(name, mode, flow, "failed", type(error).__name__))
             else:
-                kind, detail = judge_stock(oracle[name], said)
-                verdicts.append(StockVerdict(name, mode, flow, kind, detail, is_refused, is_missed))
+                verdict = judge_stock(question, flow, oracle[name], said)
+                verdicts.append(replace(verdict, prefill_refusal=refusal, is_pull_missed=is_missed))
 
     await asyncio.gather(*(one(question) for question in asked))
 
@@ -269,6 +286,7 @@ async def run(options: argparse.Namespace) -> bool:
                     say(f"modes-stock: a prompt that fills its last block: {full_block}")
             finally:
                 await asyncio.to_thread(system.stop)
+        verdicts[:] = await _settled(verdicts, asked, oracle, model)
     finally:
         loop.remove_signal_handler(signal.SIGTERM)
         if verdicts:
@@ -276,39 +294,59 @@ async def run(options: argparse.Namespace) -> bool:
     return True
 
 
+async def _settled(
+    verdicts: Sequence[StockVerdict], asked: Sequence[Question], oracle: dict[str, OracleAnswer], model: Path
+) -> list[StockVerdict]:
+    """As Baton's: a wrong token that the engine itself cannot tell from its best is a tie."""
+    differences = [Difference(each.question, each.index, each.came) for each in verdicts if each.index >= 0]
+    gaps = await gaps_of(differences, asked, oracle, model)
+    return [
+        replace(each, kind="tie")
+        if gaps.get(Difference(each.question, each.index, each.came), math.inf) <= TIE_GAP_FLOAT32
+        else each
+        for each in verdicts
+    ]
+
+
 def _write(asked: Sequence[Question], verdicts: Sequence[StockVerdict], full_block: str) -> None:
     rows = []
     for mode in dict.fromkeys(question.mode.name for question in asked):
         row: dict[str, Any] = {"mode": mode}
         for flow in FLOWS:
-            mine = [each for each in verdicts if each.mode == mode and each.flow == flow]
-            row[flow] = _told(mine)
+            row[flow] = _told([each for each in verdicts if each.mode == mode and each.flow == flow])
         rows.append(row)
+    lengths = [len(question.prompt_token_ids) for question in asked]
+    refusals = Counter(each.prefill_refusal for each in verdicts if each.prefill_refusal)
+    full_count = sum(length % BLOCK_TOKEN_COUNT == 0 for length in lengths)
     summary = [
-        f"{len(verdicts)} requests to two servers with the stock NixlConnector, float32; prompts of "
-        f"{min(len(q.prompt_token_ids) for q in asked)} to {max(len(q.prompt_token_ids) for q in asked)} tokens; "
+        f"{sum(each.kind != 'not asked' for each in verdicts)} requests to two servers with the stock NixlConnector, "
+        f"float32; prompts of {min(lengths)} to {max(lengths)} tokens, of which {full_count} fill their last block; "
         "compared with one monolithic engine as Baton is: token ids, ending, text, log probabilities "
         f"(within {LOGPROB_GAP:g} nats)",
-        "decode draws: vLLM's own flow. Prefill's token is thrown away, so the caller's first token waits for the "
-        "transfer, and decode computes the last token of the prompt again",
+        "decode draws: vLLM's own flow. Prefill's token is thrown away, so that the caller's first token waits for "
+        "the transfer, in every mode; decode computes the last token of the prompt again",
         "decode draws, warm: the same requests once more, their prefixes in both caches",
-        "prefill draws: prefill's token goes to the caller and decode continues prompt + token; lengths, endings at "
+        "prefill draws: prefill's token goes to the caller, and decode continues prompt + token; lengths, endings at "
         "the first token, logprobs and text are put right by the router",
         *(f"{flow}: {_told([each for each in verdicts if each.flow == flow])}" for flow in FLOWS),
-        "not asked: prompts that fill their last block; one was asked at the end, in the flow where prefill draws: "
-        + full_block,
+        f"prefill legs refused as the caller wrote them, and asked again without min_tokens: {_counted(refusals)}",
+        "not asked, where prefill draws: prompts that fill their last block. One was asked at the end: " + full_block,
     ]
     evidence.write("modes-stock", "Every sampling mode on the stock connector", summary, rows, verdicts)
 
 
 def _told(mine: Sequence[StockVerdict]) -> str:
-    counts = Counter(each.kind for each in mine)
-    told = [f"{counts[kind]} {kind}" for kind in sorted(counts)]
-    details = Counter(each.detail for each in mine if each.detail and each.kind != "not asked")
-    if len({each.mode for each in mine}) == 1 and details:
-        told.append("; ".join(sorted(details)[:3]))
-    if refused := sum(each.is_prefill_refused for each in mine):
-        told.append(f"prefill leg refused as written {refused}")
+    told = _counted(Counter(each.kind for each in mine))
+    if len({each.mode for each in mine}) == 1 and (
+        details := dict.fromkeys(each.detail for each in mine if each.kind not in ("exact", "not asked"))
+    ):
+        told += f" ({'; '.join(details)})"
+    if refused := sum(bool(each.prefill_refusal) for each in mine):
+        told += f"; prefill leg refused as written: {refused}"
     if missed := sum(each.is_pull_missed for each in mine):
-        told.append(f"nothing to pull {missed}")
-    return ", ".join(told) or "–"
+        told += f"; nothing to pull: {missed}"
+    return told or "–"
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"

@@ -14,10 +14,9 @@ from typing import Any
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from bench.cores import CLOCK_VARIABLE
-from kvtransfer.connector_steps import PullFirstScheduler
 
 
-class _Clocked(Scheduler):  # type: ignore[misc]
+class ClockedScheduler(Scheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
         path = os.environ[CLOCK_VARIABLE]
@@ -41,11 +40,3 @@ class _Clocked(Scheduler):  # type: ignore[misc]
             }
             os.write(self._clock, json.dumps(step).encode() + b"\n")
         return result
-
-
-class ClockedScheduler(_Clocked):
-    """vLLM's own."""
-
-
-class ClockedPullFirst(_Clocked, PullFirstScheduler):
-    """Baton's."""

@@ -93,7 +93,7 @@ def _configuration(model: Path, state_dir: Path) -> str:
     engine = """
         kv_cache_bytes = 536870912
         max_batched_token_count = 512
-        extra_args = { scheduler_cls = "bench.step_clock.ClockedPullFirst" }
+        extra_args = { scheduler_cls = "bench.step_clock_baton.ClockedPullFirst" }
     """
     return f"""
         [cluster]

@@ -19,7 +19,7 @@ PYTHON = (3, 11)
 MIN_GLIBC = (2, 28)
 """The oldest C library that the wheels of vLLM, torch and NIXL accept (manylinux_2_28)."""
 FRESH_DISK_BYTES = 6 * 10**9
-"""Environment 3.3 GB, pip's downloads 1.5 GB, model and its conversion 0.6 GB, and some room."""
+"""Environment 3.6 GB, pip's downloads 1.5 GB, model and its conversion 0.6 GB, and some room."""
 REFRESH_DISK_BYTES = 10**9
 
 

@@ -127,6 +127,23 @@ def test_an_interrupted_installation_is_not_taken_for_a_whole_one(
     assert place.outdated([part]) == [part]
 
 
+def test_what_will_be_imported_is_compiled_even_where_python_is_told_to_write_no_bytecode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    place = Environment(tmp_path / "tests" / "venv")  # only folders of packages are left out, not ours
+    place.bring_up_to_date([])
+    (packages,) = place.path.glob("lib/python3.*/site-packages")
+    for name in ("a/b.py", "a/tests/c.py", "transformers/models/bart/d.py", "transformers/models/llama/e.py"):
+        (packages / name).parent.mkdir(parents=True, exist_ok=True)
+        (packages / name).write_text("pass\n", encoding="utf-8")
+    (packages / "template.py").write_text("class {{ name }}:\n", encoding="utf-8")
+    assert place.bring_up_to_date([environment.BYTECODE]) == ["bytecode"]
+    compiled = {path.name.split(".")[0] for path in packages.rglob("*.pyc")}
+    assert compiled == {"b", "e"}
+    assert place.bring_up_to_date([environment.BYTECODE]) == []
+
+
 def test_differences_name_what_is_not_as_pinned(tmp_path: Path) -> None:
     place = Environment(tmp_path / "venv")
     place.bring_up_to_date([])

@@ -1,7 +1,8 @@
 """Real engines whose holds end before and while they are read: what they answer is what one engine answers.
 
-A sample of the soak's section ``validity``, with its model of two layers; the last test starts the prefill engine
-anew on its port.
+A sample of the soak's section ``validity``, with its model of two layers. The engines stop themselves at points of a
+pull that a signal from outside would rarely hit; the same engines, told to believe what they read, must then be wrong,
+or the rest would prove nothing. The last test starts the prefill engine anew on its port.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from baton.leg import KvAdopted, RecomputeReason, Stepped
 from baton.request import EngineStop
 from bench.real_fleet import free_ports
 from bench.tiny_model import make_tiny_model
-from bench.validity_engines import Engines, StopCounts, Stopper, engine_config, running_engines
+from bench.validity_engines import Asker, Engines, Moment, StopCounts, Stopper, engine_config, running_engines
 from engine.config import EngineIdentity
 from engine.protocol import DecodeJob, Prefilled, PrefillJob
 
@@ -28,6 +29,8 @@ pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest
 
 PROMPT = tuple(range(3, 303))
 ANSWER_TOKEN_COUNT = 12
+PULL_COUNT = 12
+STALE, EXPIRED = RecomputeReason.STALE.value, RecomputeReason.EXPIRED.value
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +51,9 @@ async def engines(tiny_model: Path, first_port: int) -> AsyncIterator[Engines]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def stopper(engines: Engines) -> Stopper:
-    made = Stopper(engines, seed=7)
-    await made.prepare(10)
+    # The stop lasts as long as it takes the blocks to be other prompts', and no longer.
+    made = Stopper(Asker(engines, seed=7), stop_s=0.0, pull_count=PULL_COUNT)
+    await made.prepare()
     return made
 
 
@@ -74,15 +78,32 @@ async def continued(engine: Any, first: Prefilled | None) -> tuple[KvAdopted, tu
     return adopted, (*([first.first_token_id] if first else []), *tokens)
 
 
-@pytest.mark.parametrize("in_midst", [False, True])
-async def test_what_was_overwritten_before_it_was_read_is_computed_anew(stopper: Stopper, in_midst: bool) -> None:
+@pytest.mark.parametrize("moment", [Moment.QUEUED, Moment.TORN])
+async def test_what_was_overwritten_after_its_first_look_and_before_its_read_is_computed_anew(
+    stopper: Stopper, moment: Moment
+) -> None:
     counts = StopCounts()
-    await stopper.stop_once(counts, in_midst=in_midst, by_release=in_midst)
-    assert counts.trial_count == 10
+    await stopper.stop_once(counts, moment, by_release=moment is Moment.TORN)
     assert counts.wrong_count == 0
-    assert set(counts.reasons) <= {"used", RecomputeReason.EXPIRED.value, RecomputeReason.STALE.value}
-    if not in_midst:
-        assert counts.reasons[RecomputeReason.EXPIRED.value] == 10
+    assert counts.reused_count == PULL_COUNT
+    assert counts.late_count > 0
+    # Every one that read on: by the nonce, and not only by the digests, which engines with KV on a GPU have not.
+    assert set(counts.reasons) <= {STALE, EXPIRED}
+    assert counts.reasons[STALE] == counts.late_count
+
+
+async def test_the_same_engines_answer_wrongly_once_they_believe_what_they_read(
+    engines: Engines, stopper: Stopper
+) -> None:
+    counts = StopCounts()
+    engines.plan.set("believes", 1)
+    try:
+        await stopper.stop_once(counts, Moment.QUEUED, by_release=True)
+    finally:
+        engines.plan.set("believes", 0)
+    assert counts.reused_count == PULL_COUNT
+    assert counts.wrong_count > 0
+    assert set(counts.reasons) == {"used"}
 
 
 async def test_a_prefill_engine_that_came_back_on_its_port_is_another_engine(

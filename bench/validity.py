@@ -88,8 +88,8 @@ async def run(options: argparse.Namespace) -> bool:
     unproven = [name for name, does in proves.items() if not does]
     summary = [
         f"block layer, one process: {blocks.damaged.total()} damaged transfers, of which {blocks.harmful.total()} "
-        f"would have put wrong bytes to use; used: {blocks.missed.total()}. {blocks.clean_count} clean ones; refused: "
-        f"{blocks.false_alarms.total()}",
+        f"would have put wrong bytes to use; used: {blocks.missed.total()}. {blocks.clean_count} clean ones; "
+        f"refused: {blocks.false_alarms.total()}",
         f"between two processes over NIXL: {nixl.damaged_count} damaged, used: {nixl.missed_count}; "
         f"{nixl.clean_count} clean, refused: {nixl.false_alarms.total()}; {nixl.race_count} holds ended within a "
         f"millisecond of the read ({_listed(nixl.race_reasons)}), which brought other bytes "

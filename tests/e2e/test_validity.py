@@ -1,7 +1,7 @@
 """Real engines whose holds end before and while they are read: what they answer is what one engine answers.
 
-A sample of the soak's section ``validity``, with its model of two layers. The engines stop themselves at points of a
-pull that a signal from outside would rarely hit; the same engines, told to believe what they read, must then be wrong,
+A sample of the soak's section ``validity``, with its model of two layers. The decode engine stops itself at points of
+a pull that a signal from outside would rarely hit. The same engines, told to believe what they read, must be wrong,
 or the rest would prove nothing. The last test starts the prefill engine anew on its port.
 """
 

@@ -1,4 +1,4 @@
-"""The step clock for Baton's own scheduler. Apart from ``step_clock.py``, for what peers load must import none of ours."""
+"""The step clock for Baton's own scheduler. Not in ``step_clock.py``: what peers load must import none of ours."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ address.
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +40,7 @@ class RecordMemory:
         self.table = np.zeros(slot_count * self.words_per_record, dtype="<u8")
         self.landing = np.zeros((MAX_READ_COUNT, self.words_per_record), dtype="<u8")
         ranges = [(memory.ctypes.data, memory.nbytes, 0, "") for memory in (self.table, self.landing)]
+        self.landing_address = int(self.landing.ctypes.data)
         self._registered = agent.get_reg_descs(ranges, _DRAM)
         agent.register_memory(self._registered)
 
@@ -56,7 +56,7 @@ class RecordReads:
     def __init__(self, agent: Any, memory: RecordMemory) -> None:
         self._agent = agent
         self._memory = memory
-        self._free = deque(range(MAX_READ_COUNT))
+        self._free = list(range(MAX_READ_COUNT))  # the latest first: its memory is in the caches
         self._stuck: list[tuple[Any, int]] = []
 
     @property
@@ -70,12 +70,13 @@ class RecordReads:
         self._unstick()
         if not self._free:
             return None
-        place = self._free.popleft()
+        place = self._free.pop()
         words = self._memory.landing[place, :word_count]
         words[:] = 0
+        here_address = self._memory.landing_address + place * self._memory.words_per_record * WORD_BYTES
         handle = None
         try:
-            here = self._agent.get_xfer_descs([(words.ctypes.data, size, 0)], _DRAM)
+            here = self._agent.get_xfer_descs([(here_address, size, 0)], _DRAM)
             there = self._agent.get_xfer_descs([(address, size, 0)], _DRAM)
             handle = self._agent.initialize_xfer("READ", here, there, agent_name)
             state = self._agent.transfer(handle)

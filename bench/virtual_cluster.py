@@ -210,6 +210,7 @@ class VirtualCluster:
             self.roster,
             self.admission,
             limits=options.pop("flight", FlightLimits(lease_s=LEASE_S)),
+            release_limits=options.pop("release", None),
             metrics=RouterMetrics(self.registry),
         )
         assert not options, f"unknown options {options}"

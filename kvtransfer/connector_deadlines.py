@@ -89,6 +89,12 @@ class PunctualWorker(NixlPullConnectorWorker):  # type: ignore[misc]
         self._taken_back.add(request_id)
         self._handle_failed_transfer(request_id, None, self._recv_failures, record_failed_transfer=False)
 
+    def caller_left(self, request_id: str) -> None:
+        """Its blocks need not wait for a first contact that hangs: the next step reports it and frees them. When the
+        contact comes about after all, the pull is not known any more and nothing is read."""
+        if self.deadlines.withdraw(request_id):
+            self._handle_failed_transfer(request_id, None, self._recv_failures, record_failed_transfer=False)
+
     def get_transfer_results(self) -> KVConnectorTransferResults:
         late = self.deadlines.late(time.monotonic())
         for request_id in late.taken_back:

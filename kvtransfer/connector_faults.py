@@ -48,14 +48,15 @@ class FaultyAgent:
         *,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
+        notify_pause_s: float = NOTIFY_PAUSE_S,
     ) -> None:
         """``error`` is what the library raises."""
         self.dice = dice
+        self.notify_pause_s = notify_pause_s
         self._agent = agent
         self._error = error
         self._sleep = sleep
         self._clock = clock
-        self._plan = dice.plan
         # The mutable state, by transfer handle: not yet really posted; incomplete until; polled once; never released
         # before; and when notices may be struck again.
         self._unposted: dict[Any, tuple[Any, ...]] = {}
@@ -69,22 +70,26 @@ class FaultyAgent:
     # -- register and handshake: a fault here blocks or raises ----------------------------------
 
     def register_memory(self, *args: Any, **named: Any) -> Any:
-        self._strike(Operation.REGISTER, self._plan.hang_s)
+        self._strike(Operation.REGISTER)
         return self._agent.register_memory(*args, **named)
 
     def add_remote_agent(self, *args: Any, **named: Any) -> Any:
-        self._strike(Operation.HANDSHAKE, self._plan.stuck_s)
+        self._strike(Operation.HANDSHAKE)
         return self._agent.add_remote_agent(*args, **named)
 
-    def _strike(self, operation: Operation, stuck_s: float) -> None:
+    def _strike(self, operation: Operation) -> None:
         match self.dice.draw(operation):
             case Fault.FAIL:
                 raise self._failure(operation)
             case Fault.TIME_OUT:
-                self._sleep(stuck_s)
+                self._sleep(self._plan.stuck_s)
                 raise self._failure(operation)
             case Fault.HANG:
                 self._sleep(self._plan.hang_s)
+
+    @property
+    def _plan(self) -> FaultPlan:
+        return self.dice.plan
 
     def _failure(self, operation: Operation) -> Exception:
         return self._error(f"injected fault: {operation.value}")
@@ -145,7 +150,7 @@ class FaultyAgent:
     def get_new_notifs(self, *args: Any, **named: Any) -> Any:
         now = self._clock()
         if now >= self._notify_at:
-            self._notify_at = now + NOTIFY_PAUSE_S
+            self._notify_at = now + self.notify_pause_s
             match self.dice.draw(Operation.NOTIFY):
                 case Fault.FAIL:
                     raise self._failure(Operation.NOTIFY)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.utils import BlockIds
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 from vllm.v1.request import Request
@@ -38,6 +39,7 @@ class HoldingScheduler(PullScheduler):
         self._keeper = keeper
 
     def request_finished(self, request: Request, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
+        get_kv_transfer_group().connector_worker.caller_left(request.request_id)  # only if it was still to be pulled
         is_held, peer_params = super().request_finished(request, block_ids)
         if not is_held or peer_params is None:
             return is_held, peer_params

@@ -93,15 +93,21 @@ class FaultDice:
     come does not change what either gets. May be asked from several threads."""
 
     def __init__(self, plan: FaultPlan) -> None:
-        self.plan = plan
         self.asked: Counter[Operation] = Counter()
         self.drawn: Counter[tuple[Operation, Fault]] = Counter()
-        self._kinds = tuple(Fault(name) for name in plan.kinds)
         self._lock = threading.Lock()
-        self._generators = {
+        self.follow(plan)
+
+    def follow(self, plan: FaultPlan) -> None:
+        """Draws by this plan from now on, from its beginning. What was counted stays counted."""
+        generators = {
             Operation(name): random.Random(f"{plan.seed}/{name}")  # noqa: S311 reproducible misfortune
             for name in plan.operations
         }
+        with self._lock:
+            self.plan = plan
+            self._kinds = tuple(Fault(name) for name in plan.kinds)
+            self._generators = generators
 
     def draw(self, operation: Operation) -> Fault | None:
         """The fault that strikes this time, if one does."""

@@ -76,6 +76,15 @@ class PullDeadlines:
         """However it ended, nothing writes to its blocks any more. Idempotent."""
         self._pulls.pop(request_id, None)
 
+    def withdraw(self, request_id: str) -> bool:
+        """Its caller has left. True: nothing was posted, so it has ended and nothing writes to its blocks. False: it
+        is not under way, or its read is and must come to its own end."""
+        pull = self._pulls.get(request_id)
+        if pull is None or pull.is_posted:
+            return False
+        del self._pulls[request_id]
+        return True
+
     def late(self, now: float) -> Late:
         """Those whose time is up. Those taken back are forgotten; those given up stay until they have ended."""
         late = [name for name, pull in self._pulls.items() if pull.due_at <= now and not pull.is_given_up]

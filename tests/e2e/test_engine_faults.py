@@ -1,15 +1,40 @@
-"""Real engines whose transfers go wrong: a sample of the soak's section ``faults-real``."""
+"""Real engines whose transfers go wrong: a sample of the soak's section ``faults-real``, on one pair of engines."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import pytest
+import pytest_asyncio
 
-from bench.real_faults import STUCK_S, faulty_cluster, refusal_to_register
+from baton.errors import BatonError, Reason
+from baton.leg import Stepped
+from baton.request import EngineStop
+from bench.real_faults import (
+    BLOCK,
+    HOLDER,
+    OPERATIONS,
+    READER,
+    STUCK_S,
+    FaultyCluster,
+    faulty_cluster,
+    start_that_meets,
+)
 from bench.tiny_model import make_tiny_model
+from engine.protocol import DecodeJob, PrefillJob
+from kvtransfer.faults import Fault
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
+
+REST_WITHIN_S = STUCK_S + 20.0
+WITHIN_S = 20.0
+POOL_BLOCK_COUNT = 128
+LONG_S = 60.0
+"""Longer than any test: what ends within one did not wait for this."""
 
 
 @pytest.fixture(scope="module")
@@ -17,19 +42,123 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster(tiny_model: Path) -> AsyncIterator[FaultyCluster]:
+    async with faulty_cluster(tiny_model, block_count=POOL_BLOCK_COUNT) as cluster:
+        yield cluster
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(WITHIN_S):
+        while True:
+            if await condition():
+                return
+            await asyncio.sleep(0.02)
+
+
+async def held_prompt(cluster: FaultyCluster, block_count: int, number: int) -> tuple[Any, tuple[int, ...]]:
+    """Parameters of a pull of this many blocks, and the prompt that goes with it."""
+    prompt = tuple(3 + (number * 17 + index * 5) % 500 for index in range(BLOCK * block_count))
+    job = PrefillJob(f"p{number}", prompt, stop=EngineStop(8, ignore_eos=True), hold_kv=True, lease_s=LONG_S)
+    prefilled = await cluster.processes[HOLDER].engine.prefill(job)
+    assert prefilled.held is not None
+    return prefilled.held, (*prompt, prefilled.first_token_id)
+
+
+async def decoded(cluster: FaultyCluster, job: DecodeJob) -> tuple[int, ...]:
+    tokens: list[int] = []
+    async with aclosing(cluster.processes[READER].engine.decode(job)) as events:
+        async for event in events:
+            if isinstance(event, Stepped):
+                tokens += event.token_ids
+    return tuple(tokens)
+
+
 async def test_answers_are_one_engines_and_nothing_is_left_while_a_quarter_of_all_operations_go_wrong(
-    tiny_model: Path,
+    cluster: FaultyCluster,
 ) -> None:
-    async with faulty_cluster(tiny_model, {"probability": 0.25, "seed": 1}) as cluster:
-        questions = await cluster.questions(12, seed=1)
-        tally = await cluster.ask_all(questions * 5, concurrency=8)
-        assert tally.wrong == []
-        assert tally.outcomes == {"complete": 60}
-        counts = await cluster.fault_counts()
-        assert any(name.startswith("post.") for name in counts), counts
-        assert tally.reasons or tally.attempts[2], "no fault was met: the test proves nothing"
-        await cluster.at_rest(STUCK_S + 15.0)
+    questions = await cluster.questions(12, seed=1)
+    before = await cluster.fault_counts()
+    for worker_id, operations in OPERATIONS.items():
+        plan = {"probability": 0.25, "operations": [each.value for each in operations], "seed": 1, "stuck_s": STUCK_S}
+        cluster.tell_engine(worker_id, plan, forgets_peers=True)
+    tally = await cluster.ask_all(questions * 5, concurrency=8)
+    assert tally.wrong == []
+    assert tally.outcomes == {"complete": 60}
+    assert tally.exact_count == 60
+    assert tally.reasons or tally.attempts[2], "no fault was met: the test proves nothing"
+    struck = {name for name, count in (await cluster.fault_counts() - before).items() if "." in name and count}
+    for operation in ("post", "poll", "notify", "release"):
+        assert any(name.startswith(f"{READER} {operation}.") for name in struck), struck
+    assert any(name.startswith(f"{HOLDER} notify.") for name in struck), struck
+    cluster.end()
+    await cluster.at_rest(REST_WITHIN_S)
 
 
-async def test_an_engine_whose_memory_the_library_does_not_take_does_not_start(tiny_model: Path) -> None:
-    assert "the engine did not start" in await refusal_to_register(tiny_model)
+async def test_nothing_is_computed_into_the_blocks_of_a_read_that_hangs(cluster: FaultyCluster) -> None:
+    engine = cluster.processes[READER].engine
+    (question,) = [each for each in await cluster.questions(20, seed=2) if len(each.prompt_token_ids) > 200][:1]
+    held, prompt = await held_prompt(cluster, 20, number=1)
+    plan = {"probability": 1.0, "operations": ["post"], "kinds": ["time_out"], "stuck_s": LONG_S}
+    cluster.tell_engine(READER, plan)
+    # One read of the hold's record hangs before it, which does no harm: it is not waited for.
+    with pytest.raises(BatonError) as caught:
+        await decoded(cluster, DecodeJob("hangs", prompt, pull=held.params, stop=EngineStop(4, ignore_eos=True)))
+    assert caught.value.reason is Reason.TICKET_REFUSED
+    cluster.tell_engine(READER)
+    load = await engine.load_now()
+    assert load.quarantined_pull_count == 1
+    assert load.used_block_count >= 20
+    # More than the pool has beside them, at once and again: whoever got one of them would meet it in its answer.
+    for _ in range(3):
+        jobs = [
+            DecodeJob(f"q{number}", question.prompt_token_ids, stop=EngineStop(12, ignore_eos=True))
+            for number in range(POOL_BLOCK_COUNT // (len(question.prompt_token_ids) // BLOCK))
+        ]
+        assert await asyncio.gather(*(decoded(cluster, job) for job in jobs)) == [question.answer] * len(jobs)
+        assert (await engine.load_now()).used_block_count >= 20, "given away while a read may still write to it"
+    cluster.tell_engine(READER, ends_what_is_stuck=True)
+    await until(lambda: _is_empty(engine))
+    await cluster.processes[HOLDER].engine.release(held.handle)
+    cluster.end()
+    await cluster.at_rest(REST_WITHIN_S)
+
+
+async def test_a_caller_that_leaves_during_a_first_contact_that_hangs_leaves_no_block_behind(
+    cluster: FaultyCluster,
+) -> None:
+    engine = cluster.processes[READER].engine
+    held, prompt = await held_prompt(cluster, 8, number=2)
+    before = (await cluster.fault_counts())[f"{READER} handshake.time_out"]
+    plan = {"probability": 1.0, "operations": ["handshake"], "kinds": ["time_out"], "stuck_s": 8.0}
+    cluster.tell_engine(READER, plan, forgets_peers=True, pull_timeout_s=LONG_S)
+    asking = asyncio.create_task(
+        decoded(cluster, DecodeJob("left", prompt, pull=held.params, stop=EngineStop(4, ignore_eos=True)))
+    )
+
+    async def hangs() -> bool:
+        return (await cluster.fault_counts())[f"{READER} handshake.time_out"] > before
+
+    await until(hangs)
+    assert (await engine.load_now()).used_block_count >= 8
+    asking.cancel()
+    await asyncio.wait([asking])
+    await until(lambda: _is_empty(engine))
+    counts = await cluster.fault_counts()
+    assert counts[f"{READER} contacts under way"] == 1, "it waited for the contact's end: nothing is proven"
+    cluster.end()
+    answers = await cluster.questions(1, seed=3)
+    assert (await cluster.ask_all(answers, concurrency=1)).wrong == []
+    await cluster.processes[HOLDER].engine.release(held.handle)
+    await cluster.at_rest(REST_WITHIN_S)
+
+
+async def _is_empty(engine: Any) -> bool:
+    load = await engine.load_now()
+    return bool(load.used_block_count == 0 and load.quarantined_pull_count == 0)
+
+
+async def test_an_engine_whose_memory_the_library_does_not_take_does_not_start_and_says_so(tiny_model: Path) -> None:
+    said = await start_that_meets(tiny_model, Fault.FAIL, number=2)
+    assert said.startswith(Reason.ENGINE_FAILED.value)
+    assert "the engine did not start" in said

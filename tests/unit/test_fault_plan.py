@@ -184,6 +184,18 @@ def test_registration_is_struck_only_where_it_is_named() -> None:
     assert dice.draw(Operation.HANDSHAKE) is not None
 
 
+def test_dice_that_follow_another_plan_begin_it_from_its_beginning_and_go_on_counting() -> None:
+    dice = FaultDice(FaultPlan(allow_faults=True, probability=1.0, operations=["post"], kinds=["fail"]))
+    assert dice.draw(Operation.POST) is Fault.FAIL
+    plan = FaultPlan(allow_faults=True, probability=0.5, operations=["poll"], seed=3)
+    dice.follow(plan)
+    assert dice.draw(Operation.POST) is None
+    fresh = FaultDice(plan)
+    assert [dice.draw(Operation.POLL) for _ in range(50)] == [fresh.draw(Operation.POLL) for _ in range(50)]
+    assert dice.counts()["post"] == 2
+    assert dice.counts()["post.fail"] == 1
+
+
 # The decorator
 
 
@@ -212,10 +224,11 @@ def test_an_operation_that_hangs_takes_its_time_and_is_done() -> None:
     assert library.said == ["register", "handshake", "transfer t", "release t"]
 
 
-def test_a_handshake_that_never_ends_fails_after_all_its_time() -> None:
-    agent, library, clock = agent_that(Fault.TIME_OUT, Operation.HANDSHAKE)
+@pytest.mark.parametrize("operation", [Operation.REGISTER, Operation.HANDSHAKE])
+def test_what_blocks_and_never_ends_fails_after_all_its_time(operation: Operation) -> None:
+    agent, library, clock = agent_that(Fault.TIME_OUT, operation)
     with pytest.raises(LibraryError):
-        agent.add_remote_agent(b"metadata")
+        (agent.add_remote_agent if operation is Operation.HANDSHAKE else agent.register_memory)(b"metadata")
     assert clock.now == 120.0
     assert library.said == []
 

@@ -57,6 +57,18 @@ def test_late_pulls_are_counted_whatever_became_of_them() -> None:
     assert len(deadlines) == 0
 
 
+def test_a_pull_whose_caller_left_ends_at_once_unless_its_read_was_posted() -> None:
+    deadlines = PullDeadlines(10.0)
+    deadlines.begin("a", 100.0)
+    deadlines.begin("b", 100.0)
+    deadlines.posted("b")
+    assert deadlines.withdraw("a")
+    assert not deadlines.withdraw("a")
+    assert not deadlines.withdraw("b"), "what is posted may still write: its blocks are nobody else's"
+    assert deadlines.late(110.0) == Late(given_up=("b",))
+    assert deadlines.late_count == 1
+
+
 def test_what_is_not_under_way_is_not_posted_into_being() -> None:
     deadlines = PullDeadlines(1.0)
     deadlines.posted("a")

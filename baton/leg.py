@@ -112,6 +112,8 @@ class KvAdopted:
     """Of the transfer: bytes moving, by the transfer library's own count."""
     verify_s: float = 0.0
     """Of the transfer: making sure that what came is what was held."""
+    is_with_tokens: bool = False
+    """The first ``Stepped`` is the next event, without a wait: whoever passes them on does so in one message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +180,10 @@ class WorkerLoad:
     is_draining: bool
     quarantined_pull_count: int = 0
     """Pulls given up whose reads may still write to their blocks."""
+    reserved_block_count: int = 0
+    """Promised to decodes in hand that are not known to have them: free by the engine's count, but spoken for."""
+    no_room_count: int = 0
+    """Decodes refused for want of room since the process began."""
 
 
 _TOKEN_BYTES = 4

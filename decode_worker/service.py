@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 
+from baton.errors import BatonError
 from baton.leg import DecodeDone, DecodeEvent, DecodeOrder, KvAdopted, RecomputeReason, Stepped
 from baton.worker.v1 import worker_pb2, worker_pb2_grpc
 from decode_worker.worker import DecodeWorker
@@ -29,7 +30,15 @@ def order_from_proto(request: Any) -> DecodeOrder:
     return DecodeOrder(ticket=request.ticket, **order_fields(request))
 
 
-def event_to_proto(event: DecodeEvent) -> worker_pb2.DecodeResponse:
+def events_to_proto(*events: DecodeEvent) -> worker_pb2.DecodeResponse:
+    """One message of events that follow one another, at most one of each kind."""
+    message = worker_pb2.DecodeResponse()
+    for event in events:
+        message.MergeFrom(_event_to_proto(event))
+    return message
+
+
+def _event_to_proto(event: DecodeEvent) -> worker_pb2.DecodeResponse:
     match event:
         case Stepped():
             logprobs = [logprobs_to_proto(each) for each in event.logprobs]
@@ -65,8 +74,20 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
         # A coroutine that writes, not a generator handler: grpc.aio leaves the closing of a generator to the
         # garbage collector, and the engine's request with it.
         async with answering(context, "decode"), aclosing(self._worker.decode(order_from_proto(request))) as events:
-            async for event in events:
-                await context.write(event_to_proto(event))
+            untold: KvAdopted | None = None
+            try:
+                async for event in events:
+                    if isinstance(event, KvAdopted) and event.is_with_tokens:
+                        # Its tokens are here already. A write of their own would have the router let go of the held
+                        # KV on the very cores that the first token is on its way over.
+                        untold = event
+                        continue
+                    told, untold = untold, None
+                    await context.write(events_to_proto(*(() if told is None else (told,)), event))
+            except BatonError:
+                if untold is not None:  # a leg that fails all the same has adopted: say so before its status
+                    await context.write(events_to_proto(untold))
+                raise
 
 
 def add_decode_service(server: grpc.aio.Server, worker: DecodeWorker) -> str:

@@ -52,6 +52,7 @@ def kv_adopted(
     cached_token_count: int,
     block_token_count: int,
     pull: Pull | None,
+    is_with_tokens: bool,
 ) -> KvAdopted:
     """``cached_token_count``: prompt tokens the engine had not to compute, pulled ones included.
     ``pull`` None: nothing was read from a peer."""
@@ -66,6 +67,7 @@ def kv_adopted(
             recomputed_token_count=0,
             prefill_s=max(0.0, times.first_token_at - times.scheduled_at),
             cached_token_count=cached_token_count,
+            is_with_tokens=is_with_tokens,
         )
     covered_token_count = len(job.prompt_token_ids) - 1
     if pull is None:
@@ -80,6 +82,7 @@ def kv_adopted(
             prefill_s=0.0,
             cached_token_count=min(cached_token_count, covered_token_count),
             first_step_s=first_step_s,
+            is_with_tokens=is_with_tokens,
         )
     block_count = -(-covered_token_count // block_token_count)
     # Only whole blocks are in a prefix cache, so what was not missing is a multiple of their size.
@@ -101,4 +104,5 @@ def kv_adopted(
         post_s=pull.post_s,
         wire_s=pull.wire_s,
         verify_s=pull.verify_s,
+        is_with_tokens=is_with_tokens,
     )

@@ -113,6 +113,8 @@ def load_to_proto(load: WorkerLoad) -> worker_pb2.WatchLoadResponse:
         block_count=load.block_count,
         held_lease_count=load.held_lease_count,
         quarantined_pull_count=load.quarantined_pull_count,
+        reserved_block_count=load.reserved_block_count,
+        no_room_count=load.no_room_count,
         is_draining=load.is_draining,
     )
 

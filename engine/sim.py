@@ -396,6 +396,7 @@ class SimEngine:
             recomputed_token_count=0,
             prefill_s=sequence.first_token_at - sequence.scheduled_at,
             cached_token_count=sequence.cached_token_count,
+            is_with_tokens=True,
         )
 
     def _adopted_by_pulling(self, leg: _Leg, pulled: _Pulled) -> KvAdopted:
@@ -414,6 +415,7 @@ class SimEngine:
             pull_count=pulled.pull_count,
             prefill_s=0.0,
             cached_token_count=sequence.cached_token_count,
+            is_with_tokens=sequence.output_token_count > 0,
         )
 
     def _hold(self, sequence: sim_scheduler.Sequence, lease_s: float) -> HeldKv:

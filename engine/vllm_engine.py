@@ -237,6 +237,7 @@ class VllmEngine:
                 stream = self._unless_given_up(request_id, stream)
             async with aclosing(stream) as outputs:
                 async for output in outputs:
+                    (completion,) = output.outputs
                     if not is_adopted:
                         is_adopted = True
                         yield kv_adopted(
@@ -246,8 +247,8 @@ class VllmEngine:
                             cached_token_count=output.num_cached_tokens or 0,
                             block_token_count=self._config.block_token_count,
                             pull=reports.take_pull(request_id),
+                            is_with_tokens=bool(completion.token_ids),
                         )
-                    (completion,) = output.outputs
                     if completion.token_ids:
                         yield Stepped(tuple(completion.token_ids), token_logprobs(job, completion))
                     if output.finished:

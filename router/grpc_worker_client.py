@@ -128,7 +128,8 @@ class GrpcWorkerClient:
         call = self._open(self._decode_stub.Decode, decode_request(order), timeout_s)
         try:
             while (message := await self._answer(call.read())) is not grpc.aio.EOF:
-                yield event_from_proto(message)
+                for event in events_from_proto(message):
+                    yield event
         finally:
             call.cancel()  # of no effect on a call that is over
 
@@ -145,6 +146,8 @@ class GrpcWorkerClient:
                     block_count=message.block_count,
                     held_lease_count=message.held_lease_count,
                     quarantined_pull_count=message.quarantined_pull_count,
+                    reserved_block_count=message.reserved_block_count,
+                    no_room_count=message.no_room_count,
                     is_draining=message.is_draining,
                 )
         finally:
@@ -252,32 +255,38 @@ def decode_request(order: DecodeOrder) -> pb.DecodeRequest:
     )
 
 
-def event_from_proto(message: Any) -> DecodeEvent:
-    match message.WhichOneof("event"):
-        case "step":
-            return Stepped(tuple(message.step.token_ids), tuple(map(_logprobs, message.step.logprobs)))
-        case "adopted":
-            adopted = message.adopted
-            return KvAdopted(
-                wait_s=adopted.wait_s,
-                transfer_s=adopted.transfer_s,
-                decode_wait_s=adopted.decode_wait_s,
-                transfer_bytes=adopted.transfer_byte_count,
-                descriptor_count=adopted.descriptor_count,
-                recomputed_token_count=adopted.recomputed_token_count,
-                prefill_s=adopted.prefill_s,
-                cached_token_count=adopted.cached_token_count,
-                first_step_s=adopted.first_step_s,
-                recompute_reason=_RECOMPUTE_REASONS.get(adopted.recompute_reason),
-                pull_count=adopted.pull_count,
-                post_s=adopted.post_s,
-                wire_s=adopted.wire_s,
-                verify_s=adopted.verify_s,
-            )
-        case "finished" if message.finished.finish in _FINISH:
-            return DecodeDone(_FINISH[message.finished.finish])
-        case other:
-            raise internal(f"a decode brought an event this router does not know: {other}")
+def events_from_proto(message: Any) -> list[DecodeEvent]:
+    """In the order they happened in. Raises INTERNAL for a message without an event."""
+    events: list[DecodeEvent] = []
+    if message.HasField("adopted"):
+        events.append(_adopted(message.adopted, is_with_tokens=message.HasField("step")))
+    if message.HasField("step"):
+        events.append(Stepped(tuple(message.step.token_ids), tuple(map(_logprobs, message.step.logprobs))))
+    if message.HasField("finished") and message.finished.finish in _FINISH:
+        events.append(DecodeDone(_FINISH[message.finished.finish]))
+    if not events:
+        raise internal("a decode brought an event this router does not know")
+    return events
+
+
+def _adopted(adopted: Any, *, is_with_tokens: bool) -> KvAdopted:
+    return KvAdopted(
+        wait_s=adopted.wait_s,
+        transfer_s=adopted.transfer_s,
+        decode_wait_s=adopted.decode_wait_s,
+        transfer_bytes=adopted.transfer_byte_count,
+        descriptor_count=adopted.descriptor_count,
+        recomputed_token_count=adopted.recomputed_token_count,
+        prefill_s=adopted.prefill_s,
+        cached_token_count=adopted.cached_token_count,
+        first_step_s=adopted.first_step_s,
+        recompute_reason=_RECOMPUTE_REASONS.get(adopted.recompute_reason),
+        pull_count=adopted.pull_count,
+        post_s=adopted.post_s,
+        wire_s=adopted.wire_s,
+        verify_s=adopted.verify_s,
+        is_with_tokens=is_with_tokens,
+    )
 
 
 def _logprobs(message: Any) -> TokenLogprobs:

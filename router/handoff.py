@@ -12,7 +12,8 @@ tasks. Whoever drives it performs every action, in order, and feeds back what ha
       |              | PrefillDone: Emit   |                              |  from prompt + tokens emitted
       |              v                     v                              |
       |          PREFILLED --Emitted--> STARTING -------------------------|
-      |              |                     | Adopted: ReleaseKv           |
+      |              |                     | Adopted: ReleaseKv, but      |
+      |              |                     | AFTER tokens that came along |
       |              |                     v                              |
       |              |                 DECODING --------------------------'
       |              | last token          | DecodeEnded
@@ -299,7 +300,8 @@ class Handoff:
         self.transfer = self.transfer.plus(kv)
         if not self._is_split:
             self._note_cached(kv.cached_token_count)
-        return self._release_held()
+        # Tokens that are here are the caller's first: they are told in the next fact, and the release AFTER them.
+        return [] if kv.is_with_tokens else self._release_held()
 
     def _stepped(self, fact: TokensArrived) -> list[Action]:
         if fact.first_index > self._leg_token_count:
@@ -309,11 +311,11 @@ class Handoff:
         repeated_count = self._leg_token_count - fact.first_index
         fresh = fact.token_ids[repeated_count:]
         if not fresh:
-            return []
+            return self._release_held()
         if len(self._emitted) + len(fresh) > self._request.max_output_token_count:
             return self._lost(internal("a leg brought more tokens than it was asked for"))
         self._leg_token_count += len(fresh)
-        return [self._emit(fresh, fact.logprobs[repeated_count:])]
+        return [self._emit(fresh, fact.logprobs[repeated_count:]), *self._release_held()]
 
     def _decode_ended(self, fact: DecodeEnded) -> list[Action]:
         if fact.token_count != self._leg_token_count:

@@ -18,8 +18,8 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from baton.errors import BatonError, Reason
-from baton.leg import pack_token_ids
+from baton.errors import BatonError, Reason, engine_failed
+from baton.leg import RecomputeReason, pack_token_ids
 from baton.metrics import WorkerMetrics
 from baton.request import Role
 from baton.secret import TOKEN_KEY, cluster_token
@@ -31,7 +31,7 @@ from engine.cost import CostModel, DecodeCost, PrefillCost
 from engine.hosting import HostConfig, HostingError, WorkerEndpoint, WorkerHost, run_worker_host, start_unless_stopped
 from engine.introductions import Introductions
 from engine.load_board import LoadBoard
-from engine.protocol import DecodeJob, KvAdopted, Stepped
+from engine.protocol import DecodeEvent, DecodeJob, KvAdopted, Stepped
 from engine.service import add_worker_service, worker_info
 from engine.sim import SimConfig, SimEngine, SimNetwork, TokenRule, simulated_answer
 from prefill_worker.service import add_prefill_service
@@ -166,7 +166,8 @@ async def test_a_prompt_prefilled_on_one_worker_is_continued_on_another_over_the
         assert reply.finish == worker_pb2.LEG_FINISH_UNSPECIFIED
         request = decode_request((*PROMPT, reply.first_token_id), 5, reply.ticket)
         events = [event async for event in d.decode_stub.Decode(request, metadata=TOKEN, timeout=5)]
-        assert [events[0].WhichOneof("event"), events[-1].WhichOneof("event")] == ["adopted", "finished"]
+        assert [event.HasField("adopted") for event in events] == [True] + [False] * (len(events) - 1)
+        assert [event.HasField("finished") for event in events] == [False] * (len(events) - 1) + [True]
         assert events[0].adopted.transfer_byte_count > 0
         assert events[0].adopted.recomputed_token_count == 0
         tokens = [reply.first_token_id, *(token for event in events for token in event.step.token_ids)]
@@ -175,6 +176,29 @@ async def test_a_prompt_prefilled_on_one_worker_is_continued_on_another_over_the
         release = worker_pb2.ReleaseKvRequest(ticket_id=reply.ticket_id)
         assert (await p.prefill_stub.ReleaseKv(release, metadata=TOKEN, timeout=5)).was_held
         assert not (await p.prefill_stub.ReleaseKv(release, metadata=TOKEN, timeout=5)).was_held
+
+
+async def test_adoption_and_the_tokens_that_come_with_it_are_one_message() -> None:
+    async with a_worker() as w:  # no ticket: it tells of adoption when the first token is there
+        events = [event async for event in w.decode_stub.Decode(decode_request(), metadata=TOKEN, timeout=5)]
+        assert events[0].HasField("adopted")
+        assert events[0].HasField("step")
+        assert not any(event.HasField("adopted") for event in events[1:])
+
+
+async def test_a_leg_that_fails_right_after_its_adoption_tells_of_both() -> None:
+    async with a_worker() as w:
+        adopted = KvAdopted(0, 0, 0, 0, 0, 5, 0, 0, recompute_reason=RecomputeReason.STALE, is_with_tokens=True)
+
+        async def decode(_: object) -> AsyncGenerator[DecodeEvent, None]:
+            yield adopted
+            raise engine_failed("w0", "the engine died")
+
+        w.engine.decode = decode  # type: ignore[method-assign, assignment]
+        call = w.decode_stub.Decode(decode_request(), metadata=TOKEN, timeout=5)
+        first = await call.read()
+        assert first.adopted.recompute_reason == worker_pb2.RECOMPUTE_REASON_STALE
+        assert (await failure(call.read())).reason is Reason.ENGINE_FAILED
 
 
 async def test_a_lease_is_extended_over_the_wire_until_it_is_gone() -> None:
@@ -209,7 +233,7 @@ async def test_a_cancelled_decode_ends_in_the_engine() -> None:
     async with a_worker() as w:
         call = w.decode_stub.Decode(decode_request(max_token_count=5000), metadata=TOKEN, timeout=30)
         async for event in call:
-            if event.WhichOneof("event") == "step":
+            if event.HasField("step"):
                 break
         assert w.engine.load().running_count == 1
         call.cancel()
@@ -381,7 +405,7 @@ async def test_a_draining_worker_says_so_finishes_what_it_has_and_takes_nothing_
         assert statuses == [NOT_SERVING] * 3
         while (event := await call.read()) is not grpc.aio.EOF:
             last = event
-        assert last.WhichOneof("event") == "finished"
+        assert last.HasField("finished")
         drain = worker_pb2.DrainRequest(timeout_s=5)
         assert (await w.worker_stub.Drain(drain, metadata=TOKEN, timeout=9)).remaining_count == 0
         bad = worker_pb2.DrainRequest(timeout_s=-1)

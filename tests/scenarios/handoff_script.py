@@ -120,7 +120,8 @@ def _fact(name: str, words: list[str], options: dict[str, str]) -> Fact:
             return PrefillDone(leg, reply)
         case "adopted":
             recomputed = int(options.get("recomputed", "0"))
-            return Adopted(leg, KvAdopted(0.0, 0.0, 0.0, 10, 1, recomputed, 0.0, 0))
+            is_with_tokens = "with-tokens" in words
+            return Adopted(leg, KvAdopted(0.0, 0.0, 0.0, 10, 1, recomputed, 0.0, 0, is_with_tokens=is_with_tokens))
         case "tokens":
             return TokensArrived(leg, int(options["from"]), tuple(int(word) for word in words))
         case "decode-ended":

@@ -131,7 +131,8 @@ class World:
         assert action.order.stop.max_token_count >= 1
         count = 0
         finish: LegFinish | None = None
-        facts: list[Fact] = [Adopted(action.leg, KvAdopted(0, 0, 0, 1, 1, 0, 0, 0))]
+        is_with_tokens = bool(action.leg % 2)
+        facts: list[Fact] = [Adopted(action.leg, KvAdopted(0, 0, 0, 1, 1, 0, 0, 0, is_with_tokens=is_with_tokens))]
         while finish is None:
             facts.append(TokensArrived(action.leg, count, (token_at(start + count),)))
             count += 1

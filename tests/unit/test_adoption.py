@@ -27,7 +27,9 @@ class Record:
 
 def adopted(token_count: int, *, pulls: bool, cached: int = 0, pull: Pull | None = None) -> KvAdopted:
     job = DecodeJob("leg", tuple(range(token_count)), pull={"some": "params"} if pulls else None)
-    return kv_adopted(job, TIMES, told_at=10.7, cached_token_count=cached, block_token_count=128, pull=pull)
+    return kv_adopted(
+        job, TIMES, told_at=10.7, cached_token_count=cached, block_token_count=128, pull=pull, is_with_tokens=True
+    )
 
 
 def test_without_a_pull_the_time_is_waiting_and_computing_the_prompt() -> None:

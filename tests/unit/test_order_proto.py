@@ -11,7 +11,7 @@ from baton.leg import DecodeDone, DecodeEvent, DecodeOrder, KvAdopted, PrefillOr
 from baton.request import EngineStop, LegFinish, Sampling, Structure, StructureKind, TokenLogprobs
 from decode_worker import service as decode_service
 from prefill_worker import service as prefill_service
-from router.grpc_worker_client import decode_request, event_from_proto, prefill_request
+from router.grpc_worker_client import decode_request, events_from_proto, prefill_request
 
 SAMPLING = Sampling(
     temperature=0.7,
@@ -67,7 +67,18 @@ def test_the_defaults_cross_the_wire_too() -> None:
 
 @pytest.mark.parametrize("event", EVENTS, ids=str)
 def test_an_event_crosses_the_wire_whole(event: DecodeEvent) -> None:
-    assert event_from_proto(_sent(decode_service.event_to_proto(event))) == event
+    assert events_from_proto(_sent(decode_service.events_to_proto(event))) == [event]
+
+
+def test_what_is_told_together_is_heard_in_the_order_it_happened_in() -> None:
+    adopted = KvAdopted(1, 2, 3, 4, 5, 6, 7, 8, recompute_reason=RecomputeReason.STALE, is_with_tokens=True)
+    together: list[DecodeEvent] = [adopted, Stepped((3, 6), LOGPROBS), DecodeDone(LegFinish.STOP)]
+    assert events_from_proto(_sent(decode_service.events_to_proto(*together))) == together
+
+
+def test_a_message_of_a_decode_without_an_event_is_refused() -> None:
+    with pytest.raises(BatonError):
+        events_from_proto(decode_service.events_to_proto())
 
 
 def test_a_structure_of_an_unknown_kind_is_refused() -> None:

@@ -315,7 +315,7 @@ class WatchLoadRequest(_message.Message):
     def __init__(self, interval_ms: _Optional[int] = ...) -> None: ...
 
 class WatchLoadResponse(_message.Message):
-    __slots__ = ("epoch", "running_count", "waiting_count", "used_block_count", "block_count", "held_lease_count", "is_draining", "quarantined_pull_count")
+    __slots__ = ("epoch", "running_count", "waiting_count", "used_block_count", "block_count", "held_lease_count", "is_draining", "quarantined_pull_count", "reserved_block_count", "no_room_count")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     RUNNING_COUNT_FIELD_NUMBER: _ClassVar[int]
     WAITING_COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -324,6 +324,8 @@ class WatchLoadResponse(_message.Message):
     HELD_LEASE_COUNT_FIELD_NUMBER: _ClassVar[int]
     IS_DRAINING_FIELD_NUMBER: _ClassVar[int]
     QUARANTINED_PULL_COUNT_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_BLOCK_COUNT_FIELD_NUMBER: _ClassVar[int]
+    NO_ROOM_COUNT_FIELD_NUMBER: _ClassVar[int]
     epoch: str
     running_count: int
     waiting_count: int
@@ -332,7 +334,9 @@ class WatchLoadResponse(_message.Message):
     held_lease_count: int
     is_draining: bool
     quarantined_pull_count: int
-    def __init__(self, epoch: _Optional[str] = ..., running_count: _Optional[int] = ..., waiting_count: _Optional[int] = ..., used_block_count: _Optional[int] = ..., block_count: _Optional[int] = ..., held_lease_count: _Optional[int] = ..., is_draining: bool = ..., quarantined_pull_count: _Optional[int] = ...) -> None: ...
+    reserved_block_count: int
+    no_room_count: int
+    def __init__(self, epoch: _Optional[str] = ..., running_count: _Optional[int] = ..., waiting_count: _Optional[int] = ..., used_block_count: _Optional[int] = ..., block_count: _Optional[int] = ..., held_lease_count: _Optional[int] = ..., is_draining: bool = ..., quarantined_pull_count: _Optional[int] = ..., reserved_block_count: _Optional[int] = ..., no_room_count: _Optional[int] = ...) -> None: ...
 
 class GetLoadRequest(_message.Message):
     __slots__ = ()

@@ -213,7 +213,8 @@ class DecodeServiceServicer(object):
 
     def Decode(self, request, context):
         """Streams `Adopted Step* DecodeFinished`. Cancelling the call aborts the
-        decode and frees everything.
+        decode and frees everything. Fails with NO_ROOM, before anything is pulled
+        and with the ticket unused, where the engine has too few free blocks now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -51,6 +51,8 @@ SIDE_BY_SIDE = 8
 BLOCK_TOKEN_COUNT = 128
 LOGPROB_COUNT = 5
 LEG_TIMEOUT_S = 120.0
+KV_CACHE_BYTES = 2**31
+"""Room for every prompt at once: the warm flow is to find them all."""
 FLOWS = ("decode draws", "decode draws, warm", "prefill draws")
 
 
@@ -269,9 +271,11 @@ async def run(options: argparse.Namespace) -> bool:
             )  # fmt: skip
             # The compiler of grammars that the oracle has: another one permits another white space.
             extra = {"structured_outputs_config": '{"backend": "guidance"}'}
-            config = replace(
-                config, engines={role: replace(each, extra_args=extra) for role, each in config.engines.items()}
-            )
+            engines = {
+                role: replace(each, extra_args=extra, kv_cache_bytes=KV_CACHE_BYTES)
+                for role, each in config.engines.items()
+            }
+            config = replace(config, engines=engines)
             system = await asyncio.to_thread(
                 start_system, SYSTEMS["stock-pd"], config, Path(folder, "unused"), Path(folder)
             )
@@ -328,6 +332,8 @@ def _write(asked: Sequence[Question], verdicts: Sequence[StockVerdict], full_blo
         "decode draws, warm: the same requests once more, their prefixes in both caches",
         "prefill draws: prefill's token goes to the caller, and decode continues prompt + token; lengths, endings at "
         "the first token, logprobs and text are put right by the router",
+        "engine steps are so large that no prompt takes two: with a seed, two would end a plain engine on CPU, with "
+        "a connector or without",
         *(f"{flow}: {_told([each for each in verdicts if each.flow == flow])}" for flow in FLOWS),
         f"prefill legs refused as the caller wrote them, and asked again without min_tokens: {_counted(refusals)}",
         "not asked, where prefill draws: prompts that fill their last block. One was asked at the end: " + full_block,

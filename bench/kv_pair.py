@@ -32,11 +32,15 @@ PAGE_BYTES = 2 * KV_HEAD_COUNT * HEAD_SIZE * BLOCK_TOKEN_COUNT * 2
 """Keys and values of one block in one layer, in bfloat16."""
 BLOCK_BYTES = LAYER_COUNT * PAGE_BYTES
 POOL_BLOCK_COUNT = 128
+POOL_BYTES = POOL_BLOCK_COUNT * BLOCK_BYTES
+"""With smaller blocks there are more of them."""
 ENGINE_STEP_PAUSE_S = 0.001
 """What vLLM's engine sleeps between two steps that computed nothing."""
 READ_DEADLINE_S = 30.0
 STOCK_PATHS = ("stock-as-shipped", "stock-tuned", "stock-no-progress-thread")
-PATHS = ("baton", *STOCK_PATHS, "raw")
+WITHOUT_DIGESTS = "baton-without-digests"
+BATON_PATHS = ("baton", WITHOUT_DIGESTS)
+PATHS = (*BATON_PATHS, *STOCK_PATHS, "raw")
 
 
 class End(Protocol):
@@ -62,7 +66,7 @@ def fill(pages: Sequence[np.ndarray[Any, Any]], seed: int) -> None:
 class ConnectorEnd:
     """A connector, scheduler and worker side, without an engine around it."""
 
-    def __init__(self, path: str, model: Path, host: str, port: int, seed: int) -> None:
+    def __init__(self, path: str, model: Path, host: str, port: int, seed: int, block_token_count: int) -> None:
         import torch
         from vllm.config import set_current_vllm_config
         from vllm.distributed.kv_transfer import kv_transfer_state
@@ -71,24 +75,31 @@ class ConnectorEnd:
         from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
         self._host, self._port = host, port
-        config = _baton_config(model, host, port) if path == "baton" else _stock_config(path, model)
+        self._is_baton = path in BATON_PATHS
+        self._block_token_count = block_token_count
+        page_bytes = PAGE_BYTES * block_token_count // BLOCK_TOKEN_COUNT
+        block_count = POOL_BYTES // (LAYER_COUNT * page_bytes)
+        if self._is_baton:
+            config = _baton_config(model, host, port, block_token_count, enable_kv_digests=path != WITHOUT_DIGESTS)
+        else:
+            config = _stock_config(path, model, block_token_count)
         config.cache_config.kv_cache_layout = "LBHNC"
-        config.cache_config.num_gpu_blocks = POOL_BLOCK_COUNT
+        config.cache_config.num_gpu_blocks = block_count
         self._engine_id = config.kv_transfer_config.engine_id
         names = [f"model.layers.{number}.self_attn.attn" for number in range(LAYER_COUNT)]
         spec = FullAttentionSpec(
-            block_size=BLOCK_TOKEN_COUNT, num_kv_heads=KV_HEAD_COUNT, head_size=HEAD_SIZE, dtype=torch.bfloat16
+            block_size=block_token_count, num_kv_heads=KV_HEAD_COUNT, head_size=HEAD_SIZE, dtype=torch.bfloat16
         )
         kv_config = KVCacheConfig(
-            num_blocks=POOL_BLOCK_COUNT,
+            num_blocks=block_count,
             kv_cache_tensors=[],
             kv_cache_groups=[KVCacheGroupSpec(names, spec)],
             kv_cache_layout="LBHNC",
         )
-        shape = (POOL_BLOCK_COUNT, KV_HEAD_COUNT, BLOCK_TOKEN_COUNT, 2 * HEAD_SIZE)
+        shape = (block_count, KV_HEAD_COUNT, block_token_count, 2 * HEAD_SIZE)
         tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name in names}
         self._pages = [
-            tensor.view(torch.uint8).numpy().reshape(POOL_BLOCK_COUNT, PAGE_BYTES).view(np.uint64)
+            tensor.view(torch.uint8).numpy().reshape(block_count, page_bytes).view(np.uint64)
             for tensor in tensors.values()
         ]
         fill(self._pages, seed)
@@ -103,7 +114,6 @@ class ConnectorEnd:
             self._scheduler_side = kind(config, KVConnectorRole.SCHEDULER, kv_config)
             metadata = self._worker_side.get_handshake_metadata()
             self._scheduler_side.set_xfer_handshake_metadata_pp_aware({(0, 0): metadata})
-        self._is_baton = path == "baton"
 
     def hello(self, **_: Any) -> dict[str, Any]:
         return {"engine_id": self._engine_id, "port": self._port}
@@ -119,7 +129,7 @@ class ConnectorEnd:
             "remote_request_id": request_id,
             "remote_host": self._host,
             "remote_port": self._port,
-            "remote_num_tokens": len(block_ids) * BLOCK_TOKEN_COUNT,
+            "remote_num_tokens": len(block_ids) * self._block_token_count,
             "tp_size": 1,
         }
         self._call(metadata)
@@ -193,7 +203,7 @@ class ConnectorEnd:
         return results
 
 
-def _baton_config(model: Path, host: str, port: int) -> Any:
+def _baton_config(model: Path, host: str, port: int, block_token_count: int, *, enable_kv_digests: bool) -> Any:
     from vllm import AsyncEngineArgs
 
     from engine.config import EngineConfig, EngineIdentity
@@ -202,14 +212,16 @@ def _baton_config(model: Path, host: str, port: int) -> Any:
     config = EngineConfig(
         model_path=str(model),
         model_name="kv",
-        kv_cache_bytes=POOL_BLOCK_COUNT * BLOCK_BYTES,
+        kv_cache_bytes=POOL_BYTES,
+        block_token_count=block_token_count,
+        enable_kv_digests=enable_kv_digests,
         side_channel_host=host,
         side_channel_port=port,
     )
     return AsyncEngineArgs(**engine_arguments(config, EngineIdentity(f"pair-{port}"))).create_engine_config()
 
 
-def _stock_config(path: str, model: Path) -> Any:
+def _stock_config(path: str, model: Path, block_token_count: int) -> Any:
     from vllm import AsyncEngineArgs
     from vllm.config import KVTransferConfig
 
@@ -217,8 +229,8 @@ def _stock_config(path: str, model: Path) -> Any:
     return AsyncEngineArgs(
         model=str(model),
         dtype="bfloat16",
-        block_size=BLOCK_TOKEN_COUNT,
-        kv_cache_memory_bytes=POOL_BLOCK_COUNT * BLOCK_BYTES,
+        block_size=block_token_count,
+        kv_cache_memory_bytes=POOL_BYTES,
         enforce_eager=True,
         async_scheduling=False,
         distributed_executor_backend="vllm.v1.executor.uniproc_executor.UniProcExecutor",
@@ -229,7 +241,7 @@ def _stock_config(path: str, model: Path) -> Any:
 
 
 def _connector_class(path: str) -> Any:
-    if path == "baton":
+    if path in BATON_PATHS:
         from kvtransfer.connector import NixlConnector
 
         return NixlConnector
@@ -252,7 +264,7 @@ class RawEnd:
 
         options = nixl_agent_config(enable_prog_thread=False, num_threads=0)
         self._agent = nixl_agent(f"raw-{os.getpid()}", options)
-        self._memory = np.zeros((1, POOL_BLOCK_COUNT * BLOCK_BYTES // 8), dtype=np.uint64)
+        self._memory = np.zeros((1, POOL_BYTES // 8), dtype=np.uint64)
         fill([self._memory], seed)
         self._agent.register_memory([(self._address, self._memory.nbytes, 0, "")], "DRAM")
         self._peer = ""
@@ -287,18 +299,20 @@ class RawEnd:
         indices = np.arange(len(offsets), dtype=np.int32)
         began = time.perf_counter()
         handle = self._agent.make_prepped_xfer("READ", sides[0], indices, sides[1], indices)
+        made = time.perf_counter()
         state = self._agent.transfer(handle)
         while state == "PROC":
             if time.perf_counter() - began > READ_DEADLINE_S:
                 raise TimeoutError("a raw read did not end")
             state = self._agent.check_xfer_state(handle)
-        elapsed_s = time.perf_counter() - began
+        ended = time.perf_counter()
         self._agent.release_xfer_handle(handle)
         for side in sides:
             self._agent.release_dlist_handle(side)
         total = int(self._memory[0, : byte_count // 8].sum(dtype=np.uint64)) if is_checked else None
         return {
-            "elapsed_s": elapsed_s,
+            "elapsed_s": ended - began,
+            "wire_s": ended - made,
             "is_ok": state == "DONE",
             "descriptor_count": len(offsets),
             "checksum": total,
@@ -349,13 +363,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="side channel")
     parser.add_argument("--port", type=int, required=True, help="side channel")
     parser.add_argument("--model", type=Path, required=True, help="only its configuration is read")
+    parser.add_argument("--block-tokens", type=int, default=BLOCK_TOKEN_COUNT, help="tokens of a block")
     options = parser.parse_args(arguments)
     os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = options.host
     os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(options.port)
     seed = 1 if options.end == "holder" else 2
     end: End = RawEnd(seed)
     if options.path != "raw":
-        end = ConnectorEnd(options.path, options.model, options.host, options.port, seed)
+        end = ConnectorEnd(options.path, options.model, options.host, options.port, seed, options.block_tokens)
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(options.socket)
         connection.sendall(options.end.encode() + b"\n")

@@ -1,10 +1,11 @@
 """What the handoff costs: Baton's transfer path beside stock vLLM's, raw NIXL and memcpy, in one run.
 
     python -m bench.transfer_figures --quick                   # under four minutes on a quiet machine
-    python -m bench.transfer_figures                           # mirrored blocks, about fifteen minutes
+    python -m bench.transfer_figures                           # mirrored blocks, about eighteen minutes
     python -m bench.transfer_figures --sections pairs          # bandwidth and idle CPU of the connectors alone
 
-Two sections. *pairs*: two processes per path move KV without a model around them (``bench/transfer_pairs.py``).
+Three sections. *pairs*: two processes per path move KV without a model around them (``bench/transfer_pairs.py``).
+*tcp*: such pairs in two network namespaces (``bench/tcp_pairs.py``); needs root, and says so where it cannot be run.
 *systems*: Baton 1P+1D, one vLLM engine on the prefill's core and stock vLLM P/D answer requests one at a time, with a
 scheduler that notes every engine step (``bench/step_clock.py``). Systems take turns in mirrored blocks. Every reading
 goes to the raw file as it is taken; the report is made from that file alone (--report-from).
@@ -33,24 +34,30 @@ from typing import Any, TextIO
 from baton.request import Role
 from bench.cores import CLOCK_VARIABLE
 from bench.first_figures import block_order
-from bench.kv_pair import BLOCK_BYTES, LAYER_COUNT, PAGE_BYTES, PATHS
+from bench.kv_pair import BLOCK_BYTES, LAYER_COUNT, PAGE_BYTES, PATHS, WITHOUT_DIGESTS
 from bench.machine import MachineClock, machine_facts, wait_until_quiet
 from bench.oracle import model_limits
 from bench.peers import SYSTEMS, RunningSystem, SystemSpec, role_cores, start_system
 from bench.real_fleet import free_ports
 from bench.targets import BatonTarget, OpenAiTarget, ServerNotes, Target, TargetError, TokenEvent
-from bench.transfer_pairs import pair_records
+from bench.tcp_pairs import tcp_records
+from bench.transfer_pairs import BLOCK_COUNTS, pair_records
 from bench.transfer_report import render
 from fleet.config import FleetConfig, check_model_directory, parse_config
 
-SECTIONS = ("pairs", "systems")
-QUICK_PATHS = ("baton", "stock-as-shipped", "stock-tuned", "raw")
+SECTIONS = ("pairs", "tcp", "systems")
+QUICK_PATHS = ("baton", WITHOUT_DIGESTS, "stock-as-shipped", "stock-tuned", "raw")
 COMPARED = (
     SYSTEMS["baton"],
     replace(SYSTEMS["engine"], max_batched_token_count=512, title="one vLLM engine, one core, no connector"),
     SYSTEMS["stock-pd"],
 )
+AS_SHIPPED = SYSTEMS["stock-pd-as-shipped"]
+"""Slow, so it is asked the longest prompts alone, after the others."""
 PROMPT_TOKEN_COUNTS = (64, 512, 2000)
+COUNTS = {False: (12, 12, 8), True: (6, 4, 3)}
+"""Requests of each length in a block, by whether the run is quick."""
+AS_SHIPPED_COUNTS = {False: (0, 0, 6), True: (0, 0, 3)}
 OUTPUT_TOKEN_COUNT = 12
 WARM_UP = (64, 2000, 64)
 SETTLE_S = 0.2
@@ -72,11 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config_path.write_text(_configuration(options.model, Path(folder) / "state"))
         config = parse_config(config_path.read_text())
         check_model_directory(config)
-        order = block_order(COMPARED, 1 if options.quick else 2)
+        order = [*block_order(COMPARED, 1 if options.quick else 2), AS_SHIPPED]
         _write(raw, _run_facts(options, config, order))
         is_good = True
         if "pairs" in options.sections:
             is_good &= _run_pairs(options, config, raw)
+        if "tcp" in options.sections:
+            is_good &= _run_tcp(options, config, raw)
         if "systems" in options.sections:
             clock = Path(folder) / "steps.jsonl"
             os.environ[CLOCK_VARIABLE] = str(clock)  # the engines inherit it
@@ -122,17 +131,34 @@ def _run_pairs(options: argparse.Namespace, config: FleetConfig, raw: TextIO) ->
     cores = [role_cores(config, role)[0] for role in (Role.PREFILL, Role.DECODE)]
     paths = QUICK_PATHS if options.quick else PATHS
     model = Path(config.engines[Role.PREFILL].model_path)
-    round_count = 12 if options.quick else 40
+    round_count = 12 if options.quick else 30
     before = MachineClock.read()
     try:
-        for record in pair_records(paths, model, cores, options.logs, round_count=round_count, seed=options.seed):
-            _write(raw, record)
+        for block_token_count in BLOCK_COUNTS:
+            named = {"round_count": round_count, "seed": options.seed, "block_token_count": block_token_count}
+            for record in pair_records(paths, model, cores, options.logs, **named):
+                _write(raw, record)
     except Exception as error:
         _say(f"pairs failed: {error}")
         _write(raw, {"record": "failure", "section": "pairs", "error": type(error).__name__})
         return False
     use = MachineClock.read().use_since(before, 0.0)
     _write(raw, {"record": "machine", "section": "pairs", "steal_share": round(use.steal_share, 4)})
+    return True
+
+
+def _run_tcp(options: argparse.Namespace, config: FleetConfig, raw: TextIO) -> bool:
+    _say("tcp: starting")
+    cores = [role_cores(config, role)[0] for role in (Role.PREFILL, Role.DECODE)]
+    model = Path(config.engines[Role.PREFILL].model_path)
+    round_count = 6 if options.quick else 15
+    try:
+        for record in tcp_records(model, cores, options.logs, round_count=round_count, seed=options.seed):
+            _write(raw, record)
+    except Exception as error:  # where there are no namespaces, too: a run without them has not shown its figures
+        _say(f"tcp failed: {error}")
+        _write(raw, {"record": "failure", "section": "tcp", "error": type(error).__name__})
+        return False
     return True
 
 
@@ -149,6 +175,11 @@ def _run_block(
     report["busy_share_before"] = round(wait_until_quiet(options.wait_quiet_s), 3)
     _say(f"{spec.title}: starting ({report['busy_share_before']:.0%} busy before)")
     clock.write_text("")
+    if spec.kind != "baton":
+        # The same clock in vLLM's own scheduler: a peer loads nothing of ours.
+        stock = {"scheduler_cls": "bench.step_clock.ClockedScheduler"}
+        engines = {role: replace(engine, extra_args=stock) for role, engine in config.engines.items()}
+        config = replace(config, engines=engines)
     try:
         system = start_system(spec, config, config_path, options.logs)
     except Exception as error:
@@ -186,9 +217,9 @@ async def _requests(
         if spec.kind == "baton"
         else OpenAiTarget(system.target_address, config.model.name)
     )
-    half = number if number < len(COMPARED) else 2 * len(COMPARED) - 1 - number
-    rng = random.Random(f"{options.seed}/{number - half}")  # noqa: S311 the same prompts for every system of a pass
-    counts = (6, 4, 3) if options.quick else (15, 15, 8)
+    # The same prompts for every system of a pass.
+    rng = random.Random(f"{options.seed}/{number // len(COMPARED)}")  # noqa: S311
+    counts = (AS_SHIPPED_COUNTS if spec is AS_SHIPPED else COUNTS)[options.quick]
     lengths = [n for n, count in zip(PROMPT_TOKEN_COUNTS, counts, strict=True) for _ in range(count)]
     rng.shuffle(lengths)
     records: list[dict[str, Any]] = []
@@ -258,7 +289,7 @@ def _run_facts(options: argparse.Namespace, config: FleetConfig, order: Sequence
         "is_quick": options.quick,
         "sections": list(options.sections),
         "order": [spec.name for spec in order],
-        "titles": {spec.name: spec.title for spec in COMPARED},
+        "titles": {spec.name: spec.title for spec in (*COMPARED, AS_SHIPPED)},
         "model": config.model.name,
         "page_bytes": PAGE_BYTES,
         "layer_count": LAYER_COUNT,

@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from bench.children import Child, ChildError
-from bench.kv_pair import BLOCK_BYTES, POOL_BLOCK_COUNT
+from bench.kv_pair import BLOCK_BYTES, BLOCK_TOKEN_COUNT, POOL_BYTES
 from bench.real_fleet import free_ports
 from engine.environment import preloads
 from kvtransfer.side_channel import KEY_VARIABLE
 
-BLOCK_COUNTS = (1, 2, 16, 32)
-"""2.8, 5.6, 45 and 90 MiB. Less than a block never moves."""
+BLOCK_COUNTS = {BLOCK_TOKEN_COUNT: (1, 2, 16, 32), 32: (1, 6)}
+"""By tokens of a block: 2.8, 5.6, 45 and 90 MiB in the default's; 0.7 and 4.2 MiB in smaller ones, because less than
+a block never moves."""
 LAYOUTS = ("adjacent", "descending", "scattered")
 """Block ids as a fresh pool gives them out; as pools do that got them back, from the last to the first; and at
 random, as the worst case of old ones."""
@@ -66,8 +67,11 @@ class Pair:
         logs: Path,
         places: Sequence[Place] = HERE,
         module: str = "bench.kv_pair",
+        block_token_count: int = BLOCK_TOKEN_COUNT,
     ) -> None:
         self.path = path
+        self.block_token_count = block_token_count
+        self.block_bytes = BLOCK_BYTES * block_token_count // BLOCK_TOKEN_COUNT
         self.children: dict[str, Child] = {}
         self._files: dict[str, TextIO] = {}
         self._sockets = ExitStack()
@@ -80,6 +84,8 @@ class Pair:
             command = [*place.command, sys.executable, "-m", module, "--end", end, "--path", path]
             command += ["--socket", f"{self._folder}/s", "--model", str(model)]
             command += ["--host", place.host, "--port", str(port)]
+            if block_token_count != BLOCK_TOKEN_COUNT:
+                command += ["--block-tokens", str(block_token_count)]
             log_path = logs / f"pair-{path}-{end}.log"
             self.children[end] = Child(
                 log_path.stem,
@@ -143,12 +149,20 @@ class Pair:
 
 
 def pair_records(
-    paths: Sequence[str], model: Path, cores: Sequence[int], logs: Path, *, round_count: int, seed: int
+    paths: Sequence[str],
+    model: Path,
+    cores: Sequence[int],
+    logs: Path,
+    *,
+    round_count: int,
+    seed: int,
+    block_token_count: int = BLOCK_TOKEN_COUNT,
 ) -> Iterator[dict[str, Any]]:
+    """Of one size of block. What an idle pair burns is told of the default size alone."""
     with ExitStack() as stack:
         pairs = []
         for path in paths:
-            pairs.append(Pair(path, model, cores, logs))
+            pairs.append(Pair(path, model, cores, logs, block_token_count=block_token_count))
             stack.callback(pairs[-1].stop)
         for pair in pairs:
             pair.await_ready()
@@ -161,7 +175,7 @@ def pair_records(
         for pair in pairs:
             with pair.turn():
                 pass
-        for pair in pairs:
+        for pair in pairs if block_token_count == BLOCK_TOKEN_COUNT else ():
             yield _idle(pair)
         for number in range(round_count):
             # Forth and back, so that a drift of the machine hits all alike.
@@ -175,15 +189,16 @@ def pair_records(
 def _reads(pair: Pair, rng: random.Random, *, is_checked: bool) -> Iterator[dict[str, Any]]:
     """One of each kind, in an order of its own each time, after one for warmth: others have used the caches."""
     kinds: list[tuple[int, str]] = []
-    for block_count in BLOCK_COUNTS:
+    block_counts = BLOCK_COUNTS[pair.block_token_count]
+    for block_count in block_counts:
         if pair.path == "raw":
-            kinds += [(block_count, name) for name in (MEMCPY, *map(str, _raw_sizes(block_count * BLOCK_BYTES)))]
+            kinds += [(block_count, name) for name in (MEMCPY, *map(str, _raw_sizes(block_count * pair.block_bytes)))]
         else:
             kinds += [(block_count, layout) for layout in LAYOUTS]
     rng.shuffle(kinds)
-    _read(pair, rng, max(BLOCK_COUNTS), "adjacent", is_checked=False)
+    _read(pair, rng, max(block_counts), "adjacent", is_checked=False)
     for block_count, layout in kinds:
-        byte_count = block_count * BLOCK_BYTES
+        byte_count = block_count * pair.block_bytes
         if layout == MEMCPY:
             yield {"layout": layout, "byte_count": byte_count, **pair.ask("reader", "memcpy", byte_count=byte_count)}
         elif pair.path == "raw":
@@ -208,9 +223,9 @@ def _read(
 ) -> dict[str, Any]:
     """Raises ``ChildError`` when other bytes arrived than were held."""
     request_id = f"read.{rng.getrandbits(48):x}-{rng.getrandbits(32):08x}"
-    usable = range(1, POOL_BLOCK_COUNT)  # block 0 is vLLM's null block
+    usable = range(1, POOL_BYTES // pair.block_bytes)  # block 0 is vLLM's null block
     ids = [_block_ids(usable, layout, block_count, rng) for _ in range(2)]
-    byte_count = block_count * BLOCK_BYTES
+    byte_count = block_count * pair.block_bytes
     held = pair.ask("holder", "hold", request_id=request_id, block_ids=ids[0], byte_count=byte_count)
     time.sleep(HANDOFF_S)
     got = pair.ask(

@@ -53,7 +53,7 @@ LOGPROB_COUNT = 5
 LEG_TIMEOUT_S = 120.0
 KV_CACHE_BYTES = 2**31
 """Room for every prompt at once: the warm flow is to find them all."""
-FLOWS = ("decode draws", "decode draws, warm", "prefill draws")
+FLOWS = ("decode draws", "prefill draws", "decode draws, warm")
 
 
 @dataclass(slots=True)

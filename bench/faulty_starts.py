@@ -80,9 +80,8 @@ async def fleet_starts_others(model: Path, folder: Path, *, start_deadline_s: fl
 
 
 def _about_registration(log: Path) -> str:
-    found = [line for line in log.read_text(errors="replace").splitlines() if "did not take the KV memory" in line]
-    found += [line for line in log.read_text(errors="replace").splitlines() if "the engine did not start" in line]
-    return found[-1][-300:] if found else ""
+    lines = log.read_text(errors="replace").splitlines()
+    return next((line[-250:] for line in lines if "the transfer library did not take" in line), "")
 
 
 def _member(config: FleetConfig, name: str) -> Member:

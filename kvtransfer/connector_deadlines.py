@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
@@ -24,6 +26,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_PULL_TIMEOUT_S = 10.0
+
+
+@contextmanager
+def naming_what_is_refused(memory: str) -> Iterator[None]:
+    """Around a registration: whoever reads the log of an engine that did not start finds which memory it was."""
+    try:
+        yield
+    except Exception as error:
+        logger.error(
+            "the transfer library did not take %s (%s: %s): without it this engine could not exchange KV, so it does "
+            "not start",
+            memory,
+            type(error).__name__,
+            error,
+        )
+        raise
 
 
 class PunctualWorker(NixlPullConnectorWorker):  # type: ignore[misc]
@@ -49,16 +67,8 @@ class PunctualWorker(NixlPullConnectorWorker):  # type: ignore[misc]
         return False
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        try:
+        with naming_what_is_refused("the KV memory"):
             super().register_kv_caches(kv_caches)
-        except Exception as error:
-            logger.error(
-                "the transfer library did not take the KV memory (%s: %s): without it this engine could not exchange "
-                "KV, so it does not start",
-                type(error).__name__,
-                error,
-            )
-            raise
 
     def start_load_kv(self, metadata: NixlConnectorMetadata) -> None:
         now = time.monotonic()

@@ -25,7 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConne
 
 from baton.leg import RecomputeReason
 from kvtransfer.block_order import in_memory_order
-from kvtransfer.connector_deadlines import PunctualWorker
+from kvtransfer.connector_deadlines import PunctualWorker, naming_what_is_refused
 from kvtransfer.connector_faults import faulty
 from kvtransfer.connector_holds import HOLDS_ATTRIBUTE
 from kvtransfer.connector_peers import Peers
@@ -122,7 +122,8 @@ class PullWorker(Peers, PunctualWorker):
             if storage.device.type == "cpu":
                 use_huge_pages(address, storage.nbytes())  # BEFORE it is registered, which may pin it
         # Before the stock part, which fixes what the agent tells peers about the memory they may read.
-        self._records = RecordMemory(self.nixl_wrapper, slot_count=slot_count, max_block_count=block_count)
+        with naming_what_is_refused("the memory of hold records"):
+            self._records = RecordMemory(self.nixl_wrapper, slot_count=slot_count, max_block_count=block_count)
         self._record_reads = RecordReads(self.nixl_wrapper, self._records)
         table = HoldTable(self._records.table, slot_count=slot_count, max_block_count=block_count)
         super().register_kv_caches(kv_caches)

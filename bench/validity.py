@@ -22,7 +22,7 @@ from bench.real_fleet import free_ports
 from bench.soaking import SEED, model_directory, say
 from bench.tiny_model import make_tiny_model
 from bench.validity_blocks import EXPECTED_REASONS, Counts, run_blocks
-from bench.validity_costs import PullCost, hash_gb_per_s, pull_cost
+from bench.validity_costs import PullCost, hash_gb_per_s, pull_costs
 from bench.validity_engines import PULL_COUNT, Moment, StopCounts, run_stops
 from bench.validity_nixl import NixlCounts, run_nixl
 from bench.validity_stock import run_stock_stops
@@ -76,7 +76,7 @@ async def run(options: argparse.Namespace) -> bool:
     rate = await asyncio.to_thread(hash_gb_per_s)
     costs: list[PullCost] = []
     if time.monotonic() - began_at < options.validity_limit_s - CONTROLS_S / 2:
-        costs = [await pull_cost(model_directory(), _port(), enable_kv_digests=enabled) for enabled in (False, True)]
+        costs = list(await pull_costs(model_directory(), _port()))
     say(f"validity: hashing {rate:.1f} GB/s; {costs}")
     is_kept = _is_kept(blocks, nixl, stopped)
     proves = {

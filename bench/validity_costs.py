@@ -7,6 +7,7 @@ import os
 import random
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ PULL_COUNT = 15
 
 @dataclass(frozen=True, slots=True)
 class PullCost:
-    """Medians of ``PULL_COUNT`` pulls of one prompt, one at a time, engines otherwise idle."""
+    """Medians of ``PULL_COUNT`` pulls of one prompt, in turns with the other's, engines otherwise idle."""
 
     digests: str
     pulled_mb: float
@@ -51,7 +52,8 @@ def hash_gb_per_s(block_count: int = 16, round_count: int = 9) -> float:
     return statistics.median(rates)
 
 
-async def pull_cost(model: Path, first_port: int, *, enable_kv_digests: bool) -> PullCost:
+async def pull_costs(model: Path, first_port: int) -> tuple[PullCost, PullCost]:
+    """Without digests, and with them: two readers take turns at the same held KV. Takes three ports."""
     from engine.vllm_engine import VllmEngine
 
     cores = sorted(os.sched_getaffinity(0))
@@ -62,35 +64,45 @@ async def pull_cost(model: Path, first_port: int, *, enable_kv_digests: bool) ->
         max_context_token_count=4096,
         max_batched_token_count=512,
         enable_prefix_caching=False,
-        enable_kv_digests=enable_kv_digests,
+        enable_kv_digests=True,
     )
-    prefiller, decoder = (
-        VllmEngine(
-            replace(config, cores=(cores[index % len(cores)],), side_channel_port=first_port + index),
-            EngineIdentity(name),
+
+    def engine(name: str, number: int, *, enable_kv_digests: bool) -> VllmEngine:
+        core = cores[min(number, 1) % len(cores)]  # both readers on the second: only one is at work at a time
+        own = replace(
+            config, cores=(core,), side_channel_port=first_port + number, enable_kv_digests=enable_kv_digests
         )
-        for index, name in enumerate(("prefill-0", "decode-0"))
-    )
+        return VllmEngine(own, EngineIdentity(name))
+
+    prefiller = engine("prefill-0", 0, enable_kv_digests=True)
+    readers = {
+        "off": engine("decode-0", 1, enable_kv_digests=False),
+        "on": engine("decode-1", 2, enable_kv_digests=True),
+    }
+    adopted: dict[str, list[KvAdopted]] = {digests: [] for digests in readers}
     try:
-        await asyncio.gather(prefiller.start(), decoder.start())
+        await asyncio.gather(prefiller.start(), *(reader.start() for reader in readers.values()))
         rng = random.Random(1)  # noqa: S311  reproducible prompt
         prompt = tuple(rng.randrange(100, 49_000) for _ in range(PROMPT_TOKEN_COUNT))
         first = await prefiller.prefill(PrefillJob("cost", prompt, stop=EngineStop(8, ignore_eos=True)))
         assert first.held is not None
-        adopted = []
-        for _ in range(PULL_COUNT + 1):  # the first connects
-            stop = EngineStop(2, ignore_eos=True)
-            job = DecodeJob("cost", (*prompt, first.first_token_id), stop=stop, pull=first.held.params)
-            told = [event async for event in decoder.decode(job)]
-            assert isinstance(told[0], KvAdopted)
-            assert told[0].recompute_reason is None
-            adopted.append(told[0])
+        stop = EngineStop(2, ignore_eos=True)
+        job = DecodeJob("cost", (*prompt, first.first_token_id), stop=stop, pull=first.held.params)
+        for number in range(PULL_COUNT + 1):  # the first connects
+            for digests in sorted(readers, reverse=bool(number % 2)):
+                told = [event async for event in readers[digests].decode(job)]
+                assert isinstance(told[0], KvAdopted)
+                assert told[0].recompute_reason is None
+                adopted[digests].append(told[0])
         await prefiller.release(first.held.handle)
     finally:
-        await asyncio.gather(prefiller.close(), decoder.close())
-    kept = adopted[1:]
+        await asyncio.gather(prefiller.close(), *(reader.close() for reader in readers.values()))
+    return _cost("off", adopted["off"][1:]), _cost("on", adopted["on"][1:])
+
+
+def _cost(digests: str, kept: Sequence[KvAdopted]) -> PullCost:
     return PullCost(
-        digests="on" if enable_kv_digests else "off",
+        digests=digests,
         pulled_mb=round(kept[0].transfer_bytes / 1e6, 1),
         transfer_ms=round(1e3 * statistics.median(each.transfer_s for each in kept), 2),
         wire_ms=round(1e3 * statistics.median(each.wire_s for each in kept), 2),

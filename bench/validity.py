@@ -101,8 +101,8 @@ async def run(options: argparse.Namespace) -> bool:
         f"{PULL_COUNT} pulls a stop: {stopped.trial_count} pulls in {stopped.stop_count} stops"
         + (f" ({options.stopped} were asked for: no time)" if stopped.trial_count < options.stopped else "")
         + f"; all their blocks computed over by other prompts before it went on: {stopped.reused_count}; reads made "
-        f"after that with every earlier check passed: {stopped.late_count}; wrong answers: {stopped.wrong_count}; "
-        f"{_listed(stopped.reasons)}",
+        f"after that with every earlier check passed: {stopped.late_count}; wrong answers: {stopped.wrong_count} "
+        f"(near ties of one engine with itself: {stopped.tie_count}); {_listed(stopped.reasons)}",
         f"control, the same engines with the check taken out: {control.trial_count} pulls, wrong answers: "
         f"{control.wrong_count}",
         f"control, stock vLLM on both ends, stopped before the pulls were asked for: {stock.trial_count} pulls, "

@@ -89,6 +89,8 @@ class StopCounts:
     late_count: int = 0
     """Reads that passed every check before them and were made, in whole or half, after that."""
     wrong_count: int = 0
+    tie_count: int = 0
+    """Answers that one engine gives to the prompt by itself and does not give to it among others."""
     reasons: Counter[str] = field(default_factory=Counter)
     """Why KV was not used; ``used`` where it was."""
     by_moment: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -110,6 +112,7 @@ class StopCounts:
             "blocks_reused": self.reused_count,
             "reads_after_reuse": self.late_count,
             "wrong": self.wrong_count,
+            "near_ties": self.tie_count,
             "reasons": dict(self.reasons),
             "by_moment": {f"{moment}: {reason}": count for (moment, reason), count in sorted(self.by_moment.items())},
             "wrong_by_moment": dict(self.wrong_by_moment),
@@ -306,9 +309,13 @@ class Stopper:
             counts.reused_count += blocks <= reused
             counts.reasons[reason] += 1
             counts.by_moment[moment.value, reason] += 1
-            if answer != question.answer:
-                counts.wrong_count += 1
-                counts.wrong_by_moment[moment.value] += 1
+            if answer == question.answer:
+                continue
+            if (await asker.alone([question.prompt])) == [answer]:
+                counts.tie_count += 1
+                continue
+            counts.wrong_count += 1
+            counts.wrong_by_moment[moment.value] += 1
         if self._engines.plan is not None:
             counts.late_count += self._engines.plan.get("late_count")
 

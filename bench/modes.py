@@ -19,7 +19,7 @@ import signal
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -431,6 +431,7 @@ class Asking:
                                 for h, t in zip(heards, tasks, strict=True)) >= enough
                 )  # fmt: skip
             finally:
+                _signal(engine_pids, signal.SIGCONT)  # who is stopped cannot see that its parent is gone
                 fleet.kill(victim)
             for heard in heards:
                 heard.count_at_death = len(heard.token_ids)
@@ -452,7 +453,8 @@ def children_of(pid: int) -> list[int]:
 
 def _signal(pids: Sequence[int], number: signal.Signals) -> None:
     for pid in pids:
-        os.kill(pid, number)
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 async def _until(holds: Callable[[], bool], within_s: float = ASK_TIMEOUT_S) -> None:

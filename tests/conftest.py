@@ -13,6 +13,8 @@ import pytest
 
 from deploy.setup import prepare_model
 
+TESTS = Path(__file__).parent
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     # All of our options are here: pytest reads those of deeper folders too late when it is started on everything.
@@ -28,6 +30,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     skips_real = bool(config.getoption("--skip-real")) or os.environ.get("BATON_SKIP_REAL") == "1"
     has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
     for item in items:
+        if bool(item.get_closest_marker("real")) != ("e2e" in item.path.relative_to(TESTS).parts):
+            raise pytest.UsageError(
+                f"{item.nodeid}: what is in tests/e2e is marked `real`, and nothing else is; `make test` runs the "
+                "two kinds apart, and would never run this one"
+            )
         if skips_real and item.get_closest_marker("real"):
             item.add_marker(pytest.mark.skip(reason="left out on request (--skip-real or BATON_SKIP_REAL=1)"))
         if not has_gpu and item.get_closest_marker("gpu"):

@@ -71,7 +71,8 @@ class ToldWorker(PullWorker):
     def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config)
         self.dice = ToldDice(Path(os.environ[FOLDER_VARIABLE]) / engine_id.rpartition("-")[0])
-        self.dice.contact_count = lambda: len(self._handshake_futures)
+        self._answering_count = 0
+        self.dice.contact_count = lambda: len(self._handshake_futures) + self._answering_count
         self._faulty_agent = self.nixl_wrapper._agent
         self._faulty_agent.dice = self.dice
         self._faulty_agent.notify_pause_s = 0.0
@@ -83,9 +84,13 @@ class ToldWorker(PullWorker):
 
         def answer(request: bytes) -> bytes:
             """In the listener's thread. As the holder of the KV, this engine meets faults of the handshake here."""
-            self._faulty_agent._strike(Operation.HANDSHAKE)
-            said: bytes = welcome(request)
-            return said
+            self._answering_count += 1
+            try:
+                self._faulty_agent._strike(Operation.HANDSHAKE)
+                said: bytes = welcome(request)
+                return said
+            finally:
+                self._answering_count -= 1
 
         listener._answer = answer
 

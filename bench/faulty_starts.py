@@ -23,9 +23,9 @@ from fleet.members import Member, members_of, policy_of
 from kvtransfer.faults import Fault
 
 HANGS, FAILS = "decode-0", "decode-1"
-START_DEADLINE_S = 60.0
+START_DEADLINE_S = 90.0
 """Beyond a start, on a machine that does other things, and not so far that nobody would wait for it here."""
-READY_WITHIN_S = 200.0
+READY_WITHIN_S = 240.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -220,6 +220,15 @@ class FaultyCluster(VirtualCluster):
         await asyncio.gather(*(one(question) for question in questions))
         return tally
 
+    async def contacts_over(self, within_s: float) -> None:
+        """Returns when no first contact is under way. Raises ``TimeoutError``."""
+        async with asyncio.timeout(within_s):
+            while True:
+                counts = await self.fault_counts()
+                if not any(counts[f"{worker_id} contacts under way"] for worker_id in self.processes):
+                    return
+                await asyncio.sleep(REST_POLL_S)
+
     async def at_rest(self, within_s: float) -> float:
         """Seconds until nothing is used, held, quarantined, running or on its way. Raises ``AssertionError``."""
         loop = asyncio.get_running_loop()
@@ -239,6 +248,7 @@ class FaultyCluster(VirtualCluster):
             load = await process.board.audited()
             now = await process.engine.load_now()
             books[process.worker_id] = {
+                "contacts": (await process.engine.fault_counts())["contacts under way"],
                 "legs": load.running_count + load.waiting_count,
                 "leases": load.held_lease_count,
                 "blocks": load.used_block_count,

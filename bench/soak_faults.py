@@ -33,7 +33,8 @@ QUESTION_COUNT = 100
 """Distinct prompts; asked as often as the volume wants."""
 CONCURRENCY = 12
 CONCURRENCY_OF_CONTACTS = 3
-"""A peer is met again only when no request reads from it: fewer at a time have more first contacts."""
+"""A peer is met again only when no request reads from it: fewer at a time have more first contacts. And no more are
+asked while a contact is under way, or one that hangs would answer for all of them."""
 MOST_ROUNDS = 6
 """A cell that has met no fault asks its questions again, so often."""
 REST_WITHIN_S = LEASE_S + STUCK_S + 15.0
@@ -157,9 +158,11 @@ async def _cell(run: _Run, cluster: FaultyCluster, cell: Cell, seed: int, asked:
     try:
         cluster.begin(cell, seed)
         for _ in range(MOST_ROUNDS):
-            total.add(
-                await _ask(run, cluster, asked, CONCURRENCY_OF_CONTACTS if is_contact else CONCURRENCY, str(cell))
-            )
+            size = CONCURRENCY_OF_CONTACTS if is_contact else len(asked)
+            for first in range(0, len(asked), size):
+                total.add(await _ask(run, cluster, asked[first : first + size], CONCURRENCY, str(cell)))
+                if is_contact:
+                    await cluster.contacts_over(REST_WITHIN_S)
             struck = await cluster.fault_counts() - faults_before
             if struck[f"{struck_name}.{cell.fault.value}"]:
                 break
@@ -167,9 +170,9 @@ async def _cell(run: _Run, cluster: FaultyCluster, cell: Cell, seed: int, asked:
             run.wrong.append(f"{cell}: no fault was met, so nothing is proven")
         cluster.end()
         rest = f"{await cluster.at_rest(REST_WITHIN_S):.1f}"
-    except AssertionError as error:
+    except (AssertionError, TimeoutError) as error:
         rest = "LEAK"
-        run.wrong.append(f"{cell}: {error}")
+        run.wrong.append(f"{cell}: {error!r}")
     metrics = cluster.metrics() - metrics_before
     run.wrong += [f"{cell}: {what}" for what in _miscounts(total, metrics)]
     for worker_id, usage in cluster.usage().items():
@@ -236,8 +239,7 @@ async def _registrations(run: _Run, model: Path) -> None:
         starts = await fleet_starts_others(model, Path(folder))
     for line in starts.lines:
         say(f"faults-real: {line}")
-    said_why = all(starts.last_words[name] for name in (FAILS,))
-    kept = starts.are_ready and said_why and starts.launch_counts == {HANGS: 2, FAILS: 2}
+    kept = starts.are_ready and bool(starts.last_words[FAILS]) and min(starts.launch_counts.values()) > 1
     outcome = (
         f"launches {starts.launch_counts}; said of the failure: {starts.last_words[FAILS] or 'nothing'}; "
         f"both served in the end: {'yes' if starts.are_ready else 'NO'}"

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from baton.client import Finished, PhaseTimings, TokenLogprob
+from baton.client import Chunk, Finished, PhaseTimings, TokenLogprob
 from baton.errors import no_worker
 from baton.request import (
     FinishReason,
     GenerateRequest,
     Handover,
     PlacementMode,
+    Role,
     Sampling,
     StopConditions,
     StructureKind,
@@ -24,7 +27,8 @@ from baton.request import (
 from baton.timeline import PHASES
 from baton.transfer_report import TransferReport
 from bench.exactness import OracleAnswer
-from bench.modes import HeardMode, Mode, Question, judge_mode, modes
+from bench.fleet_under_test import FleetUnderTest
+from bench.modes import Asking, HeardMode, Mode, Question, judge_mode, modes
 from bench.oracle import MODE_KEYWORDS
 from router.validation import ModelLimits, violations_of
 
@@ -114,3 +118,68 @@ def test_a_rank_alone_is_counted_and_not_wrong() -> None:
     first, second = heard().logprobs
     verdict = judge_mode(QUESTION, "split", WANTED, heard(logprobs=[first, replace(second, rank=4)]))
     assert (verdict.kind, verdict.rank_difference_count) == ("exact", 1)
+
+
+class DoomedFleet:
+    """One decode worker. Prompts of one token are answered at once; others are once it was killed, at the second
+    attempt."""
+
+    def __init__(self) -> None:
+        self.killed = asyncio.Event()
+        self.asked_count = 0
+
+    def ids(self, role: Role) -> list[str]:
+        return [role.value]
+
+    def pid(self, worker_id: str) -> int:
+        return 0  # there is none, so it has no children to be stopped
+
+    def kill(self, worker_id: str) -> None:
+        self.killed.set()
+
+    async def until_ready(self, timeout_s: float) -> None:
+        assert self.killed.is_set()
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[DoomedFleet]:
+        yield self
+
+    async def generate(self, prompt: Sequence[int], **_: object) -> AsyncGenerator[Chunk | Finished, None]:
+        self.asked_count += 1
+        said = heard()
+        assert said.finished is not None
+        is_at_once = len(prompt) == 1
+        yield Chunk(0, "a", (5,), 1, tuple(said.logprobs[:1]))
+        if not is_at_once:
+            await self.killed.wait()
+        yield Chunk(1, "b", (6,), 1, tuple(said.logprobs[1:]))
+        phases = replace(said.finished.phases, attempt_count=1 if is_at_once else 2)
+        yield replace(said.finished, phases=phases)
+
+    def as_fleet(self) -> FleetUnderTest:
+        return cast(FleetUnderTest, self)
+
+
+async def test_an_answer_that_was_whole_before_its_worker_died_is_no_death() -> None:
+    fleet = DoomedFleet()
+    short, long = replace(QUESTION, name="short", prompt_token_ids=(1,)), QUESTION
+    asking = Asking([short, long], dict.fromkeys(("short", "q"), WANTED), ends_at=float("inf"))
+    assert await asking.ask_with_a_death(fleet.as_fleet(), [short, long], 1) == [short]
+    (verdict,) = asking.verdicts
+    assert (verdict.question, verdict.placement, verdict.kind) == ("q", "split, a death", "exact")
+    assert (verdict.attempt_count, verdict.count_at_death) == (2, 1)
+
+
+async def test_nothing_is_asked_when_time_is_up() -> None:
+    fleet = DoomedFleet()
+    asking = Asking([QUESTION], {"q": WANTED}, ends_at=0.0)
+    await asking.ask(fleet.as_fleet(), [QUESTION], "split", asking.is_over)
+    assert (asking.verdicts, fleet.asked_count) == ([], 0)
+
+
+async def test_a_way_has_its_share_of_the_time_that_was_left() -> None:
+    now = asyncio.get_running_loop().time()
+    asking = Asking([], {}, ends_at=now + 100.0)
+    assert not asking.is_over()
+    assert not asking.is_over(0.9, began=now - 10.0)
+    assert asking.is_over(0.1, began=now - 90.0)

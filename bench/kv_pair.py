@@ -280,19 +280,32 @@ class RawEnd:
             self._there = peer["address"]
         return {"metadata": self._agent.get_agent_metadata().hex(), "address": self._address}
 
-    def hold(self, *, byte_count: int, **_: Any) -> dict[str, Any]:
-        return {"params": {}, "checksum": int(self._memory[0, : byte_count // 8].sum(dtype=np.uint64))}
+    def hold(self, *, byte_count: int, offset: int, **_: Any) -> dict[str, Any]:
+        return {"params": {}, "checksum": self._sum(offset, byte_count)}
+
+    def _sum(self, offset: int, byte_count: int) -> int:
+        return int(self._memory[0, offset // 8 : (offset + byte_count) // 8].sum(dtype=np.uint64))
 
     def release(self, **_: Any) -> dict[str, Any]:
         return {}
 
-    def read(self, *, byte_count: int, descriptor_bytes: int, is_checked: bool, **_: Any) -> dict[str, Any]:
+    def read(
+        self,
+        *,
+        byte_count: int,
+        offset: int,
+        their_offset: int,
+        descriptor_bytes: int,
+        is_checked: bool,
+        **_: Any,
+    ) -> dict[str, Any]:
         if is_checked:
-            self._memory[0, : byte_count // 8] = 0
+            self._memory[0, offset // 8 : (offset + byte_count) // 8] = 0
         # From the last to the first: in this order NIXL cannot merge them, so the size is what it says.
         offsets = np.arange(0, byte_count, descriptor_bytes, dtype=np.uint64)[::-1]
         sides = []
-        for agent, base in (("NIXL_INIT_AGENT", self._address), (self._peer, self._there)):
+        places = ("NIXL_INIT_AGENT", self._address + offset), (self._peer, self._there + their_offset)
+        for agent, base in places:
             table = np.zeros((len(offsets), 3), dtype=np.uint64)
             table[:, 0], table[:, 1] = base + offsets, np.minimum(descriptor_bytes, byte_count - offsets)
             sides.append(self._agent.prep_xfer_dlist(agent, table, "DRAM"))
@@ -309,7 +322,7 @@ class RawEnd:
         self._agent.release_xfer_handle(handle)
         for side in sides:
             self._agent.release_dlist_handle(side)
-        total = int(self._memory[0, : byte_count // 8].sum(dtype=np.uint64)) if is_checked else None
+        total = self._sum(offset, byte_count) if is_checked else None
         return {
             "elapsed_s": ended - began,
             "wire_s": ended - made,

@@ -32,7 +32,8 @@ BLOCK_COUNTS = {BLOCK_TOKEN_COUNT: (1, 2, 16, 32), 32: (1, 6)}
 a block never moves."""
 LAYOUTS = ("adjacent", "descending", "scattered")
 """Block ids as a fresh pool gives them out; as pools do that got them back, from the last to the first; and at
-random, as the worst case of old ones."""
+random, as the worst case of old ones. Every read is from and to another part of the pools, raw NIXL's too: what is
+read again and again would come out of the caches."""
 MEMCPY = "memcpy"
 RAW_DESCRIPTOR_BYTES = (96 * 1024, 256 * 1024, 1 << 20, 4 << 20, 1 << 30)
 READY_DEADLINE_S = 150.0
@@ -226,7 +227,8 @@ def _read(
     usable = range(1, POOL_BYTES // pair.block_bytes)  # block 0 is vLLM's null block
     ids = [_block_ids(usable, layout, block_count, rng) for _ in range(2)]
     byte_count = block_count * pair.block_bytes
-    held = pair.ask("holder", "hold", request_id=request_id, block_ids=ids[0], byte_count=byte_count)
+    theirs, ours = (first[0] * pair.block_bytes for first in ids)  # of raw NIXL, which knows no blocks
+    held = pair.ask("holder", "hold", request_id=request_id, block_ids=ids[0], byte_count=byte_count, offset=theirs)
     time.sleep(HANDOFF_S)
     got = pair.ask(
         "reader",
@@ -236,6 +238,8 @@ def _read(
         params=held["params"],
         is_checked=is_checked,
         byte_count=byte_count,
+        offset=ours,
+        their_offset=theirs,
         descriptor_bytes=descriptor_bytes,
     )
     pair.ask("holder", "release", request_id=request_id)
@@ -247,7 +251,8 @@ def _read(
 def _block_ids(usable: range, layout: str, block_count: int, rng: random.Random) -> list[int]:
     if layout == "scattered":
         return rng.sample(usable, block_count)
-    ids = list(usable[:block_count])
+    first = rng.randrange(len(usable) - block_count + 1)
+    ids = list(usable[first : first + block_count])
     return ids if layout == "adjacent" else ids[::-1]
 
 

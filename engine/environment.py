@@ -17,6 +17,11 @@ from pathlib import Path
 from engine.config import EngineConfig
 from kvtransfer.side_channel import KEY_VARIABLE
 
+_TCP_SEGMENTS = {"UCX_TCP_TX_SEG_SIZE": "256k", "UCX_TCP_RX_SEG_SIZE": "256k"}
+"""UCX answers a read over TCP in messages of this size at most, 8 KiB by itself: calls and bookkeeping then take more
+time than the bytes. Both, because it refuses to send more than it would receive. A few MiB, once two engines are
+connected over TCP."""
+
 _key_of_this_process = secrets.token_bytes(32)
 _in_force: dict[str, str] = {}
 _handed_down = ""
@@ -50,6 +55,9 @@ def engine_environment(config: EngineConfig) -> dict[str, str]:
         # A keepalive is a message to the memory's owner, and a read is done only when all that was sent before it was
         # taken in. An engine that computes, or has nothing to do, takes nothing in; one was due every 20 s.
         variables["UCX_KEEPALIVE_INTERVAL"] = "inf"
+    may_use_tcp = "tcp" in config.transports or not (config.transports or _is_loopback(config.side_channel_host))
+    if may_use_tcp and not {*_TCP_SEGMENTS} & os.environ.keys():
+        variables |= _TCP_SEGMENTS
     if config.enforce_eager:
         # vLLM compiles one small function of the sampler even so: at the first request for logprobs, with every other
         # request of the engine waiting for seconds.

@@ -1,83 +1,27 @@
-"""Two network namespaces on one machine, as two hosts with nothing in common but a wire. Needs root. Tests nothing.
-
-root: bridge .254 --- veth --- namespace "p": eth0 .1
-                  \\-- veth --- namespace "d": eth0 .2
-"""
+"""Two hosts for a test, or the reason why there are none. Tests nothing."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import pytest
 
-DEVICE = "eth0"
+from bench import namespaces
+from bench.namespaces import DEVICE, Hosts, NoNamespacesError
 
-
-@dataclass(frozen=True)
-class Hosts:
-    """Names are those of the namespaces."""
-
-    p: str
-    d: str
-    net: str
-
-    @property
-    def p_address(self) -> str:
-        return f"{self.net}.1"
-
-    @property
-    def d_address(self) -> str:
-        return f"{self.net}.2"
-
-    @property
-    def here(self) -> str:
-        """Of the test itself, on the same wire."""
-        return f"{self.net}.254"
-
-    @property
-    def nobody(self) -> str:
-        return f"{self.net}.77"
-
-    def listening(self, name: str) -> set[tuple[str, int]]:
-        """Address and port of every TCP socket that listens in a namespace."""
-        said = _run("netns", "exec", name, "ss", "-ltnH").splitlines()
-        places = [line.split()[3].rpartition(":") for line in said]
-        # gRPC's sockets are of IPv6 and carry IPv4 addresses in it: [::ffff:10.0.0.1].
-        return {
-            (address.partition("%")[0].strip("[]").removeprefix("::ffff:"), int(port)) for address, _, port in places
-        }
+__all__ = ["DEVICE", "Hosts", "two_hosts"]
 
 
 @contextmanager
 def two_hosts() -> Iterator[Hosts]:
-    """Skips where the kernel or our rights do not allow it. Takes everything away again."""
-    number = os.getpid() % 4096
-    p, d, bridge = f"bt{number}p", f"bt{number}d", f"bt{number}"
-    hosts = Hosts(p, d, f"10.{200 + number // 256}.{number % 256}")
+    """Skips where the kernel or our rights do not allow it."""
+    made = namespaces.two_hosts()
     try:
-        try:
-            _run("link", "add", bridge, "type", "bridge")
-            _run("addr", "add", f"{hosts.here}/24", "dev", bridge)
-            _run("link", "set", bridge, "up")
-            for name, address in ((p, hosts.p_address), (d, hosts.d_address)):
-                _run("netns", "add", name)
-                _run("link", "add", f"{name}v", "type", "veth", "peer", "name", DEVICE, "netns", name)
-                _run("link", "set", f"{name}v", "master", bridge, "up")
-                _run("-n", name, "addr", "add", f"{address}/24", "dev", DEVICE)
-                _run("-n", name, "link", "set", DEVICE, "up")
-                _run("-n", name, "link", "set", "lo", "up")
-        except (OSError, subprocess.CalledProcessError) as error:
-            why = getattr(error, "stderr", "") or str(error)
-            pytest.skip(f"network namespaces cannot be made here (root and iproute2 are needed): {why.strip()}")
+        hosts = made.__enter__()
+    except NoNamespacesError as error:
+        pytest.skip(str(error))
+    try:
         yield hosts
     finally:
-        for what in (("netns", "del", p), ("netns", "del", d), ("link", "del", bridge)):
-            subprocess.run(["ip", *what], capture_output=True, check=False, timeout=10)
-
-
-def _run(*arguments: str) -> str:
-    return subprocess.run(["ip", *arguments], capture_output=True, check=True, text=True, timeout=10).stdout
+        made.__exit__(None, None, None)

@@ -77,6 +77,27 @@ def test_an_engine_on_cpu_gets_a_thread_per_core_and_no_way_out_of_the_machine()
     assert "OMP_NUM_THREADS" not in engine_environment(replace(GOOD, device="cuda"))
 
 
+@pytest.mark.parametrize(
+    ("asked", "is_expected"),
+    [
+        ({"transports": ("tcp",)}, True),
+        ({"side_channel_host": "10.0.0.1"}, True),
+        ({"side_channel_host": "10.0.0.1", "transports": ("rc",)}, False),
+        ({}, False),
+    ],
+)
+def test_reads_over_tcp_are_answered_in_large_messages_unless_somebody_said_otherwise(
+    asked: dict[str, Any], is_expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"UCX_TCP_TX_SEG_SIZE", "UCX_TCP_RX_SEG_SIZE"}
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    variables = engine_environment(replace(GOOD, **asked))
+    assert names & variables.keys() == (names if is_expected else set())
+    monkeypatch.setenv("UCX_TCP_RX_SEG_SIZE", "64k")  # a half of ours with a half of theirs may not fit together
+    assert not names & engine_environment(replace(GOOD, **asked)).keys()
+
+
 def test_two_engines_of_a_process_cannot_ask_for_different_environments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.environment._in_force", {})
     for name in ("BATON_TEST_A", "BATON_TEST_B", "VLLM_LOGGING_LEVEL"):

@@ -9,6 +9,7 @@ step. vLLM looks at no expiry before it reads; it counts afterwards, at the pref
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import os
 import uuid
@@ -103,6 +104,7 @@ class StockEngine:
             max_num_batched_tokens=config.max_batched_token_count,
             enable_prefix_caching=False,
             enforce_eager=True,
+            distributed_executor_backend="uni",  # one process computes and moves KV, as Baton's: stopped is stopped
             skip_tokenizer_init=True,
             worker_extension_cls=f"{MODULE}.StockCalls",
             kv_transfer_config=KVTransferConfig(
@@ -121,6 +123,8 @@ class StockEngine:
         llm, self._llm = self._llm, None
         if llm is not None:
             await asyncio.to_thread(llm.shutdown)
+            del llm
+            gc.collect()  # vLLM's client sits in reference cycles, and complains if it is found at the very end
 
     async def generate(
         self, prompt: tuple[int, ...], token_count: int, transfer: dict[str, Any] | None = None

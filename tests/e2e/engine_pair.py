@@ -63,7 +63,7 @@ async def becomes_true(holds: Callable[[], Awaitable[bool]], within_s: float) ->
             await asyncio.sleep(0.01)
 
 
-async def is_idle(engine: VllmEngine, within_s: float = 5.0) -> None:
+async def is_idle(engine: VllmEngine, within_s: float = 20.0) -> None:
     """No request, no held KV, no used block."""
 
     async def idle() -> bool:

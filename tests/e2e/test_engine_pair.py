@@ -188,7 +188,7 @@ async def test_a_release_frees_held_blocks_at_once_and_once(pair: Pair) -> None:
     async def only_the_other_is_held() -> bool:
         return bool((await pair.prefiller.load_now()).used_block_count == 2)
 
-    await becomes_true(only_the_other_is_held, within_s=0.5)
+    await becomes_true(only_the_other_is_held, within_s=20.0)
     await pair.prefiller.release(kv_of(first).handle)
     await pair.prefiller.release("never-heard-of")
     assert (await pair.prefiller.load_now()).used_block_count == 2
@@ -207,7 +207,7 @@ async def test_a_first_token_that_ends_the_answer_holds_nothing(pair: Pair) -> N
     assert stopped.first_token_id == first.first_token_id
     only = await pair.prefiller.prefill(PrefillJob("one", ids, stop=stop(1)))
     assert (only.finish, only.held) == (LegFinish.LENGTH, None)
-    await is_idle(pair.prefiller, within_s=1.0)
+    await is_idle(pair.prefiller)
 
 
 async def test_the_models_own_end_token_stops_unless_ignored(pair: Pair) -> None:
@@ -228,7 +228,7 @@ async def test_the_models_own_end_token_stops_unless_ignored(pair: Pair) -> None
     to_the_end = (*ids, *answer[:-1])
     ended = await pair.prefiller.prefill(PrefillJob("end", to_the_end, stop=EngineStop(64)))
     assert (ended.finish, ended.held, ended.first_token_id) == (LegFinish.STOP, None, tokenizer.eos_token_id)
-    await is_idle(pair.prefiller, within_s=1.0)
+    await is_idle(pair.prefiller)
     going_on = await pair.prefiller.prefill(PrefillJob("on", to_the_end, stop=stop(64)))
     assert going_on.finish is None
     await pair.prefiller.release(kv_of(going_on).handle)
@@ -267,7 +267,7 @@ async def test_a_decode_closed_midway_frees_its_blocks(pair: Pair) -> None:
     await pair.prefiller.release(kv_of(first).handle)
     assert isinstance(seen[0], KvAdopted)
     assert all(isinstance(event, Stepped) for event in seen[1:])
-    await is_idle(pair.decoder, within_s=1.0)
+    await is_idle(pair.decoder)
 
 
 async def test_a_decode_cancelled_around_its_pull_frees_both_sides(pair: Pair) -> None:
@@ -293,7 +293,7 @@ async def test_load_counts_what_runs(pair: Pair) -> None:
         load = pair.decoder.load()
         assert (load.running_count, load.waiting_count, load.used_block_count) == (1, 0, 3)
         assert (await pair.decoder.load_now()).used_block_count == 3
-    await is_idle(pair.decoder, within_s=1.0)
+    await is_idle(pair.decoder)
     assert pair.decoder.load().running_count == 0
 
 

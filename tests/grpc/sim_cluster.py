@@ -90,7 +90,7 @@ class SimCluster:
     def set_workers(self, *worker_ids: str) -> None:
         self.server.roster.set_workers([self.workers[worker_id].spec for worker_id in worker_ids])
 
-    async def until(self, is_so: Callable[[], bool], what: str, limit_s: float = 5.0) -> None:
+    async def until(self, is_so: Callable[[], bool], what: str, limit_s: float = 20.0) -> None:
         """Real sockets need real time: asks again every few milliseconds, up to a limit."""
         try:
             async with asyncio.timeout(limit_s):

@@ -48,6 +48,14 @@ RELEASE_LIMITS = ReleaseLimits(timeout_s=0.3, attempt_count=2, pause_s=0.05)
 REST_POLL_S = 0.05
 BLOCK = 32
 PROBABILITIES = (1 / 16, 1 / 4)
+METRICS = (
+    "baton_requests_total",
+    "baton_recomputes_total",
+    "baton_lost_legs_total",
+    "baton_worker_refused_tickets_total",
+    "baton_worker_expired_leases_total",
+    "baton_worker_failed_releases_total",
+)
 READER, HOLDER = "decode-0", "prefill-0"
 OPERATIONS = {
     READER: (Operation.HANDSHAKE, Operation.POST, Operation.POLL, Operation.NOTIFY, Operation.RELEASE),
@@ -273,16 +281,15 @@ class FaultyCluster(VirtualCluster):
         return counts
 
     def metrics(self) -> Counter[str]:
-        """The router's counters of what went wrong, by name and labels."""
-        names = ("baton_recomputes_total", "baton_lost_legs_total", "baton_requests_total")
-        return Counter(
-            {
-                " ".join((sample.name, *sample.labels.values())): int(sample.value)
-                for metric in self.registry.collect()
-                for sample in metric.samples
-                if sample.name in names
-            }
-        )
+        """The router's and the workers' counters of what went wrong, by name and labels."""
+        counts: Counter[str] = Counter()
+        for registry in (self.registry, *(process.registry for process in self.processes.values())):
+            for metric in registry.collect():
+                for sample in metric.samples:
+                    if sample.name in METRICS:
+                        labels = [value for name, value in sample.labels.items() if name != "worker_id"]
+                        counts[" ".join((sample.name, *labels))] += int(sample.value)
+        return counts
 
     def usage(self) -> dict[str, Usage]:
         return {
@@ -418,7 +425,9 @@ async def start_that_meets(
     }  # fmt: skip
     engine = VllmEngine(tiny_config(model, free_ports(1)[0], core_index, plan), EngineIdentity(READER))
     try:
-        await engine.start()
+        # Baton's connector itself, even beside a cluster of engines that are told what to meet.
+        with mock.patch("kvtransfer.connector_settings.CONNECTOR_MODULE", "kvtransfer.connector"):
+            await engine.start()
         counts = await engine.fault_counts()
         assert counts.get(f"register.{fault.value}"), f"the registration met nothing: {counts}"
     except BatonError as error:

@@ -70,7 +70,8 @@ class WorkerProcess:
         self.role = role
         self.epoch = epoch
         self.engine = engine
-        metrics = WorkerMetrics(CollectorRegistry(), worker_id)
+        self.registry = CollectorRegistry()
+        metrics = WorkerMetrics(self.registry, worker_id)
         common: dict[str, Any] = {"worker_id": worker_id, "epoch": epoch, "secret": SECRET, "metrics": metrics}
         self.prefill = PrefillWorker(self.engine, limits=PrefillLimits(max_hold_s=LEASE_S), **common)
         self.decode = DecodeWorker(self.engine, **common)

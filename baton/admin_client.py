@@ -42,6 +42,8 @@ class WorkerView:
     """Of KV pulled, per second of pulling, over the last requests it decoded; 0: it pulled none."""
     recomputed_share: float = 0.0
     """Of those requests' prompt tokens, the share computed again because their KV could not be used."""
+    no_room_count: int = 0
+    """Decodes it refused for want of KV blocks, since its process began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,7 @@ def _view(response: pb.WatchClusterResponse) -> ClusterView:
                 epoch=worker.epoch,
                 kv_bytes_per_s=worker.kv_bytes_per_s,
                 recomputed_share=worker.recomputed_share,
+                no_room_count=worker.no_room_count,
             )
             for worker in response.workers
         ),

@@ -25,6 +25,7 @@ class Reason(enum.Enum):
     DRAINING = "DRAINING"
     TICKET_REFUSED = "TICKET_REFUSED"
     ENGINE_FAILED = "ENGINE_FAILED"
+    NO_ROOM = "NO_ROOM"
     UNAUTHENTICATED = "UNAUTHENTICATED"
     INTERNAL = "INTERNAL"
 
@@ -105,6 +106,35 @@ def prompt_too_long(
             "max_prompt_token_count": str(max_prompt_token_count),
         },
         violations=[FieldViolation("prompt", description)],
+    )
+
+
+def cache_too_small(prompt_token_count: int, wanted_block_count: int, block_count: int) -> BatonError:
+    """PROMPT_TOO_LONG, said by a decode worker of its own KV cache: a larger one might take it."""
+    description = (
+        f"has {prompt_token_count} tokens and needs {wanted_block_count} KV blocks to be decoded; the worker has "
+        f"{block_count}. Shorten the prompt, or give workers more KV memory."
+    )
+    return BatonError(
+        Reason.PROMPT_TOO_LONG,
+        StatusName.INVALID_ARGUMENT,
+        f"prompt: {description}",
+        metadata={
+            "prompt_token_count": str(prompt_token_count),
+            "wanted_block_count": str(wanted_block_count),
+            "block_count": str(block_count),
+        },
+        violations=[FieldViolation("prompt", description)],
+    )
+
+
+def no_room(wanted_block_count: int, free_block_count: int, retry_after_s: float) -> BatonError:
+    return BatonError(
+        Reason.NO_ROOM,
+        StatusName.RESOURCE_EXHAUSTED,
+        f"{wanted_block_count} KV blocks are wanted and {free_block_count} are free; place it elsewhere, or later",
+        metadata={"wanted_block_count": str(wanted_block_count), "free_block_count": str(free_block_count)},
+        retry_after_s=retry_after_s,
     )
 
 

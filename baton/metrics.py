@@ -138,6 +138,11 @@ class RouterMetrics:
         self.recomputes = Counter(
             "baton_recomputes", "Requests whose KV was not usable, by the last reason.", ["reason"], registry=registry
         )
+        self.no_room = Counter(
+            "baton_no_room_refusals",
+            "Decodes that a worker refused for want of KV blocks, and that were placed elsewhere or later.",
+            registry=registry,
+        )
         self.recomputed_tokens = Counter(
             "baton_recomputed_tokens",
             "Prompt tokens computed again because KV was not usable.",
@@ -270,6 +275,16 @@ class WorkerMetrics:
             ["check"],
             registry=registry,
         )
+        self.no_room = Counter(
+            "baton_worker_no_room_refusals",
+            "Decodes refused before anything was pulled, because too few KV blocks were free.",
+            registry=registry,
+        )
+        self.blocks_reserved = Gauge(
+            "baton_worker_kv_blocks_reserved",
+            "KV blocks promised to decodes that are not known to have them yet.",
+            registry=registry,
+        )
         self.expired_leases = Counter(
             "baton_worker_expired_leases", "Leases that ended by time, not by release.", registry=registry
         )
@@ -293,6 +308,7 @@ class WorkerMetrics:
         self.held_leases.set(load.held_lease_count)
         self.quarantined_pulls.set(load.quarantined_pull_count)
         self.blocks_used.set(load.used_block_count)
+        self.blocks_reserved.set(load.reserved_block_count)
         self.blocks_total.set(load.block_count)
         self.running.set(load.running_count)
         self.waiting.set(load.waiting_count)

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from baton.errors import BatonError, Reason, engine_failed, ticket_refused
+from baton.errors import BatonError, Reason, cache_too_small, engine_failed, no_room, ticket_refused
 from baton.leg import DecodeDone, DecodeEvent, DecodeOrder, KvAdopted, Stepped
 from baton.metrics import Outcome, WorkerMetrics, outcome_of
 from baton.secret import checked_secret
 from decode_worker.config import DecodeLimits
-from engine.legs import Legs, check_order
+from decode_worker.reservations import BlockBook, NeverFits, NoRoom, Reservation, wanted_block_count
+from engine.legs import RETRY_AFTER_S, Legs, check_order
 from engine.protocol import DecodeJob, Engine
 from engine.recent_ids import RecentIds
 from kvtransfer.ticket import KvTicket, open_ticket, prompt_digest
@@ -51,8 +52,11 @@ class DecodeWorker:
         self._engine = engine
         self._secret = checked_secret(secret)
         self._metrics = metrics or WorkerMetrics(CollectorRegistry(), worker_id)
-        # The mutable state: legs in hand, and the tickets they and their predecessors used up.
+        # The mutable state: legs in hand, the blocks promised to them (opened with the first order: only a started
+        # engine knows its blocks), and the tickets they and their predecessors used up.
         self._legs = Legs(self.limits.max_leg_count, lambda: self.on_change())
+        self._book: BlockBook | None = None
+        self._no_room_count = 0
         self._seen = RecentIds(self.limits.max_seen_ticket_count)
 
     def __repr__(self) -> str:
@@ -71,25 +75,35 @@ class DecodeWorker:
         return 0
 
     @property
+    def reserved_block_count(self) -> int:
+        return 0 if self._book is None else self._book.reserved_block_count
+
+    @property
+    def no_room_count(self) -> int:
+        """Orders refused for want of room, since the process began."""
+        return self._no_room_count
+
+    @property
     def is_draining(self) -> bool:
         return self._legs.is_draining
 
     async def decode(self, order: DecodeOrder) -> AsyncGenerator[DecodeEvent, None]:
         """``KvAdopted Stepped* DecodeDone``. Closing the generator aborts the decode and frees everything.
 
-        Raises INVALID_REQUEST, PROMPT_TOO_LONG, TICKET_REFUSED, QUEUE_FULL, DRAINING, ENGINE_FAILED.
+        Raises INVALID_REQUEST, PROMPT_TOO_LONG, TICKET_REFUSED, NO_ROOM, QUEUE_FULL, DRAINING, ENGINE_FAILED. After
+        NO_ROOM the ticket is as good as before.
         """
         outcome = Outcome.FAILED
         is_complete = False
         loop = asyncio.get_running_loop()
         began_at = loop.time()
         try:
-            with self._legs.entered():
-                job = self._job(order)
+            with self._legs.entered(), self._reserved(order) as (job, settle):
                 async with aclosing(self._engine.decode(job)) as events:
                     async for event in events:
                         self._observe(job, event)
                         if isinstance(event, KvAdopted):
+                            settle()
                             began_at = loop.time() - event.first_step_s
                         is_complete = isinstance(event, DecodeDone)
                         if is_complete:
@@ -113,9 +127,49 @@ class DecodeWorker:
         finally:
             self._metrics.leg_ended(PHASE, outcome)
 
-    def _job(self, order: DecodeOrder) -> DecodeJob:
+    @contextmanager
+    def _reserved(self, order: DecodeOrder) -> Iterator[tuple[DecodeJob, Callable[[], None]]]:
+        """The order as a job whose blocks are promised to it while the block runs, however it ends; and what to call
+        once the engine has them."""
         check_order(order, self._engine.info)
-        pull = self._admitted(order) if order.ticket else None
+        ticket = self._opened(order) if order.ticket else None
+        reservation = self._reservation(order)
+        book = self._book
+        assert book is not None
+        try:
+            if ticket is not None:
+                # AFTER the blocks are promised, and before the engine: a refused ticket is not used up.
+                self._seen.add(ticket.ticket_id)
+
+            def settle() -> None:
+                book.settle(reservation)
+                self.on_change()
+
+            self.on_change()
+            yield self._job(order, None if ticket is None else ticket.params.to_engine()), settle
+        finally:
+            book.release(reservation)
+
+    def _reservation(self, order: DecodeOrder) -> Reservation:
+        """Raises NO_ROOM, or PROMPT_TOO_LONG for what could never fit. An order without a ticket waits in the engine,
+        as any prompt does: no KV is held for it elsewhere, and nothing is gained by refusing it."""
+        info = self._engine.info
+        if self._book is None:
+            self._book = BlockBook(info.block_count)
+        prompt_token_count = len(order.prompt_token_ids)
+        wanted = wanted_block_count(prompt_token_count, order.stop.max_token_count, info)
+        used = self._engine.load().used_block_count
+        match self._book.reserve(wanted, used, may_wait=not order.ticket):
+            case NoRoom() as refusal:
+                self._no_room_count += 1
+                self._metrics.no_room.inc()
+                raise no_room(refusal.wanted_block_count, refusal.free_block_count, RETRY_AFTER_S)
+            case NeverFits() as refusal:
+                raise cache_too_small(prompt_token_count, refusal.wanted_block_count, refusal.block_count)
+            case reservation:
+                return reservation
+
+    def _job(self, order: DecodeOrder, pull: dict[str, Any] | None) -> DecodeJob:
         return DecodeJob(
             leg_id=order.leg_id,
             prompt_token_ids=order.prompt_token_ids,
@@ -128,14 +182,13 @@ class DecodeWorker:
             tenant=order.tenant,
         )
 
-    def _admitted(self, order: DecodeOrder) -> dict[str, Any]:
-        """The engine's pull parameters, once every check passed; the ticket is used up with it."""
+    def _opened(self, order: DecodeOrder) -> KvTicket:
+        """The order's ticket, once every check passed."""
         ticket = open_ticket(order.ticket, self._secret, self.limits.transfer)
         if ticket.tenant != order.tenant:
             raise ticket_refused("tenant", "the KV is another tenant's")
         self._check_ticket(ticket, order.prompt_token_ids)
-        self._seen.add(ticket.ticket_id)  # last, and before the engine: a refused ticket is not used up
-        return ticket.params.to_engine()
+        return ticket
 
     def _check_ticket(self, ticket: KvTicket, prompt_token_ids: tuple[int, ...]) -> None:
         allowed = self.limits.allowed_prefill_workers

@@ -28,6 +28,12 @@ class WorkerPart(Protocol):
     def held_lease_count(self) -> int: ...
 
     @property
+    def reserved_block_count(self) -> int: ...
+
+    @property
+    def no_room_count(self) -> int: ...
+
+    @property
     def is_draining(self) -> bool: ...
 
     async def run(self) -> None: ...
@@ -87,6 +93,8 @@ class LoadBoard:
             held_lease_count=sum(part.held_lease_count for part in self._parts),
             is_draining=self.is_draining,
             quarantined_pull_count=load.quarantined_pull_count,
+            reserved_block_count=sum(part.reserved_block_count for part in self._parts),
+            no_room_count=sum(part.no_room_count for part in self._parts),
         )
         self._metrics.set_load(report)
         return report

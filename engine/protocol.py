@@ -43,6 +43,8 @@ class EngineInfo:
     max_running_count: int
     kv_bytes_per_token: int
     vocab_size: int
+    sets_answers_aside: bool = False
+    """A request begins only once it has the blocks of its whole answer, and is never preempted."""
 
 
 @dataclass(frozen=True, slots=True)

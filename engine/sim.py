@@ -108,6 +108,7 @@ class SimEngine:
             max_running_count=self.config.max_running_count,
             kv_bytes_per_token=self.config.cost.kv_bytes_per_token,
             vocab_size=self.config.tokens.vocab_size,
+            sets_answers_aside=True,
         )
 
     @property

@@ -83,6 +83,15 @@ class PrefillWorker:
         return len(self._ledger)
 
     @property
+    def reserved_block_count(self) -> int:
+        """Only decodes have blocks promised to them: a prompt waits in the engine, and nothing is held for it."""
+        return 0
+
+    @property
+    def no_room_count(self) -> int:
+        return 0
+
+    @property
     def is_draining(self) -> bool:
         return self._legs.is_draining
 

@@ -154,6 +154,7 @@ def _worker_to_proto(worker: WorkerView, transfer: TransferStatistics | None) ->
         state.used_block_count = worker.load.used_block_count
         state.block_count = worker.load.block_count
         state.held_lease_count = worker.load.held_lease_count
+        state.no_room_count = worker.load.no_room_count
     return state
 
 

@@ -16,6 +16,10 @@ beyond its limit and never lets anyone wait without a deadline.
 
 The first in line is served first: a request that would fit does not overtake one that does not, except where the
 latter waits for a worker other than those that failed it.
+
+A request whose decode was refused for want of KV blocks keeps its place and waits here, too (``wait_for_room``),
+ahead of all that have none: its KV is held elsewhere meanwhile. Larger priority first, then order of arrival; as many
+as have places, and each until its own deadline.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from baton.request import PlacementMode, Role
 from router.affinity import AffinityLimits, PrefixIndex
 from router.cluster_view import Assigned, ClusterView, WorkerIdentity
 from router.placement import Placement, PlacementAsk, PlacementPolicy, place
+from router.room import Room, RoomAsk, candidates, find_room, room_of
 from router.roster import Roster
 
 MIN_RETRY_AFTER_S = 0.1
@@ -54,13 +59,16 @@ class AdmissionLimits:
     """Longest wait while no worker is ready at all."""
     exclusion_s: float = 0.5
     """A request does not go back to a process that failed it for so long; then it may, if no other is to be had."""
+    room_retry_s: float = 1.0
+    """A decode refused for want of KV blocks waits for a report of other room, and at most so long before a worker
+    that refused it is asked again: a report may lag behind."""
     reply_margin_s: float = 0.25
     """A wait in vain ends this long before the deadline, so that its reason still reaches the caller."""
 
     def __post_init__(self) -> None:
         if self.queue_limit < 0 or self.max_in_flight_count < 1:
             raise ValueError("queue_limit must be 0 or more, and max_in_flight_count at least 1")
-        for key in ("max_wait_s", "no_worker_s", "exclusion_s", "reply_margin_s"):
+        for key in ("max_wait_s", "no_worker_s", "exclusion_s", "room_retry_s", "reply_margin_s"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be positive")
 
@@ -139,8 +147,19 @@ class Entry:
 class Place:
     """A request's place: its placement, and what is counted for it on its workers until ``close``."""
 
-    def __init__(self, admission: Admission, placement: Placement, prompt_token_count: int, kept: Assigned) -> None:
+    def __init__(
+        self,
+        admission: Admission,
+        placement: Placement,
+        prompt_token_count: int,
+        kept: Assigned,
+        room_rank: tuple[int, int],
+    ) -> None:
         self.placement = placement
+        self.room_rank = room_rank
+        """Its turn among those that wait for room: the same however often it is refused."""
+        self.refused: dict[WorkerIdentity, Room | None] = {}
+        """Decode workers that had no room for it, and what was known of their room then."""
         self._admission = admission
         self._kept = kept
         self._prefill: Assigned | None = (
@@ -156,6 +175,14 @@ class Place:
             self._held = Assigned(held_count=1)
             self._admission.roster.assign(self.placement.prefill, self._held)
         self._prefill_over()
+
+    def move(self, decode: WorkerIdentity) -> None:
+        """What is kept for it is kept on another decode worker from now on."""
+        before = self.placement.decode
+        if self._is_open and decode != before:
+            self._admission.roster.assign(decode, self._kept)
+            self.placement = replace(self.placement, decode=decode)
+            self._admission.roster.assign(before, self._kept, sign=-1)
 
     def close(self) -> None:
         """Gives the place back and lets the next ones in. Idempotent."""
@@ -183,6 +210,18 @@ class _Waiter:
     given: asyncio.Future[Place]
 
 
+@dataclass(eq=False, slots=True)
+class _RoomWaiter:
+    place: Place
+    wanted_block_count: int
+    barred: frozenset[WorkerIdentity]
+    given: asyncio.Future[WorkerIdentity]
+
+    @property
+    def ask(self) -> RoomAsk:
+        return RoomAsk(self.wanted_block_count, self.barred, self.place.refused)
+
+
 class Admission:
     """One per router, on one loop. ``close`` turns everyone away."""
 
@@ -202,6 +241,9 @@ class Admission:
         # The mutable state: who waits, in the order of service; how many have a place; when the last ones left.
         self._waiters: list[tuple[tuple[bool, int, int], _Waiter]] = []
         self._orders = itertools.count()
+        # Those with a place that wait for room, and what was given to such since the report that it was taken from.
+        self._room_waiters: list[tuple[tuple[int, int], _RoomWaiter]] = []
+        self._promised: dict[WorkerIdentity, tuple[Room | None, int]] = {}
         self._in_flight_count = 0
         self._departures: list[float] = []
         self._index = PrefixIndex(affinity or AffinityLimits())
@@ -219,6 +261,11 @@ class Admission:
     @property
     def waiting_count(self) -> int:
         return len(self._waiters)
+
+    @property
+    def room_waiting_count(self) -> int:
+        """Requests with a place and held KV that wait for a decode worker with room."""
+        return len(self._room_waiters)
 
     @property
     def in_flight_count(self) -> int:
@@ -277,6 +324,47 @@ class Admission:
             self._waiters = [item for item in self._waiters if item[1] is not waiter]
             self.pump()  # the next one may have waited for nothing but this one's turn
 
+    async def wait_for_room(
+        self,
+        place: Place,
+        wanted_block_count: int,
+        *,
+        refused_by: WorkerIdentity,
+        barred: frozenset[WorkerIdentity],
+        otherwise: BatonError | None,
+    ) -> WorkerIdentity:
+        """A decode worker with room, to which the place was moved. Cancelling gives up the turn.
+
+        Raises ``otherwise`` at once if it is given and no decode worker is large enough, and NO_WORKER when none is
+        left to wait for. Has no deadline of its own: that is its owner's.
+        """
+        loop = asyncio.get_running_loop()
+        waiter = _RoomWaiter(place, wanted_block_count, barred, loop.create_future())
+        if otherwise is not None and not candidates(self.roster.view(), waiter.ask):
+            raise otherwise
+        place.refused[refused_by] = next(
+            (room_of(worker) for worker in self.roster.view().workers if worker.identity == refused_by), None
+        )
+        bisect.insort(self._room_waiters, (place.room_rank, waiter), key=_rank_of)
+        ready_at = loop.time()
+        try:
+            while True:
+                self.pump()
+                await asyncio.wait((waiter.given,), timeout=self.limits.room_retry_s)
+                if waiter.given.done():
+                    return waiter.given.result()
+                left = candidates(self.roster.view(), waiter.ask)
+                if any(worker.is_ready for worker in left):
+                    ready_at = loop.time()
+                elif not left or loop.time() - ready_at >= self.limits.no_worker_s:
+                    raise no_worker(Role.DECODE.value, 0)
+                # No news for so long: a report may have been older than the refusal, or a leg may never have come.
+                place.refused.clear()
+                self._promised.clear()
+        finally:
+            self._room_waiters = [item for item in self._room_waiters if item[1] is not waiter]
+            self.pump()
+
     def pump(self) -> None:
         """Lets in whoever can be. Called after each change of the cluster and each place given back."""
         if self._is_pumping:  # giving a place tells the roster, which tells us
@@ -286,6 +374,7 @@ class Admission:
         try:
             while True:
                 self._needs_pump = False
+                self._give_room()
                 self._let_in()
                 if not self._needs_pump:
                     return
@@ -308,10 +397,29 @@ class Admission:
 
     # Parts
 
+    def _give_room(self) -> None:
+        for item in list(self._room_waiters):
+            waiter, view = item[1], self.roster.view()
+            rooms = {worker.identity: room_of(worker) for worker in view.workers}
+            # A promise lasts until the worker reports again: then the leg is in its books, or did not come.
+            self._promised = {who: was for who, was in self._promised.items() if rooms.get(who) == was[0]}
+            promised = {who: count for who, (_, count) in self._promised.items()}
+            decode = find_room(view, waiter.ask, promised)
+            if decode is not None:
+                count = promised.get(decode, 0) + waiter.wanted_block_count
+                self._promised[decode] = rooms[decode], count
+                self._room_waiters.remove(item)
+                waiter.place.move(decode)
+                waiter.given.set_result(decode)
+            elif find_room(view, waiter.ask, promised, forgives=True) is None:
+                return  # the first in line: nobody overtakes, but where only its own refusals hold it up
+
     def _let_in(self) -> None:
         for item in list(self._waiters):
             waiter, entry = item[1], item[1].entry
-            if not entry.is_retry and self._in_flight_count >= self.limits.max_in_flight_count:
+            if not entry.is_retry and (
+                self._room_waiters or self._in_flight_count >= self.limits.max_in_flight_count
+            ):
                 return
             if entry.excluded and asyncio.get_running_loop().time() >= waiter.relaxed_at:
                 entry = replace(entry, excluded=frozenset())
@@ -340,7 +448,7 @@ class Admission:
         ask = PlacementAsk(prompt_token_count, entry.max_output_token_count)
         kept = Assigned(decode_count=1, decode_token_count=ask.kept_token_count(self.policy))
         self._in_flight_count += 1
-        given = Place(self, placement, prompt_token_count, kept)
+        given = Place(self, placement, prompt_token_count, kept, (-entry.priority, next(self._orders)))
         workers = [placement.decode]
         self.roster.assign(placement.decode, kept)
         if placement.mode is PlacementMode.SPLIT and placement.prefill is not None:
@@ -356,7 +464,9 @@ class Admission:
         window_s = now - self._departures[0] if self._departures else 0.0
         return RoomView(
             waiting_count=sum(not waiter.entry.is_retry for _, waiter in self._waiters),
-            ahead_count=sum(each < rank and not waiter.entry.excluded for each, waiter in self._waiters),
+            # Whoever waits for room is ahead of all that hold no KV yet, but not of those that lost theirs.
+            ahead_count=(0 if entry.is_retry else len(self._room_waiters))
+            + sum(each < rank and not waiter.entry.excluded for each, waiter in self._waiters),
             in_flight_count=self._in_flight_count,
             departures_per_s=len(self._departures) / window_s if window_s > 0 else 0.0,
             is_draining=self._is_draining,
@@ -388,7 +498,7 @@ def _rank(entry: Entry, order: int) -> tuple[bool, int, int]:
     return (not entry.is_retry, -entry.priority, order)
 
 
-def _rank_of(item: tuple[tuple[bool, int, int], _Waiter]) -> tuple[bool, int, int]:
+def _rank_of(item: tuple[tuple[int, ...], object]) -> tuple[int, ...]:
     return item[0]
 
 

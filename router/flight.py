@@ -38,6 +38,7 @@ from router.handoff_words import (
     Emitted,
     Fact,
     Fail,
+    FindRoom,
     Finish,
     KeepLease,
     LegFailed,
@@ -46,6 +47,8 @@ from router.handoff_words import (
     PlacementFailed,
     PrefillDone,
     ReleaseKv,
+    RoomFailed,
+    RoomFound,
     StartDecode,
     StartPrefill,
     StopMatched,
@@ -98,8 +101,10 @@ class Flight:
         limits: FlightLimits,
         release: Callable[[ReleaseKv], None],
         on_leg_lost: Callable[[str], None],
+        on_no_room: Callable[[], None],
     ) -> None:
-        """``release`` lets go of KV in its own time. ``on_leg_lost`` is told the phase."""
+        """``release`` lets go of KV in its own time. ``on_leg_lost`` is told the phase; ``on_no_room``, that a decode
+        was refused for want of room."""
         self.request = request
         self.handoff = Handoff(request, max_attempt_count=limits.max_attempt_count, lease_s=limits.lease_s)
         self.account = PhaseAccount(received_at)
@@ -111,6 +116,7 @@ class Flight:
         self._limits = limits
         self._release = release
         self._on_leg_lost = on_leg_lost
+        self._on_no_room = on_no_room
         self._facts = FactQueue()
         # What is running for this request, and what it has:
         self._legs: dict[int, asyncio.Task[None]] = {}
@@ -193,6 +199,9 @@ class Flight:
             case StartDecode():
                 self.account.decode_started(is_split=bool(action.order.ticket), now=_now())
                 self._start_leg(action.leg, "decode", self._decode(action))
+            case FindRoom():
+                self._on_no_room()
+                self._wait = self._task("room", self._wait_for_room(action))
             case CancelLeg():
                 self._legs[action.leg].cancel()
             case KeepLease():
@@ -281,6 +290,24 @@ class Flight:
             self._facts.put_now(PlacementFailed(attempt, internal(f"admission raised {type(error).__name__}")))
         else:
             self._facts.put_now(self._placed(attempt, place))
+
+    async def _wait_for_room(self, action: FindRoom) -> None:
+        assert self._place is not None, "a decode was refused, so it was placed"
+        try:
+            decode = await self._admission.wait_for_room(
+                self._place,
+                action.wanted_block_count,
+                refused_by=action.refused_by,
+                barred=action.barred,
+                otherwise=action.otherwise,
+            )
+        except BatonError as error:
+            self._facts.put_now(RoomFailed(action.leg, error))
+        except Exception as error:
+            logger.exception("request %s: a bug in looking for room", self.request.generation_id)
+            self._facts.put_now(RoomFailed(action.leg, internal(f"admission raised {type(error).__name__}")))
+        else:
+            self._facts.put_now(RoomFound(action.leg, decode))
 
     async def _prefill(self, action: StartPrefill) -> None:
         limit_s = self._limits.prefill_timeout_s

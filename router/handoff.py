@@ -11,7 +11,8 @@ tasks. Whoever drives it performs every action, in order, and feeds back what ha
       |         PREFILLING ----------------)------------------------------|  are left: the next one starts
       |              | PrefillDone: Emit   |                              |  from prompt + tokens emitted
       |              v                     v                              |
-      |          PREFILLED --Emitted--> STARTING -------------------------|
+      |          PREFILLED --Emitted--> STARTING <--RoomFound-- NO_ROOM --|
+      |              |                     |  '---refused: FindRoom-'     |
       |              |                     | Adopted: ReleaseKv, but      |
       |              |                     | AFTER tokens that came along |
       |              |                     v                              |
@@ -25,12 +26,16 @@ another leg than the present one change nothing, with one exception: a PrefillDo
 holds, so it is answered by ReleaseKv. Every ticket seen is released exactly once: when it was adopted, or when its
 attempt is over.
 
+A decode worker that has too few KV blocks refuses its leg before anything is pulled (NO_ROOM). No leg is lost by that
+and no attempt spent: the KV stays held, its lease extended, until some decode worker has room or the deadline passes.
+
 Tokens are numbered within their leg, so a repeat is dropped; a gap is a lost leg. Every Emit is answered by Emitted
 or StopMatched before anything else of that leg: a stop sequence in the first token then never costs a decode.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 
 from baton.errors import BatonError, Reason, attempts_exhausted, deadline_exceeded, engine_failed, internal
@@ -52,6 +57,7 @@ from router.handoff_words import (
     Emitted,
     Fact,
     Fail,
+    FindRoom,
     Finish,
     KeepLease,
     LegFailed,
@@ -60,6 +66,8 @@ from router.handoff_words import (
     PlacementFailed,
     PrefillDone,
     ReleaseKv,
+    RoomFailed,
+    RoomFound,
     StartDecode,
     StartPrefill,
     StopMatched,
@@ -74,12 +82,17 @@ class State(enum.Enum):
     PREFILLING = "prefilling"
     PREFILLED = "prefilled"
     STARTING = "starting"
+    NO_ROOM = "no_room"
     DECODING = "decoding"
     ENDED = "ended"
 
 
 _CALLERS_FAULT = frozenset({Reason.INVALID_REQUEST, Reason.PROMPT_TOO_LONG, Reason.MODEL_NOT_FOUND})
 """What another worker would say too."""
+
+
+_WANTED = "wanted_block_count"
+"""In the metadata of NO_ROOM, and of the PROMPT_TOO_LONG that a worker with a small KV cache says."""
 
 
 class Handoff:
@@ -106,7 +119,9 @@ class Handoff:
         self._leg_token_count = 0
         self._reply: PrefillReply | None = None
         self._held: ReleaseKv | None = None
+        self._too_small: frozenset[WorkerIdentity] = frozenset()
         # For the report:
+        self.no_room_count = 0
         self.transfer = TransferReport()
         self.handover = Handover.NONE
         self.cached_prompt_token_count = 0
@@ -168,7 +183,7 @@ class Handoff:
                 return Phase.PREFILL
             case State.PREFILLED:
                 return Phase.HANDOFF_WAIT
-            case State.STARTING:
+            case State.STARTING | State.NO_ROOM:
                 return Phase.HANDOFF_WAIT if self._is_split else Phase.PREFILL
             case State.DECODING:
                 return Phase.DECODE
@@ -216,6 +231,11 @@ class Handoff:
             case State.PREFILLING | State.STARTING | State.DECODING, LegFailed() if fact.leg == self._leg:
                 self._is_leg_running = False
                 return self._leg_failed(fact.error)
+            case State.NO_ROOM, RoomFound() if fact.leg == self._leg:
+                return self._room_found(fact.decode)
+            case State.NO_ROOM, RoomFailed() if fact.leg == self._leg:
+                is_final = fact.error.reason in _CALLERS_FAULT
+                return self._end(Fail(fact.error)) if is_final else self._lost(fact.error)
         return []
 
     # Going forward
@@ -323,12 +343,36 @@ class Handoff:
         self._is_leg_running = False
         return self._finish(fact.finish)
 
+    def _no_room(self, error: BatonError) -> list[Action]:
+        """Nothing was pulled and the ticket is unused: the same KV is offered to the next worker that has room."""
+        assert self._placement is not None
+        self._state = State.NO_ROOM
+        self.no_room_count += 1
+        decode = self._placement.decode
+        could_never = error.reason is not Reason.NO_ROOM
+        if could_never:
+            self._too_small |= {decode}
+        holder = frozenset() if self._held is None else frozenset({self._held.worker})
+        wanted = int(error.metadata[_WANTED])
+        return [FindRoom(self._leg, wanted, decode, self._too_small | holder, error if could_never else None)]
+
+    def _room_found(self, decode: WorkerIdentity) -> list[Action]:
+        assert self._placement is not None
+        self._placement = dataclasses.replace(self._placement, decode=decode)
+        if not self._is_split:
+            self.prefill_worker_id = decode.worker_id
+        return self._start_decode(self._reply.ticket if self._is_split and self._reply is not None else b"")
+
     # Going back
 
     def _leg_failed(self, error: BatonError) -> list[Action]:
         match error.reason:
             case Reason.DEADLINE_EXCEEDED:  # the worker's clock was a little ahead of ours
                 return self._end(Fail(deadline_exceeded(self.phase.value, len(self._emitted))))
+            case Reason.NO_ROOM | Reason.PROMPT_TOO_LONG if (
+                self._state is State.STARTING and error.metadata.get(_WANTED, "").isdecimal()
+            ):
+                return self._no_room(error)
             case reason if reason in _CALLERS_FAULT:
                 return self._end(Fail(error))
             case Reason.TICKET_REFUSED:

@@ -64,6 +64,20 @@ class LegFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class RoomFound:
+    """A decode worker that has room for the leg that was refused for want of it."""
+
+    leg: int
+    decode: WorkerIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class RoomFailed:
+    leg: int
+    error: BatonError
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerLost:
     worker: WorkerIdentity
 
@@ -98,6 +112,8 @@ Fact = (
     | TokensArrived
     | DecodeEnded
     | LegFailed
+    | RoomFound
+    | RoomFailed
     | WorkerLost
     | Emitted
     | StopMatched
@@ -129,6 +145,20 @@ class StartDecode:
     leg: int
     worker: WorkerIdentity
     order: DecodeOrder
+
+
+@dataclass(frozen=True, slots=True)
+class FindRoom:
+    """Keep the place and the KV, and find a decode worker with room for the refused leg, as soon as there is one.
+    Answered by RoomFound or RoomFailed."""
+
+    leg: int
+    wanted_block_count: int
+    refused_by: WorkerIdentity
+    barred: frozenset[WorkerIdentity]
+    """Where it must not go: who holds its KV, and who could never have room."""
+    otherwise: BatonError | None
+    """What to fail with at once if no decode worker could ever have room; None: those that could are waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,4 +206,6 @@ class Abandon:
     """Nobody listens any more: end without a word."""
 
 
-Action = Place | StartPrefill | StartDecode | CancelLeg | KeepLease | ReleaseKv | Emit | Finish | Fail | Abandon
+Action = (
+    Place | StartPrefill | StartDecode | FindRoom | CancelLeg | KeepLease | ReleaseKv | Emit | Finish | Fail | Abandon
+)

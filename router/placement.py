@@ -123,7 +123,8 @@ def _can_decode(worker: WorkerView, ask: PlacementAsk, policy: PlacementPolicy) 
         return False
     block_token_count = worker.info.block_token_count
     expected_block_count = -(-worker.assigned.decode_token_count // block_token_count)
-    used_block_count = 0 if worker.load is None else worker.load.used_block_count
+    load = worker.load
+    used_block_count = 0 if load is None else load.used_block_count + load.reserved_block_count
     needed_block_count = -(-ask.kept_token_count(policy) // block_token_count)
     return max(expected_block_count, used_block_count) + needed_block_count <= worker.info.block_count
 

@@ -77,7 +77,8 @@ class Relay:
         states = [flight.handoff.state for flight in self._flights]
         prefilling, waiting = states.count(State.PREFILLING), states.count(State.PLACING)
         decoding = sum(state in (State.PREFILLED, State.STARTING, State.DECODING) for state in states)
-        return f"<Relay [{prefilling} prefilling, {decoding} decoding | {waiting} waiting]>"
+        roomless = states.count(State.NO_ROOM)
+        return f"<Relay [{prefilling} prefilling, {decoding} decoding | {waiting} waiting, {roomless} for room]>"
 
     # Questions
 
@@ -172,6 +173,7 @@ class Relay:
             limits=self._limits,
             release=self._release,
             on_leg_lost=lambda phase: self._metrics.lost_legs.labels(phase).inc(),
+            on_no_room=self._metrics.no_room.inc,
         )
 
     async def _land(self, flight: Flight) -> None:
@@ -274,6 +276,7 @@ def _log_fields(
         "mode": report.mode.value,
         "placement": report.placement_reason,
         "attempts": report.attempt_count,
+        "no_room_refusals": flight.handoff.no_room_count,
     }
 
 

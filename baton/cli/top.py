@@ -96,6 +96,7 @@ def frame(view: ClusterView, address: str, width: int = 140) -> Group:
         workers.add_column(title, justify="right", no_wrap=True)
     is_wide = width >= _WIDE_FROM
     if is_wide:
+        workers.add_column("no room", justify="right", no_wrap=True)
         workers.add_column("address")
     for worker in view.workers:
         workers.add_row(
@@ -109,7 +110,7 @@ def frame(view: ClusterView, address: str, width: int = 140) -> Group:
             str(worker.held_lease_count),
             f"{worker.kv_bytes_per_s / 1e9:.2f}" if worker.kv_bytes_per_s else "–",
             f"{worker.recomputed_share:.1%}" if worker.recomputed_share else "–",
-            *([worker.address] if is_wide else []),
+            *([str(worker.no_room_count) if worker.no_room_count else "–", worker.address] if is_wide else []),
         )
     phases = Table(
         title="phases of the last requests",

@@ -11,10 +11,12 @@ from typing import Any
 from baton.errors import (
     BatonError,
     FieldViolation,
+    cache_too_small,
     deadline_exceeded,
     draining,
     engine_failed,
     invalid_request,
+    no_room,
     no_worker,
     ticket_refused,
 )
@@ -35,6 +37,7 @@ from router.handoff_words import (
     Emitted,
     Fact,
     Fail,
+    FindRoom,
     Finish,
     KeepLease,
     LegFailed,
@@ -43,6 +46,8 @@ from router.handoff_words import (
     PlacementFailed,
     PrefillDone,
     ReleaseKv,
+    RoomFailed,
+    RoomFound,
     StartDecode,
     StartPrefill,
     StopMatched,
@@ -58,6 +63,8 @@ ERRORS: dict[str, BatonError] = {
     "deadline": deadline_exceeded("decode", 0),
     "invalid": invalid_request([FieldViolation("sampling.top_p", "must be above 0")]),
     "no_worker": no_worker("decode", 0),
+    "no_room": no_room(7, 2, 0.25),
+    "too_small": cache_too_small(100, 7, 5),
 }
 
 
@@ -128,6 +135,10 @@ def _fact(name: str, words: list[str], options: dict[str, str]) -> Fact:
             return DecodeEnded(leg, int(options["count"]), LegFinish(options["finish"]))
         case "leg-failed":
             return LegFailed(leg, ERRORS[words[0]])
+        case "room-found":
+            return RoomFound(leg, _worker(options["decode"]))
+        case "room-failed":
+            return RoomFailed(leg, ERRORS[words[0]])
         case "worker-lost":
             return WorkerLost(_worker(words[0]))
         case "emitted":
@@ -157,6 +168,11 @@ def _action_text(action: Action) -> str:
         case StartDecode():
             ticket = f" with {action.order.ticket.decode()}" if action.order.ticket else " without ticket"
             return f"start-decode leg={action.leg} on {action.worker.worker_id}{ticket}: {_order_text(action.order)}"
+        case FindRoom():
+            barred = " ".join(sorted(worker.worker_id for worker in action.barred))
+            otherwise = "" if action.otherwise is None else f" or {action.otherwise.reason.value}"
+            wanted = f"{action.wanted_block_count} blocks, refused by {action.refused_by.worker_id}"
+            return f"find-room leg={action.leg}: {wanted}, not on {barred or 'nobody'}{otherwise}"
         case CancelLeg():
             return f"cancel-leg leg={action.leg}"
         case KeepLease():

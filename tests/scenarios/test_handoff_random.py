@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baton.errors import engine_failed, no_worker, ticket_refused
+from baton.errors import cache_too_small, engine_failed, no_room, no_worker, ticket_refused
 from baton.leg import KvAdopted, PrefillReply
 from baton.request import LegFinish, PlacementMode
 from router.answering import RoutedRequest
@@ -25,6 +25,7 @@ from router.handoff_words import (
     Emitted,
     Fact,
     Fail,
+    FindRoom,
     Finish,
     KeepLease,
     LegFailed,
@@ -33,6 +34,8 @@ from router.handoff_words import (
     PlacementFailed,
     PrefillDone,
     ReleaseKv,
+    RoomFailed,
+    RoomFound,
     StartDecode,
     StartPrefill,
     StopMatched,
@@ -84,6 +87,8 @@ class World:
                     self._decode(action)
                 case CancelLeg():
                     self.live_legs.discard(action.leg)
+                case FindRoom():
+                    self._find_room(action)
                 case KeepLease():
                     assert self.released[action.ticket_id] == 0
                 case ReleaseKv():
@@ -145,7 +150,18 @@ class World:
         facts.append(LegFailed(action.leg, engine_failed("w", "died")))
         if action.order.ticket:
             facts.append(LegFailed(action.leg, ticket_refused("replayed")))
+            facts.insert(0, LegFailed(action.leg, no_room(7, 2, 0.25)))
+            facts.append(LegFailed(action.leg, cache_too_small(100, 7, 5)))
         self.under_way += facts
+
+    def _find_room(self, action: FindRoom) -> None:
+        held = [ticket for ticket in self.granted if not self.released[ticket]]
+        assert held, "waits for room, and its KV was let go"
+        self.under_way += [
+            RoomFound(action.leg, WORKERS[3]),
+            RoomFailed(action.leg, no_worker("decode", 0)),
+            *([] if action.otherwise is None else [RoomFailed(action.leg, action.otherwise)]),
+        ]
 
     def _finish_at(self, position: int, is_at_limit: bool) -> LegFinish | None:
         if position == self.last_position:

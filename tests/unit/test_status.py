@@ -18,6 +18,8 @@ EVERY_ERROR = [
     errors.model_not_found("gpt", ["smollm2", "other"]),
     errors.queue_full(64, 64, 1.25),
     errors.no_worker("decode", 0),
+    errors.cache_too_small(900, 60, 50),
+    errors.no_room(60, 50, 0.25),
     errors.attempts_exhausted(3, 0, "decode", "worker d0: lost"),
     errors.attempts_exhausted(3, 7, "decode", "worker d0: lost"),
     errors.deadline_exceeded("decode", 12),

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x62\x61ton/admin/v1/cluster.proto\x12\x0e\x62\x61ton.admin.v1\"*\n\x13WatchClusterRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\x05\"\xe1\x01\n\x14WatchClusterResponse\x12,\n\x07workers\x18\x01 \x03(\x0b\x32\x1b.baton.admin.v1.WorkerState\x12\x14\n\x0cqueued_count\x18\x02 \x01(\x05\x12\x17\n\x0fin_flight_count\x18\x03 \x01(\x05\x12*\n\x06phases\x18\x04 \x03(\x0b\x32\x1a.baton.admin.v1.PhaseStats\x12\x16\n\x0e\x66inished_count\x18\x05 \x01(\x03\x12\x14\n\x0c\x66\x61iled_count\x18\x06 \x01(\x03\x12\x12\n\nis_serving\x18\x07 \x01(\x08\"\x9f\x02\n\x0bWorkerState\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06health\x18\x04 \x01(\t\x12\x16\n\x0e\x61ssigned_count\x18\x05 \x01(\x05\x12\x15\n\rrunning_count\x18\x06 \x01(\x05\x12\x15\n\rwaiting_count\x18\x07 \x01(\x05\x12\x18\n\x10used_block_count\x18\x08 \x01(\x05\x12\x13\n\x0b\x62lock_count\x18\t \x01(\x05\x12\x18\n\x10held_lease_count\x18\n \x01(\x05\x12\r\n\x05\x65poch\x18\x0b \x01(\t\x12\x16\n\x0ekv_bytes_per_s\x18\x0c \x01(\x01\x12\x18\n\x10recomputed_share\x18\r \x01(\x01\"P\n\nPhaseStats\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0csample_count\x18\x02 \x01(\x05\x12\x0e\n\x06p50_ms\x18\x03 \x01(\x01\x12\x0e\n\x06p95_ms\x18\x04 \x01(\x01\"M\n\nWorkerSpec\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\t\"@\n\x11SetWorkersRequest\x12+\n\x07workers\x18\x01 \x03(\x0b\x32\x1a.baton.admin.v1.WorkerSpec\"\x14\n\x12SetWorkersResponse\"\'\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"-\n\x13\x44rainWorkerResponse\x12\x16\n\x0e\x61ssigned_count\x18\x01 \x01(\x05\"7\n\x14SetWorkerRoleRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\"\x17\n\x15SetWorkerRoleResponse2\xf8\x02\n\x0e\x43lusterService\x12[\n\x0cWatchCluster\x12#.baton.admin.v1.WatchClusterRequest\x1a$.baton.admin.v1.WatchClusterResponse0\x01\x12S\n\nSetWorkers\x12!.baton.admin.v1.SetWorkersRequest\x1a\".baton.admin.v1.SetWorkersResponse\x12V\n\x0b\x44rainWorker\x12\".baton.admin.v1.DrainWorkerRequest\x1a#.baton.admin.v1.DrainWorkerResponse\x12\\\n\rSetWorkerRole\x12$.baton.admin.v1.SetWorkerRoleRequest\x1a%.baton.admin.v1.SetWorkerRoleResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x62\x61ton/admin/v1/cluster.proto\x12\x0e\x62\x61ton.admin.v1\"*\n\x13WatchClusterRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\x05\"\xe1\x01\n\x14WatchClusterResponse\x12,\n\x07workers\x18\x01 \x03(\x0b\x32\x1b.baton.admin.v1.WorkerState\x12\x14\n\x0cqueued_count\x18\x02 \x01(\x05\x12\x17\n\x0fin_flight_count\x18\x03 \x01(\x05\x12*\n\x06phases\x18\x04 \x03(\x0b\x32\x1a.baton.admin.v1.PhaseStats\x12\x16\n\x0e\x66inished_count\x18\x05 \x01(\x03\x12\x14\n\x0c\x66\x61iled_count\x18\x06 \x01(\x03\x12\x12\n\nis_serving\x18\x07 \x01(\x08\"\xb6\x02\n\x0bWorkerState\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06health\x18\x04 \x01(\t\x12\x16\n\x0e\x61ssigned_count\x18\x05 \x01(\x05\x12\x15\n\rrunning_count\x18\x06 \x01(\x05\x12\x15\n\rwaiting_count\x18\x07 \x01(\x05\x12\x18\n\x10used_block_count\x18\x08 \x01(\x05\x12\x13\n\x0b\x62lock_count\x18\t \x01(\x05\x12\x18\n\x10held_lease_count\x18\n \x01(\x05\x12\r\n\x05\x65poch\x18\x0b \x01(\t\x12\x16\n\x0ekv_bytes_per_s\x18\x0c \x01(\x01\x12\x18\n\x10recomputed_share\x18\r \x01(\x01\x12\x15\n\rno_room_count\x18\x0e \x01(\x03\"P\n\nPhaseStats\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0csample_count\x18\x02 \x01(\x05\x12\x0e\n\x06p50_ms\x18\x03 \x01(\x01\x12\x0e\n\x06p95_ms\x18\x04 \x01(\x01\"M\n\nWorkerSpec\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\t\"@\n\x11SetWorkersRequest\x12+\n\x07workers\x18\x01 \x03(\x0b\x32\x1a.baton.admin.v1.WorkerSpec\"\x14\n\x12SetWorkersResponse\"\'\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"-\n\x13\x44rainWorkerResponse\x12\x16\n\x0e\x61ssigned_count\x18\x01 \x01(\x05\"7\n\x14SetWorkerRoleRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\"\x17\n\x15SetWorkerRoleResponse2\xf8\x02\n\x0e\x43lusterService\x12[\n\x0cWatchCluster\x12#.baton.admin.v1.WatchClusterRequest\x1a$.baton.admin.v1.WatchClusterResponse0\x01\x12S\n\nSetWorkers\x12!.baton.admin.v1.SetWorkersRequest\x1a\".baton.admin.v1.SetWorkersResponse\x12V\n\x0b\x44rainWorker\x12\".baton.admin.v1.DrainWorkerRequest\x1a#.baton.admin.v1.DrainWorkerResponse\x12\\\n\rSetWorkerRole\x12$.baton.admin.v1.SetWorkerRoleRequest\x1a%.baton.admin.v1.SetWorkerRoleResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,23 +36,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHCLUSTERRESPONSE']._serialized_start=93
   _globals['_WATCHCLUSTERRESPONSE']._serialized_end=318
   _globals['_WORKERSTATE']._serialized_start=321
-  _globals['_WORKERSTATE']._serialized_end=608
-  _globals['_PHASESTATS']._serialized_start=610
-  _globals['_PHASESTATS']._serialized_end=690
-  _globals['_WORKERSPEC']._serialized_start=692
-  _globals['_WORKERSPEC']._serialized_end=769
-  _globals['_SETWORKERSREQUEST']._serialized_start=771
-  _globals['_SETWORKERSREQUEST']._serialized_end=835
-  _globals['_SETWORKERSRESPONSE']._serialized_start=837
-  _globals['_SETWORKERSRESPONSE']._serialized_end=857
-  _globals['_DRAINWORKERREQUEST']._serialized_start=859
-  _globals['_DRAINWORKERREQUEST']._serialized_end=898
-  _globals['_DRAINWORKERRESPONSE']._serialized_start=900
-  _globals['_DRAINWORKERRESPONSE']._serialized_end=945
-  _globals['_SETWORKERROLEREQUEST']._serialized_start=947
-  _globals['_SETWORKERROLEREQUEST']._serialized_end=1002
-  _globals['_SETWORKERROLERESPONSE']._serialized_start=1004
-  _globals['_SETWORKERROLERESPONSE']._serialized_end=1027
-  _globals['_CLUSTERSERVICE']._serialized_start=1030
-  _globals['_CLUSTERSERVICE']._serialized_end=1406
+  _globals['_WORKERSTATE']._serialized_end=631
+  _globals['_PHASESTATS']._serialized_start=633
+  _globals['_PHASESTATS']._serialized_end=713
+  _globals['_WORKERSPEC']._serialized_start=715
+  _globals['_WORKERSPEC']._serialized_end=792
+  _globals['_SETWORKERSREQUEST']._serialized_start=794
+  _globals['_SETWORKERSREQUEST']._serialized_end=858
+  _globals['_SETWORKERSRESPONSE']._serialized_start=860
+  _globals['_SETWORKERSRESPONSE']._serialized_end=880
+  _globals['_DRAINWORKERREQUEST']._serialized_start=882
+  _globals['_DRAINWORKERREQUEST']._serialized_end=921
+  _globals['_DRAINWORKERRESPONSE']._serialized_start=923
+  _globals['_DRAINWORKERRESPONSE']._serialized_end=968
+  _globals['_SETWORKERROLEREQUEST']._serialized_start=970
+  _globals['_SETWORKERROLEREQUEST']._serialized_end=1025
+  _globals['_SETWORKERROLERESPONSE']._serialized_start=1027
+  _globals['_SETWORKERROLERESPONSE']._serialized_end=1050
+  _globals['_CLUSTERSERVICE']._serialized_start=1053
+  _globals['_CLUSTERSERVICE']._serialized_end=1429
 # @@protoc_insertion_point(module_scope)

@@ -31,7 +31,7 @@ class WatchClusterResponse(_message.Message):
     def __init__(self, workers: _Optional[_Iterable[_Union[WorkerState, _Mapping]]] = ..., queued_count: _Optional[int] = ..., in_flight_count: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[PhaseStats, _Mapping]]] = ..., finished_count: _Optional[int] = ..., failed_count: _Optional[int] = ..., is_serving: bool = ...) -> None: ...
 
 class WorkerState(_message.Message):
-    __slots__ = ("worker_id", "role", "address", "health", "assigned_count", "running_count", "waiting_count", "used_block_count", "block_count", "held_lease_count", "epoch", "kv_bytes_per_s", "recomputed_share")
+    __slots__ = ("worker_id", "role", "address", "health", "assigned_count", "running_count", "waiting_count", "used_block_count", "block_count", "held_lease_count", "epoch", "kv_bytes_per_s", "recomputed_share", "no_room_count")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +45,7 @@ class WorkerState(_message.Message):
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     RECOMPUTED_SHARE_FIELD_NUMBER: _ClassVar[int]
+    NO_ROOM_COUNT_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
     address: str
@@ -58,7 +59,8 @@ class WorkerState(_message.Message):
     epoch: str
     kv_bytes_per_s: float
     recomputed_share: float
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., health: _Optional[str] = ..., assigned_count: _Optional[int] = ..., running_count: _Optional[int] = ..., waiting_count: _Optional[int] = ..., used_block_count: _Optional[int] = ..., block_count: _Optional[int] = ..., held_lease_count: _Optional[int] = ..., epoch: _Optional[str] = ..., kv_bytes_per_s: _Optional[float] = ..., recomputed_share: _Optional[float] = ...) -> None: ...
+    no_room_count: int
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., health: _Optional[str] = ..., assigned_count: _Optional[int] = ..., running_count: _Optional[int] = ..., waiting_count: _Optional[int] = ..., used_block_count: _Optional[int] = ..., block_count: _Optional[int] = ..., held_lease_count: _Optional[int] = ..., epoch: _Optional[str] = ..., kv_bytes_per_s: _Optional[float] = ..., recomputed_share: _Optional[float] = ..., no_room_count: _Optional[int] = ...) -> None: ...
 
 class PhaseStats(_message.Message):
     __slots__ = ("name", "sample_count", "p50_ms", "p95_ms")

@@ -82,6 +82,7 @@ class HandshakeError(Exception):
 
 @dataclass(slots=True)
 class _Introduction:
+    peer: PeerAddress
     started_at: float
     problem: str | None = None
     """None: under way."""
@@ -108,6 +109,7 @@ class Peers:
     region_num_blocks: list[int]
     kv_cache_config: Any
     _has_mamba: bool
+    _engine_last_active: dict[str, float]
 
     def __init__(self, vllm_config: VllmConfig, *rest: Any, **named: Any) -> None:
         settings = vllm_config.kv_transfer_config.kv_connector_extra_config
@@ -125,6 +127,7 @@ class Peers:
         self._introductions: dict[str, _Introduction] = {}
         self._engine_of_worker: dict[str, str] = {}
         self._warming: set[str] = set()
+        self._evicted: set[str] = set()
 
     # -- being met --------------------------------------------------------------------------------------------
 
@@ -203,7 +206,7 @@ class Peers:
                 continue
             while len(self._introductions) >= _MAX_NAMED_PEERS:
                 del self._introductions[next(iter(self._introductions))]
-            introduction = self._introductions[peer.engine_id] = _Introduction(now)
+            introduction = self._introductions[peer.engine_id] = _Introduction(peer, now)
             future = self._ensure_handshake(peer.engine_id, peer.host, peer.port, 1)  # type: ignore[attr-defined]
             pool = self._handshake_initiation_executor
             if future is None and known is not None and not known.problem:
@@ -256,7 +259,31 @@ class Peers:
             for address in [address for address, engine_id in addresses.items() if engine_id == before]:
                 del addresses[address]  # vLLM releases engines without one once their reads are over
 
+    def _evict_stale_engines(self) -> None:
+        """Whenever it meets a peer, vLLM forgets those that were not read from for an hour, dead or alive."""
+        if self._warming:
+            return  # as below; the next new peer comes by here again
+        before = set(self._engine_last_active)
+        super()._evict_stale_engines()  # type: ignore[misc]
+        self._evicted |= before - self._engine_last_active.keys()
+
+    def _meet_again(self) -> None:
+        """Peers evicted though their worker has no other engine: or the next request of such a pair would pay for its
+        first contact. Who is gone does not answer and stays forgotten."""
+        evicted, self._evicted = self._evicted, set()
+        introduced = [self._introductions[engine_id] for engine_id in evicted if engine_id in self._introductions]
+        self.begin_introductions(
+            [
+                each.peer
+                for each in introduced
+                if self._engine_of_worker.get(each.peer.worker_id) == each.peer.engine_id
+            ]
+        )
+
     def _cleanup_remote_engines(self) -> None:
+        """Once a step."""
+        if self._evicted:
+            self._meet_again()
         if not self._warming:  # a warm-up read is unknown to vLLM, which would take its descriptors away
             super()._cleanup_remote_engines()  # type: ignore[misc]
 

@@ -41,6 +41,9 @@ def engine_environment(config: EngineConfig) -> dict[str, str]:
         # Standard output belongs to the program that runs the worker.
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "TOKENIZERS_PARALLELISM": "false",
+        # How many outputs of a step vLLM's client deals with before others have a turn; the statistics come
+        # last. No fewer than may run: a pull's record comes with the first token, whose reader wants it.
+        "VLLM_V1_OUTPUT_PROC_CHUNK_SIZE": "4096",
         # What the grammar compiler warns of quotes the grammar.
         "LLGUIDANCE_LOG_LEVEL": "0",
     }

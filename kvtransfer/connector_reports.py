@@ -43,7 +43,8 @@ class Reports:
         self._on_given_up[request_id] = on_given_up
 
     def take_pull(self, request_id: str) -> PullRecord | None:
-        """The record, if there was a pull. It precedes the request's first token."""
+        """The record, if there was a pull. It is here when the first token reaches who asked: of one message, vLLM's
+        client deals with tokens and statistics before anybody else has a turn."""
         self._on_given_up.pop(request_id, None)
         return self._pulls.pop(request_id, None)
 

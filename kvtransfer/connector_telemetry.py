@@ -1,7 +1,7 @@
 """What happened to each pull, from the engine process to the worker process. Owns the shape; measures nothing.
 
 vLLM's own statistics carry no request ids. Ours ride in the same message, one entry per pulled request, and
-that message leaves the engine process before the one with the request's first token.
+that message is the one with the request's first token, or an earlier one.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from fleet.commands import until_router_sees
 from fleet.config import FleetConfig, parse_config
 from router.tiny_model import END_ID, tiny_tokenizer, write_tiny_model
 
-READY_S = 40.0
-ANSWER_S = 40.0
+READY_S = 90.0
+ANSWER_S = 90.0
 RULE = TokenRule(vocab_size=tiny_tokenizer().get_vocab_size(), special_token_count=3, eos_token_id=END_ID)
 
 PROMPT = tuple(range(3, 203))
@@ -37,7 +37,7 @@ def simulated_toml(
 [cluster]
 name = "test"
 state_dir = "{directory / "state"}"
-start_deadline_s = 30.0
+start_deadline_s = 60.0
 stop_deadline_s = 5.0
 {cluster}
 [cluster.ray]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from kvtransfer.block_order import in_memory_order
+from kvtransfer.block_order import DescriptorIds, in_memory_order
 
 
 def run_count(here: list[int], there: list[int]) -> int:
@@ -34,3 +34,17 @@ def test_every_block_still_goes_where_it_went() -> None:
 def test_nothing_to_move_is_nothing() -> None:
     here, there = in_memory_order([], [])
     assert here.size == there.size == 0
+
+
+def test_descriptors_are_numbered_region_after_region_whatever_sizes_were_asked_about_before() -> None:
+    ids = DescriptorIds()
+    for counts in ((10, 10, 10), (10, 4, 7), (3,), (10, 10, 10)):
+        expected = [sum(counts[:region]) + block for region in range(len(counts)) for block in (2, 0, 1)]
+        assert list(ids.of(list(counts), [2, 0, 1])) == expected
+
+
+def test_what_is_remembered_of_peers_pools_is_bounded() -> None:
+    ids = DescriptorIds()
+    for number in range(3 * DescriptorIds.MAX_KNOWN_COUNT):
+        assert list(ids.of([number + 1, 5], [0])) == [0, number + 1]
+    assert len(ids._firsts) <= DescriptorIds.MAX_KNOWN_COUNT

@@ -242,6 +242,16 @@ def test_a_read_that_goes_on_is_left_to_the_ordinary_steps(bench: Callable[..., 
     assert each.transfers.begun == {"pulled": 1}
 
 
+def test_a_pull_begins_although_a_long_prompt_takes_the_whole_step(bench: Callable[..., Bench]) -> None:
+    each = bench()
+    each.add("long", 300, 50)
+    each.step()
+    each.add("pulled", 80, 50, looks=1)
+    assert each.step().num_scheduled_tokens == {"long": 128}
+    assert each.transfers.begun == {"pulled": 1}
+    assert each.step().num_scheduled_tokens == {"long": 300 - 2 * 128, "pulled": 1}
+
+
 def test_a_request_aborted_while_its_read_hangs_keeps_its_blocks(bench: Callable[..., Bench]) -> None:
     each = bench()
     before = each.free_block_count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import signal
 import sys
 import time
@@ -19,6 +20,7 @@ from baton.errors import BatonError, Reason
 from baton.leg import DecodeDone, DecodeOrder, KvAdopted, PrefillOrder, Stepped
 from baton.metrics import WorkerMetrics
 from baton.request import EngineStop, LegFinish, Role, Sampling
+from bench.virtual_cluster import TokenAnswer
 from decode_worker.service import add_decode_service
 from decode_worker.worker import DecodeWorker
 from engine.cost import CostModel, DecodeCost, PrefillCost
@@ -30,7 +32,12 @@ from engine.sim import PhaseDelays, SimConfig, SimEngine, SimNetwork, TokenRule,
 from kvtransfer.peer import PeerAddress, seal_peer
 from prefill_worker.service import add_prefill_service
 from prefill_worker.worker import PrefillWorker
+from router.admission import Admission
+from router.answering import Piece, RoutedRequest
+from router.cluster_view import WorkerSpec
 from router.grpc_worker_client import GrpcWorkerClient
+from router.relay import Relay
+from router.roster import Roster
 
 SECRET = bytes(range(32))
 RULE = TokenRule()
@@ -45,14 +52,14 @@ COST = CostModel(
 class HostedWorker:
     """An engine, both phases and the sockets, in this process."""
 
-    def __init__(self, worker_id: str, network: SimNetwork) -> None:
-        self.engine = SimEngine(SimConfig(engine_id=worker_id, tokens=RULE, cost=COST), network)
+    def __init__(self, worker_id: str, network: SimNetwork, role: Role = Role.DECODE, **sim: Any) -> None:
+        self.engine = SimEngine(SimConfig(engine_id=worker_id, tokens=RULE, cost=COST, **sim), network)
         registry = CollectorRegistry()
         metrics = WorkerMetrics(registry, worker_id)
         shared: Any = {"worker_id": worker_id, "epoch": "e1", "secret": SECRET, "metrics": metrics}
         self.prefill, self.decode = PrefillWorker(self.engine, **shared), DecodeWorker(self.engine, **shared)
         board = LoadBoard(self.engine, [self.prefill, self.decode], epoch="e1", metrics=metrics)
-        self.info = worker_info(self.engine.info, worker_id=worker_id, epoch="e1", role=Role.DECODE)
+        self.info = worker_info(self.engine.info, worker_id=worker_id, epoch="e1", role=role)
         met = Introductions(self.engine, worker_id=worker_id, secret=SECRET, allowed_hosts=["127.0.0.1"])
         attach = [
             partial(add_prefill_service, worker=self.prefill),
@@ -247,6 +254,51 @@ async def test_closing_the_client_fails_its_calls_and_does_not_cancel_their_call
         with pytest.raises(BatonError) as caught:
             await client.info(timeout_s=1)
         assert caught.value.reason is Reason.ENGINE_FAILED
+
+
+async def test_a_decode_without_room_waits_over_sockets_until_its_worker_reports_some() -> None:
+    """Router and workers with everything between them: refusal, load report, the same ticket again."""
+    small: Any = {"block_count": 64, "block_token_count": 16, "max_context_token_count": 1024}
+    network = SimNetwork()
+    workers = [HostedWorker(role.value, network, role, **small) for role in (Role.PREFILL, Role.DECODE)]
+    prefiller, decoder = workers
+    for worker in workers:
+        await worker.engine.start()
+        await worker.host.start()
+    roster = Roster(lambda spec: GrpcWorkerClient(spec.address, SECRET))
+    relay = Relay(roster, Admission(roster, rng=random.Random(1)))
+    try:
+        roster.set_workers(
+            WorkerSpec(worker.info.worker_id, worker.host.address, worker.info.role) for worker in workers
+        )
+        await eventually(lambda: len(roster.view().ready()) == 2)
+
+        async def ask(name: str) -> list[int]:
+            request = RoutedRequest(name, PROMPT, 700, eos_token_ids=(), ignore_eos=True)
+            now = asyncio.get_running_loop().time()
+            tokens: list[int] = []
+            async with aclosing(relay.run(request, TokenAnswer(), now + 60, received_at=now)) as events:
+                async for event in events:
+                    tokens += event.token_ids if isinstance(event, Piece) else ()
+            return tokens
+
+        callers = [asyncio.create_task(ask(name)) for name in ("g1", "g2")]
+        await eventually(lambda: relay.admission.room_waiting_count == 1)
+        assert prefiller.prefill.held_lease_count >= 1
+        assert decoder.engine.load().waiting_count == 0
+        expected = list(simulated_answer(PROMPT, 700, RULE, ignore_eos=True))
+        assert await asyncio.gather(*callers) == [expected, expected]
+        assert decoder.decode.no_room_count >= 1
+        assert decoder.decode.reserved_block_count == 0
+        await eventually(lambda: all(worker.is_idle() for worker in workers))
+    finally:
+        await relay.close()
+        await roster.close()
+        for worker in workers:
+            await worker.host.stop(0)
+            await worker.decode.close()
+            await worker.prefill.close()
+            await worker.engine.close()
 
 
 async def test_a_killed_process_is_noticed_within_a_second() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import Any
 
 import pytest
@@ -164,3 +165,42 @@ async def test_what_fits_one_decode_worker_and_not_another_goes_where_it_fits() 
         heard = await caller
         assert heard.error is None
         assert (heard.report.decode_worker_id, heard.report.attempt_count) == ("decode-1", 1)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_happens_while_decodes_wait_for_room_answers_are_exact_and_nothing_is_left(seed: int) -> None:
+    """Callers of two priorities on pools that hold two or three of them; some leave, and a decode worker may die."""
+
+    @in_virtual_time
+    async def scenario() -> float:
+        rng = random.Random(seed)
+        async with virtual_cluster(2, 2, sim=SMALL) as cluster:
+
+            async def call() -> None:
+                await asyncio.sleep(rng.random() * 3)
+                answer_token_count = rng.choice((8, 200, 500))
+                request = cluster.request(rng.randint(10, 250), answer_token_count, priority=rng.choice((0, 1)))
+                asking = _ask(cluster, request)
+                if rng.random() < 0.2:
+                    await asyncio.wait((asking,), timeout=rng.random() * 5)
+                    asking.cancel()
+                await asyncio.wait((asking,))
+                if not asking.cancelled():
+                    heard = asking.result()
+                    assert heard.error is None, heard.error
+                    assert heard.tokens == cluster.expected(request)
+
+            callers = [asyncio.create_task(call()) for _ in range(24)]
+            if rng.random() < 0.5:
+                await asyncio.sleep(1 + rng.random() * 3)
+                cluster.processes["decode-0"].die()
+                await asyncio.sleep(rng.random() * 3)
+                await cluster.launch("decode-0", Role.DECODE)
+            await asyncio.gather(*callers)
+            await asyncio.sleep(0.5)
+            for process in cluster.processes.values():
+                assert process.decode.reserved_block_count == 0
+                assert len(process.decode._book or ()) == 0
+            return _refusals(cluster)
+
+    assert scenario() >= 1

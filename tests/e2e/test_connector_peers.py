@@ -1,4 +1,4 @@
-"""Peers that nobody has read from for longer than vLLM remembers them, with its connector and no engine."""
+"""Peers that were idle for longer than vLLM remembers them, and peers that differ: connectors without engines."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import random
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,24 @@ REMEMBERED_S = 3600.0
 """vLLM's ``engine_ttl``."""
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+@contextmanager
+def running_pair(files: Path, **reader_environment: str) -> Iterator[Pair]:
     here = Path(__file__).parent
-    place = Place(environment={"PYTHONPATH": f"{here}:{here.parents[1]}"})
+    environment = {"PYTHONPATH": f"{here}:{here.parents[1]}"}
+    places = (Place(environment=environment), Place(environment={**environment, **reader_environment}))
     cores = sorted(os.sched_getaffinity(0))
-    files = tmp_path_factory.mktemp("pair")
-    made = Pair("baton", MODEL_PATH, (cores[0], cores[-1]), files, (place, place), "idle_peer_end")
+    made = Pair("baton", MODEL_PATH, (cores[0], cores[-1]), files, places, "peer_end")
     try:
         made.await_ready()
         yield made
     finally:
         made.stop()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with running_pair(tmp_path_factory.mktemp("pair")) as made:
+        yield made
 
 
 def said_of(pair: Pair, engine_id: str) -> dict[str, Any]:
@@ -76,3 +83,13 @@ def test_a_peer_that_is_gone_stays_forgotten(pair: Pair) -> None:
     said = said_of(pair, holder["engine_id"])
     assert said["problem"]
     assert not said["is_known"]
+
+
+def test_a_real_peer_with_other_blocks_is_refused_by_name_and_not_read_from(tmp_path: Path) -> None:
+    with running_pair(tmp_path, BATON_TEST_BLOCK_TOKENS="64") as pair:
+        holder = pair.ask("holder", "hello")
+        pair.ask("reader", "meet", worker_id="prefill-0", **holder)
+        said = said_of(pair, holder["engine_id"])
+        assert not said["is_known"]
+        assert "block_token_count: 64 here, 128 there" in said["problem"]
+        assert "block_bytes: 49152 x 30 here, 98304 x 30 there" in said["problem"]

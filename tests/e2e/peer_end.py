@@ -1,4 +1,4 @@
-"""An end of a pair for the test of idle peers: a connector without an engine, whose clock can be put forward.
+"""An end of a pair for the tests of peers: a connector without an engine, whose clock can be put forward.
 
 Started by ``bench/transfer_pairs.py`` in place of ``bench/kv_pair.py``.
 """
@@ -15,7 +15,7 @@ from bench.kv_pair import BLOCK_TOKEN_COUNT, ConnectorEnd, serve
 from kvtransfer.peer import PeerAddress
 
 
-class IdlePeerEnd(ConnectorEnd):
+class PeerEnd(ConnectorEnd):
     def meet(self, *, worker_id: str, engine_id: str, port: int, **_: Any) -> dict[str, Any]:
         """Begins an introduction, as the router does."""
         self._worker.begin_introductions([PeerAddress(worker_id, "e", engine_id, "127.0.0.1", port)])
@@ -45,8 +45,9 @@ def main() -> None:
     parser.add_argument("--port", type=int)
     parser.add_argument("--model", type=Path)
     options = parser.parse_args()
-    end = IdlePeerEnd(
-        "baton", options.model, options.host, options.port, 1 if options.end == "holder" else 2, BLOCK_TOKEN_COUNT
+    block_token_count = int(os.environ.get("BATON_TEST_BLOCK_TOKENS", BLOCK_TOKEN_COUNT))
+    end = PeerEnd(
+        "baton", options.model, options.host, options.port, 1 if options.end == "holder" else 2, block_token_count
     )
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(options.socket)

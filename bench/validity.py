@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,9 @@ def _is_kept(blocks: Counts, nixl: NixlCounts, stopped: StopCounts) -> bool:
 
 
 def _told(nixl: NixlCounts) -> dict[str, Any]:
-    return {name: value for name, value in asdict(nixl).items() if name != "check_s"}
+    """Plain values. Not ``asdict``, which makes another Counter, of a Counter's items."""
+    values = {each.name: getattr(nixl, each.name) for each in fields(nixl) if each.name != "check_s"}
+    return {name: dict(value) if isinstance(value, Counter) else value for name, value in values.items()}
 
 
 def _port() -> int:

@@ -272,13 +272,14 @@ class Stopper:
         questions = await asker.questions(self._pull_count)
         await asker.wait_until_free()
         loop = asyncio.get_running_loop()
-        if moment is Moment.BEFORE:
-            os.kill(self._engines.decoder.process_id, signal.SIGSTOP)
-        elif moment is not Moment.ANY:
+        if self._engines.plan is not None:
             from bench.validity_connector import StopPoint
 
+            point = StopPoint.NOWHERE if moment in (Moment.BEFORE, Moment.ANY) else StopPoint[moment.name]
             read_count = asker.rng.randint(1, self._pull_count) if moment is Moment.POSTING else self._pull_count
-            self._engines.plan.order(StopPoint[moment.name], read_count)
+            self._engines.plan.order(point, read_count)  # also where it is to stop nowhere: its counts begin anew
+        if moment is Moment.BEFORE:
+            os.kill(self._engines.decoder.process_id, signal.SIGSTOP)
         try:
             firsts = await asyncio.gather(*map(asker.begun, questions))
             asked = [

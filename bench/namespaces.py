@@ -6,6 +6,7 @@ root: bridge .254 --- veth --- namespace "p": eth0 .1
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -43,6 +44,11 @@ class Hosts:
     @property
     def nobody(self) -> str:
         return f"{self.net}.77"
+
+    def received_byte_count(self, name: str) -> int:
+        """What has come over the wire into a namespace since it was made."""
+        (device,) = json.loads(_run("-n", name, "-s", "-j", "link", "show", "dev", DEVICE))
+        return int(device["stats64"]["rx"]["bytes"])
 
     def listening(self, name: str) -> set[tuple[str, int]]:
         """Address and port of every TCP socket that listens in a namespace."""

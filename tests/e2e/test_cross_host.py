@@ -7,12 +7,13 @@ under another tenant, whose cached prefixes are not shared.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,13 @@ import pytest_asyncio
 from engine_pair import BLOCK, MODEL_PATH, OUTPUT_TOKEN_COUNT, becomes_true, prompt
 from namespaces import DEVICE, Hosts, two_hosts
 
+from baton.admin_client import AdminClient
+from baton.client import BatonClient, Chunk, Finished
 from baton.errors import BatonError
 from baton.leg import DecodeDone, DecodeOrder, KvAdopted, PrefillOrder, PrefillReply, Stepped, WorkerInfo
-from baton.request import EngineStop, Sampling
+from baton.request import EngineStop, OutputOptions, Sampling, StopConditions
 from baton.secret import SECRET_VARIABLE, new_secret, side_channel_key
+from fleet.roster_client import RosterClient
 from kvtransfer.peer import PeerAddress, open_peer, seal_peer
 from kvtransfer.side_channel import NONCE_BYTES, ClientSession, ServerSession, SideChannelError
 from router.grpc_worker_client import GrpcWorkerClient
@@ -35,7 +39,7 @@ pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest
 
 SECRET = new_secret()
 GREEDY = Sampling(temperature=0.0)
-GRPC_PORT, METRICS_PORT, SIDE_PORT = 6410, 6411, 6412
+GRPC_PORT, METRICS_PORT, SIDE_PORT, ROUTER_PORT = 6410, 6411, 6412, 6420
 READY_S = 150.0
 CALL_S = 60.0
 
@@ -183,6 +187,59 @@ async def alone(two: TwoHosts, ids: tuple[int, ...]) -> list[int]:
     return tokens
 
 
+async def has_work(worker: RunningWorker) -> None:
+    """By its own count."""
+    async with asyncio.timeout(CALL_S), aclosing(worker.client.watch_load(0.02)) as loads:
+        async for load in loads:
+            if load.running_count:
+                return
+    raise AssertionError("the worker stopped telling its load")
+
+
+async def both_are_ready(admin_address: str) -> None:
+    client = AdminClient(admin_address)
+    async with asyncio.timeout(CALL_S), client, aclosing(client.watch(interval_s=0.1)) as views:
+        async for view in views:
+            if [worker.health for worker in view.workers] == ["ready"] * 2:
+                return
+    raise AssertionError("the router stopped telling its view")
+
+
+@asynccontextmanager
+async def router(two: TwoHosts) -> AsyncIterator[str]:
+    """The address of a router in the decode worker's namespace that was told of both workers."""
+    address = two.hosts.d_address
+    file = two.files / "router.json"
+    places = {name: f"{address}:{ROUTER_PORT + i}" for i, name in enumerate(("listen_address", "admin_address"))}
+    names = {"model_name": "smollm2-135m-instruct", "model_dir": str(MODEL_PATH)}
+    rest = {"metrics_address": "127.0.0.1:0", "allow_non_loopback": True, "placement": "split"}
+    file.write_text(json.dumps({**names, **places, **rest}), encoding="utf-8")
+    process = await asyncio.create_subprocess_exec(
+        *("ip", "netns", "exec", two.hosts.d, sys.executable, "-m", "router", "--config", str(file)),
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, SECRET_VARIABLE: SECRET.hex(), "NO_PROXY": "*"},
+    )
+    roster = RosterClient(places["admin_address"], SECRET)
+    try:
+        assert process.stdout is not None
+        async with asyncio.timeout(CALL_S):
+            assert await process.stdout.readline()  # where it listens: it does
+        workers = {"prefill": (two.prefill, two.hosts.p_address), "decode": (two.decode, two.hosts.d_address)}
+        await roster.publish(
+            [
+                {"worker_id": f"{role}-0", "address": f"{at}:{GRPC_PORT}", "role": role, "epoch": each.info.epoch}
+                for role, (each, at) in workers.items()
+            ]
+        )
+        await both_are_ready(places["admin_address"])
+        yield places["listen_address"]
+    finally:
+        await roster.close()
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
 async def introduced(to: RunningWorker, *peers: PeerAddress) -> list[str]:
     """The problem with each."""
     results = await to.client.introduce([seal_peer(peer, SECRET) for peer in peers], timeout_s=CALL_S)
@@ -254,6 +311,34 @@ async def test_answers_across_hosts_are_those_of_one_engine(two: TwoHosts, token
     assert answer == await alone(two, ids)
 
 
+async def test_a_router_streams_an_answer_whose_kv_crossed_the_wire(two: TwoHosts) -> None:
+    ids = prompt(1000, seed=210)
+    before = two.hosts.received_byte_count(two.hosts.d)
+    chunks: list[Chunk] = []
+    async with router(two) as address, BatonClient(address) as client:
+        async for event in client.generate(
+            ids,
+            timeout=CALL_S,
+            sampling=GREEDY,
+            stop=StopConditions(max_output_token_count=OUTPUT_TOKEN_COUNT, ignore_eos=True),
+            output=OutputOptions(wants_token_ids=True),
+            tenant="caller",
+        ):
+            match event:
+                case Chunk():
+                    chunks.append(event)
+                case Finished(phases=phases):
+                    transfer, workers = phases.transfer, (phases.prefill_worker_id, phases.decode_worker_id)
+    assert len(chunks) > 1
+    assert workers == ("prefill-0", "decode-0")
+    assert transfer.kv_bytes == -(-1000 // BLOCK) * BLOCK * 23_040
+    assert transfer.recomputed_token_count == 0
+    # Nothing else is between the namespaces: no shared memory, no copy from one process to another.
+    assert two.hosts.received_byte_count(two.hosts.d) - before >= transfer.kv_bytes
+    assert [token for chunk in chunks for token in chunk.token_ids] == await alone(two, ids)
+    print(f"{transfer.kv_bytes} bytes by TCP alone (UCX_TLS=tcp), wire {transfer.wire_s * 1e3:.1f} ms")
+
+
 async def test_engines_listen_on_the_configured_address_alone(two: TwoHosts) -> None:
     for name, address in ((two.hosts.p, two.hosts.p_address), (two.hosts.d, two.hosts.d_address)):
         places = two.hosts.listening(name)
@@ -269,14 +354,14 @@ async def test_a_read_does_not_wait_for_an_owner_that_computes(two: TwoHosts) ->
             PrefillOrder("busy", prompt(3900, seed=301), GREEDY, stop(1), lease_s=60.0), timeout_s=CALL_S
         )
     )
-    await asyncio.sleep(0.3)  # so that the owner is in the middle of a step
+    await has_work(two.prefill)
     order = DecodeOrder(
         "reader", (*ids, first.first_token_id), GREEDY, stop(3), ticket=first.ticket, output_token_count=1
     )
     adopted, _ = await decoded(two.decode, order)
     assert not busy.done(), "the prefill was to be busy all the while"
     assert adopted.recomputed_token_count == 0
-    print(f"pull from a computing owner: {adopted.transfer_s * 1e3:.1f} ms")
+    print(f"pull from a computing owner: {adopted.transfer_s * 1e3:.1f} ms for {adopted.transfer_bytes} bytes")
     await busy
     await two.prefill.client.release_kv(first.ticket_id, timeout_s=CALL_S)
 

@@ -500,6 +500,8 @@ async def gaps_of(
     processed = await ask_both_oracles(model, prompts, "--processed")
     gaps = {}
     for each in differences:
+        if each.question not in doubtful:
+            continue
         answer, end = processed.get(each.question), each.index + 1
         if answer is not None and answer.token_ids[:end] == oracle[each.question].token_ids[:end]:
             gaps[each] = dict(answer.rivals[each.index]).get(each.came, math.inf)

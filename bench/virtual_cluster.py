@@ -124,6 +124,7 @@ class WorkerProcess:
             "leases": load.held_lease_count,
             "held": self.engine.held_count,
             "blocks": load.used_block_count,
+            "promised blocks": load.reserved_block_count,
         }
 
     async def close(self) -> None:
@@ -319,6 +320,7 @@ class VirtualCluster:
             "in flight": self.relay.in_flight_count,
             "places": self.admission.in_flight_count,
             "waiting": self.admission.waiting_count,
+            "waiting for room": self.admission.room_waiting_count,
             "releases": self.relay.releasing_count,
             "assigned": assigned,
         }

@@ -8,16 +8,21 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import pytest_asyncio
 from engine_pair import (
+    Pair,
     alone,
     becomes_true,
     continuation,
     decoded,
     engine_config,
     is_idle,
+    kv_of,
     prefilled,
     prompt,
     running_pair,
@@ -25,76 +30,95 @@ from engine_pair import (
 )
 
 from baton.errors import BatonError, Reason
-from engine.protocol import DecodeJob, PrefillJob
+from engine.protocol import DecodeJob, Prefilled, PrefillJob
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 HERE = Path(__file__).parent
+START_S = 200.0
 
 
-async def test_an_engine_dies_with_the_process_that_owns_it() -> None:
-    async with owner_process(port=5741) as owner:
-        assert owner.stdout is not None
-        engine_pid = int(await asyncio.wait_for(owner.stdout.readline(), 150))
-        assert is_alive(engine_pid)
-        owner.kill()
-        await owner.wait()
-        await becomes_true(gone(engine_pid), within_s=3.0)
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def owner() -> AsyncIterator[asyncio.subprocess.Process]:
+    """Its engine starts while the next test watches another, which does not get that far."""
+    async with owner_process(port=5741) as process:
+        yield process
 
 
-async def test_an_engine_that_is_still_starting_dies_with_its_owner() -> None:
-    async with owner_process(port=5742) as owner:
+async def test_an_engine_that_is_still_starting_dies_with_its_owner(owner: asyncio.subprocess.Process) -> None:
+    async with owner_process(port=5742) as another:
         engines: list[int] = []
 
         async def engine_was_started() -> bool:
-            engines[:] = [pid for pid in children(owner.pid) if "spawn_main" in command(pid)]
+            engines[:] = [pid for pid in children(another.pid) if "spawn_main" in command(pid)]
             return bool(engines)
 
-        await becomes_true(engine_was_started, within_s=60)
-        owner.kill()
-        await owner.wait()
+        await becomes_true(engine_was_started, within_s=START_S)
+        another.kill()
+        await another.wait()
         # It notices when it has loaded the first of our code, which is before it loads the model.
-        await becomes_true(gone(*engines), within_s=30)
+        await becomes_true(gone(*engines), within_s=60)
 
 
-async def test_the_owner_is_told_when_its_engine_dies() -> None:
-    from engine.vllm_engine import VllmEngine
-
-    engine = VllmEngine(engine_config(0, 5743))
-    try:
-        await engine.start()
-        held = await prefilled(engine, prompt(100))
-        running = asyncio.create_task(decoded(engine, DecodeJob("running", prompt(50), stop=stop(3000))))
-        await asyncio.sleep(0.5)
-        assert not running.done()
-        os.kill(engine.process_id, signal.SIGKILL)
-        with pytest.raises(BatonError) as failed:
-            await asyncio.wait_for(running, 5)
-        assert failed.value.reason is Reason.ENGINE_FAILED
-        for asked in (
-            engine.check_health(),
-            engine.prefill(PrefillJob("late", prompt(10), stop=stop(2))),
-            engine.release(held.held.handle if held.held else ""),
-            engine.load_now(),
-        ):
-            with pytest.raises(BatonError) as failed:
-                await asyncio.wait_for(asked, 5)
-            assert failed.value.reason is Reason.ENGINE_FAILED
-    finally:
-        await asyncio.wait_for(engine.close(), 15)
-    assert not is_alive(engine.process_id)
+async def test_an_engine_dies_with_the_process_that_owns_it(owner: asyncio.subprocess.Process) -> None:
+    assert owner.stdout is not None
+    engine_pid = int(await asyncio.wait_for(owner.stdout.readline(), START_S))
+    assert is_alive(engine_pid)
+    owner.kill()
+    await owner.wait()
+    await becomes_true(gone(engine_pid), within_s=10.0)
 
 
-async def test_a_decoder_whose_peer_died_computes_the_prompt_itself() -> None:
+@dataclass(frozen=True)
+class Bereaved:
+    """A pair whose prefill engine was killed while it held KV and had a request."""
+
+    pair: Pair
+    ids: tuple[int, ...]
+    expected: list[int]
+    held: Prefilled
+    running: asyncio.Task[Any]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def bereaved() -> AsyncIterator[Bereaved]:
     async with running_pair(first_port=5745) as pair:
         ids = prompt(300, seed=2)
         expected = await alone(pair.decoder, ids)
-        first = await prefilled(pair.prefiller, ids)
+        held = await prefilled(pair.prefiller, ids)
+        running = asyncio.create_task(decoded(pair.prefiller, DecodeJob("running", prompt(50), stop=stop(3000))))
+
+        async def it_runs() -> bool:
+            return (await pair.prefiller.load_now()).running_count > 0
+
+        await becomes_true(it_runs, within_s=30)
+        assert not running.done()
         os.kill(pair.prefiller.process_id, signal.SIGKILL)
-        async with asyncio.timeout(10):
-            adopted, rest, _ = await decoded(pair.decoder, continuation(ids, first))
-        assert [first.first_token_id, *rest] == expected
-        assert (adopted.recomputed_token_count, adopted.transfer_bytes) == (300, 0)
-        await is_idle(pair.decoder)
+        yield Bereaved(pair, ids, expected, held, running)
+
+
+async def test_a_decoder_whose_peer_died_computes_the_prompt_itself(bereaved: Bereaved) -> None:
+    decoder = bereaved.pair.decoder
+    async with asyncio.timeout(30):
+        adopted, rest, _ = await decoded(decoder, continuation(bereaved.ids, bereaved.held))
+    assert [bereaved.held.first_token_id, *rest] == bereaved.expected
+    assert (adopted.recomputed_token_count, adopted.transfer_bytes) == (300, 0)
+    await is_idle(decoder)
+
+
+async def test_the_owner_is_told_when_its_engine_dies(bereaved: Bereaved) -> None:
+    engine = bereaved.pair.prefiller
+    for asked in (
+        bereaved.running,
+        engine.check_health(),
+        engine.prefill(PrefillJob("late", prompt(10), stop=stop(2))),
+        engine.release(kv_of(bereaved.held).handle),
+        engine.load_now(),
+    ):
+        with pytest.raises(BatonError) as failed:
+            await asyncio.wait_for(asked, 10)
+        assert failed.value.reason is Reason.ENGINE_FAILED
+    await asyncio.wait_for(engine.close(), 30)
+    assert not is_alive(engine.process_id)
 
 
 async def test_a_model_that_is_not_there_is_said_before_a_process_is_started(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 import pytest_asyncio
 
 from baton.errors import BatonError, Reason
-from baton.leg import Stepped
-from baton.request import EngineStop
+from baton.leg import DecodeOrder, Stepped
+from baton.request import EngineStop, Sampling
 from bench.real_faults import (
     BLOCK,
     HOLDER,
@@ -27,6 +27,7 @@ from bench.real_faults import (
 from bench.tiny_model import make_tiny_model
 from engine.protocol import DecodeJob, PrefillJob
 from kvtransfer.faults import Fault
+from router.answering import RoutedRequest
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
 
@@ -150,6 +151,56 @@ async def test_a_caller_that_leaves_during_a_first_contact_that_hangs_leaves_no_
     answers = await cluster.questions(1, seed=3)
     assert (await cluster.ask_all(answers, concurrency=1)).wrong == []
     await cluster.processes[HOLDER].engine.release(held.handle)
+    await cluster.at_rest(REST_WITHIN_S)
+
+
+async def test_a_decode_without_room_waits_at_the_router_with_its_kv_held_and_is_answered_once_there_is_some(
+    cluster: FaultyCluster,
+) -> None:
+    reader, holder = cluster.processes[READER], cluster.processes[HOLDER]
+    prompt = tuple(3 + (index * 11) % 500 for index in range(13 * BLOCK - 8))
+    answer = await cluster.answer(HOLDER, prompt, 12)
+    # Reads that hang keep all but 11 blocks for as long as the test likes, and a leg in hand keeps the worker from
+    # taking whatever could ever fit.
+    held, long_prompt = await held_prompt(cluster, (POOL_BLOCK_COUNT - 12) // 4, number=3)
+    plan = {"probability": 1.0, "operations": ["post"], "kinds": ["time_out"], "stuck_s": LONG_S}
+    cluster.tell_engine(READER, plan)
+    jobs = [
+        DecodeJob(f"hangs{number}", long_prompt, pull=held.params, stop=EngineStop(4, ignore_eos=True))
+        for number in range(4)
+    ]
+    hung = await asyncio.gather(*(decoded(cluster, job) for job in jobs), return_exceptions=True)
+    assert all(isinstance(each, BatonError) for each in hung), hung
+    cluster.tell_engine(READER)
+    await holder.engine.release(held.handle)
+
+    async def occupy(started: asyncio.Event) -> None:
+        order = DecodeOrder("occupier", prompt[:BLOCK], Sampling(), EngineStop(900, ignore_eos=True))
+        async with aclosing(reader.decode.decode(order)) as events:
+            async for _ in events:
+                started.set()
+
+    started = asyncio.Event()
+    occupying = asyncio.create_task(occupy(started))
+    await asyncio.wait_for(started.wait(), WITHIN_S)
+    request = RoutedRequest("roomless", prompt, len(answer), eos_token_ids=(2,), ignore_eos=True)
+    asking = asyncio.create_task(cluster.ask(request, timeout_s=LONG_S))
+
+    async def waits_for_room() -> bool:
+        return cluster.admission.room_waiting_count == 1
+
+    await until(waits_for_room)
+    assert (await holder.board.audited()).held_lease_count == 1
+    assert (await reader.engine.load_now()).waiting_count == 0, "it waits in the engine, where it heads the line"
+    cluster.tell_engine(READER, ends_what_is_stuck=True)
+    heard = await asking
+    assert tuple(heard.tokens) == answer
+    assert heard.report is not None
+    assert (heard.report.attempt_count, heard.report.transfer.pull_count) == (1, 1)
+    assert heard.report.recomputed_token_count == 0
+    occupying.cancel()
+    await asyncio.wait([occupying])
+    cluster.end()
     await cluster.at_rest(REST_WITHIN_S)
 
 

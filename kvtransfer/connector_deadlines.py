@@ -84,8 +84,10 @@ class PunctualWorker(NixlPullConnectorWorker):  # type: ignore[misc]
             return  # its first contact came about after it had been taken back: its blocks are being computed
         if engine_id in self._late_peers:
             if engine_id not in self._remote_agents and engine_id in self._handshake_futures:
-                # The next requests need not wait as long as the one that found out.
-                self._take_back(req_id)
+                # The next requests need not wait as long as the one that found out. Who awaits nothing is never
+                # reported, so nothing may be noted of it: its caller left, or all of its prompt was cached here.
+                if meta.awaiting_kvs:
+                    self._take_back(req_id)
                 return
             self._late_peers.discard(engine_id)
         super()._read_blocks_for_req(req_id, meta)

@@ -1,4 +1,4 @@
-"""Pulls from a peer whose first contact was too slow: nothing is kept of what nobody reports. vLLM is stood in for."""
+"""Pulls from a peer whose first contact was too slow: nothing is kept of what nobody reports. vLLM is a stand-in."""
 
 from __future__ import annotations
 

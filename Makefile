@@ -50,7 +50,7 @@ serve: model ## start a cluster at 127.0.0.1:50051 and leave it running
 down: setup ## stop what serve started
 	@$(BIN)/baton down --config $(CONFIG)
 
-check: dev ## lint, types and the fast tests: under two minutes
+check: dev ## lint, types and the fast tests: about two minutes
 	@echo "lint, types and the fast tests, two at a time: each speaks when it ends"
 	@$(SIDE_BY_SIDE) quick types lint
 
@@ -71,7 +71,7 @@ real: dev model
 	@$(RUN) pytest -m real tests/e2e
 
 # The longest first. The real engines come last and alone: what they do in which order depends on having the cores.
-test: dev ## everything, the real engine included: under fifteen minutes on two cores
+test: dev ## everything, the real engine included: about a quarter of an hour on two cores
 	@echo "lint, types and the tests without a real engine, two at a time: each speaks when it ends"
 	@$(SIDE_BY_SIDE) processes quick types model lint
 	@$(MAKE) --no-print-directory HAS_ENVIRONMENT=1 real

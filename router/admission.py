@@ -398,11 +398,15 @@ class Admission:
     # Parts
 
     def _give_room(self) -> None:
+        if not self._room_waiters and not self._promised:
+            return
+        view = self.roster.view()
+        rooms = {worker.identity: room_of(worker) for worker in view.workers}
+        # A promise lasts until the worker reports again: then the leg is in its books, or did not come. Looked at
+        # also while nobody waits: a worker that is idle once more reports what it did when the promise was made.
+        self._promised = {who: was for who, was in self._promised.items() if rooms.get(who) == was[0]}
         for item in list(self._room_waiters):
-            waiter, view = item[1], self.roster.view()
-            rooms = {worker.identity: room_of(worker) for worker in view.workers}
-            # A promise lasts until the worker reports again: then the leg is in its books, or did not come.
-            self._promised = {who: was for who, was in self._promised.items() if rooms.get(who) == was[0]}
+            waiter = item[1]
             promised = {who: count for who, (_, count) in self._promised.items()}
             decode = find_room(view, waiter.ask, promised)
             if decode is not None:

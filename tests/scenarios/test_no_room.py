@@ -14,7 +14,9 @@ from baton.testing import in_virtual_time
 from baton.timeline import Phase
 from bench.virtual_cluster import Heard, VirtualCluster, virtual_cluster
 from decode_worker.reservations import BlockBook
+from router.admission import Entry
 from router.answering import RoutedRequest
+from router.cluster_view import WorkerIdentity
 from router.flight import FlightLimits
 from router.handoff import State
 
@@ -93,6 +95,26 @@ def test_those_that_wait_are_served_by_priority_and_then_in_order(priorities: tu
             assert (ended_at[2] < ended_at[1]) == (priorities[1] > priorities[0])
 
     scenario()
+
+
+@in_virtual_time
+async def test_room_promised_to_one_that_has_come_and_gone_is_free_again() -> None:
+    async with virtual_cluster(1, 1, sim=SMALL) as cluster:
+        # The second is promised the room of an idle worker, uses it, and ends: the same room is there again.
+        await asyncio.gather(_ask(cluster, large(cluster)), _ask(cluster, large(cluster)))
+        await asyncio.sleep(0.5)
+        prompt = tuple(range(100))
+        entry = Entry(prompt, 600, priority=0, session_id="", deadline_at=asyncio.get_running_loop().time() + 60)
+        place = cluster.admission.try_enter(entry)
+        assert place is not None
+        (decode,) = (w.identity for w in cluster.roster.view().workers if w.role is Role.DECODE)
+        elsewhere = WorkerIdentity("elsewhere", "e")
+        async with asyncio.timeout(0.1):
+            found = await cluster.admission.wait_for_room(
+                place, 44, refused_by=elsewhere, barred=frozenset({elsewhere}), otherwise=None
+            )
+        assert found == decode
+        place.close()
 
 
 @in_virtual_time

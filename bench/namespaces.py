@@ -85,7 +85,9 @@ def two_hosts() -> Iterator[Hosts]:
             ) from error
         yield hosts
     finally:
-        for what in (("netns", "del", p), ("netns", "del", d), ("link", "del", bridge)):
+        # The wires by name: those of a deleted namespace go a while later, and whoever is next has the same names.
+        wires = [("link", "del", f"{name}v") for name in (p, d)]
+        for what in (*wires, ("netns", "del", p), ("netns", "del", d), ("link", "del", bridge)):
             subprocess.run(["ip", *what], capture_output=True, check=False, timeout=10)  # noqa: S603, S607 as below
 
 

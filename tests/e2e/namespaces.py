@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -16,12 +16,9 @@ __all__ = ["DEVICE", "Hosts", "two_hosts"]
 @contextmanager
 def two_hosts() -> Iterator[Hosts]:
     """Skips where the kernel or our rights do not allow it."""
-    made = namespaces.two_hosts()
-    try:
-        hosts = made.__enter__()
-    except NoNamespacesError as error:
-        pytest.skip(str(error))
-    try:
+    with ExitStack() as stack:
+        try:
+            hosts = stack.enter_context(namespaces.two_hosts())
+        except NoNamespacesError as error:
+            pytest.skip(str(error))
         yield hosts
-    finally:
-        made.__exit__(None, None, None)

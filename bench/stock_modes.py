@@ -1,6 +1,6 @@
 """What vLLM's own disaggregated serving makes of every sampling mode: ``python -m bench.soak modes-stock``.
 
-Two plain vLLM servers with the stock ``NixlConnector``, one oracle, the modes and prompts of ``bench/modes.py``.
+Two plain vLLM servers with the stock ``NixlConnector``, one oracle, the modes and prompts of ``bench/mode_questions.py``.
 Between the servers stands what a router does, in the two flows there are:
 
 - *decode draws*: vLLM's own. A prefill leg with ``max_tokens`` 1 whose token is thrown away, then the untouched
@@ -32,16 +32,8 @@ from baton.request import Role
 from bench import evidence
 from bench.corpus import Corpus
 from bench.exactness import TIE_GAP_FLOAT32, OracleAnswer
-from bench.modes import (
-    LOGPROB_GAP,
-    ORACLE_CONCURRENCY,
-    PROMPT_LENGTHS,
-    Difference,
-    Question,
-    ask_both_oracles,
-    gaps_of,
-    questions,
-)
+from bench.mode_questions import LOGPROB_GAP, PROMPT_LENGTHS, Question, questions
+from bench.modes import ORACLE_CONCURRENCY, Difference, ask_both_oracles, gaps_of
 from bench.peers import SYSTEMS, start_system
 from bench.real_fleet import fleet_config
 from bench.soaking import SEED, model_directory, say

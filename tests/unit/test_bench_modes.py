@@ -28,7 +28,8 @@ from baton.timeline import PHASES
 from baton.transfer_report import TransferReport
 from bench.exactness import OracleAnswer
 from bench.fleet_under_test import FleetUnderTest
-from bench.modes import Asking, HeardMode, Mode, Question, judge_mode, modes
+from bench.mode_questions import HeardMode, Mode, Question, judge_mode, modes
+from bench.modes import Asking
 from bench.oracle import MODE_KEYWORDS
 from router.validation import ModelLimits, violations_of
 

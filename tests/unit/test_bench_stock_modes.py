@@ -8,7 +8,7 @@ import pytest
 
 from baton.request import Role, Sampling, StopConditions
 from bench.exactness import OracleAnswer
-from bench.modes import Mode, Question
+from bench.mode_questions import Mode, Question
 from bench.stock_modes import RefusedError, Router, Said, ends_the_engine, judge_stock
 
 PARAMS = {"remote_engine_id": "p"}

@@ -1,6 +1,6 @@
 """What vLLM's own disaggregated serving makes of every sampling mode: ``python -m bench.soak modes-stock``.
 
-Two plain vLLM servers with the stock ``NixlConnector``, one oracle, the modes and prompts of ``bench/mode_questions.py``.
+Two plain vLLM servers with the stock ``NixlConnector``, one oracle, modes and prompts of ``bench/mode_questions.py``.
 Between the servers stands what a router does, in the two flows there are:
 
 - *decode draws*: vLLM's own. A prefill leg with ``max_tokens`` 1 whose token is thrown away, then the untouched

@@ -65,7 +65,7 @@ def tcp_records(
             with pair.turn():
                 pass
         for pair in pairs:
-            yield {**transfer_pairs._idle(pair), "record": "tcp idle"}
+            yield {**transfer_pairs.idle_of(pair), "record": "tcp idle"}
         for number in range(round_count):
             # Forth and back, so that a drift of the machine hits all alike.
             for pair in pairs if number % 2 == 0 else reversed(pairs):
@@ -103,7 +103,7 @@ def _reads(pair: Pair, rng: random.Random, *, is_checked: bool) -> Iterator[dict
         if pair.path == STREAM:
             record = _streamed(pair, block_count * BLOCK_BYTES, *kind, is_checked=is_checked)
         else:
-            record = transfer_pairs._read(pair, rng, block_count, kind, is_checked=is_checked)
+            record = transfer_pairs.read_by(pair, rng, block_count, kind, is_checked=is_checked)
         if number:
             yield record
 

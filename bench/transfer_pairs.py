@@ -171,13 +171,13 @@ def pair_records(
                 pair.pin(cores)
         rng = random.Random(seed)  # noqa: S311 a reproducible load
         for pair in pairs:
-            _read(pair, rng, 1, "adjacent", is_checked=True)  # first contact, paid here
+            read_by(pair, rng, 1, "adjacent", is_checked=True)  # first contact, paid here
             pair.ask("holder", "idle")
         for pair in pairs:
             with pair.turn():
                 pass
         for pair in pairs if block_token_count == BLOCK_TOKEN_COUNT else ():
-            yield _idle(pair)
+            yield idle_of(pair)
         for number in range(round_count):
             # Forth and back, so that a drift of the machine hits all alike.
             for pair in pairs if number % 2 == 0 else reversed(pairs):
@@ -197,23 +197,23 @@ def _reads(pair: Pair, rng: random.Random, *, is_checked: bool) -> Iterator[dict
         else:
             kinds += [(block_count, layout) for layout in LAYOUTS]
     rng.shuffle(kinds)
-    _read(pair, rng, max(block_counts), "adjacent", is_checked=False)
+    read_by(pair, rng, max(block_counts), "adjacent", is_checked=False)
     for block_count, layout in kinds:
         byte_count = block_count * pair.block_bytes
         if layout == MEMCPY:
             yield {"layout": layout, "byte_count": byte_count, **pair.ask("reader", "memcpy", byte_count=byte_count)}
         elif pair.path == "raw":
-            read = _read(pair, rng, block_count, "adjacent", is_checked=is_checked, descriptor_bytes=int(layout))
+            read = read_by(pair, rng, block_count, "adjacent", is_checked=is_checked, descriptor_bytes=int(layout))
             yield {**read, "layout": layout}
         else:
-            yield _read(pair, rng, block_count, layout, is_checked=is_checked)
+            yield read_by(pair, rng, block_count, layout, is_checked=is_checked)
 
 
 def _raw_sizes(byte_count: int) -> list[int]:
     return sorted({min(size, byte_count) for size in RAW_DESCRIPTOR_BYTES})
 
 
-def _read(
+def read_by(
     pair: Pair,
     rng: random.Random,
     block_count: int,
@@ -256,7 +256,7 @@ def _block_ids(usable: range, layout: str, block_count: int, rng: random.Random)
     return ids if layout == "adjacent" else ids[::-1]
 
 
-def _idle(pair: Pair) -> dict[str, Any]:
+def idle_of(pair: Pair) -> dict[str, Any]:
     """What both ends burn while nothing is asked of them."""
     with pair.turn():
         before = {end: child.cpu().total_s for end, child in pair.children.items()}

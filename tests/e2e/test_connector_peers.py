@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from engine_pair import MODEL_PATH
 
-from bench.transfer_pairs import Pair, Place, _read
+from bench.transfer_pairs import Pair, Place, read_by
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]
 
@@ -59,7 +59,7 @@ def test_a_peer_idle_for_an_hour_is_met_again_before_it_is_needed(pair: Pair) ->
     pair.ask("reader", "meet", worker_id="prefill-1", engine_id="nobody", port=9)
     assert said_of(pair, "nobody")["problem"]
     assert said_of(pair, holder["engine_id"]) == {"problem": "", "is_known": True}
-    _read(pair, random.Random(1), 2, "adjacent", is_checked=True)
+    read_by(pair, random.Random(1), 2, "adjacent", is_checked=True)
 
 
 def test_a_read_from_a_peer_that_was_just_forgotten_meets_it_anew(pair: Pair) -> None:
@@ -68,7 +68,7 @@ def test_a_read_from_a_peer_that_was_just_forgotten_meets_it_anew(pair: Pair) ->
     assert said_of(pair, holder["engine_id"])["is_known"]
     pair.ask("reader", "pass_time", span_s=REMEMBERED_S + 1)
     pair.ask("reader", "meet", worker_id="prefill-1", engine_id="nobody-else", port=9)
-    _read(pair, random.Random(2), 2, "scattered", is_checked=True)  # no look in between: it meets it, and reads
+    read_by(pair, random.Random(2), 2, "scattered", is_checked=True)  # no look in between: it meets it, and reads
     assert said_of(pair, holder["engine_id"])["is_known"]
 
 

@@ -1,0 +1,1 @@
+"""What came back, and what it says: records, statistics, SLOs, steady state, summaries, comparisons, reports."""

@@ -1,1 +1,1 @@
-"""``baton bench ...``: arguments, output and exit codes, one module a verb. Imports what is heavy inside functions."""
+"""``baton bench ...``: arguments, output and exit codes, one module a verb. Imports heavy things late."""

@@ -1,7 +1,7 @@
 """What the generator talks to, whatever it is: one request in, a stream of timed events out.
 
-A target never decides when to send and never aggregates. Its clock is the running loop's, so that a target may live in
-virtual time.
+A target never decides when to send and never aggregates. Its clock is the running loop's, so that a target may live
+in virtual time.
 """
 
 from __future__ import annotations

@@ -46,4 +46,4 @@ class Plan:
     duration_s: float
     """Length of the arrival schedule; the last answers end later."""
     facts: dict[str, object]
-    """Fit for JSON: pacer and its parameters, lengths, seed, scale rules, hash of a trace. Printed in every report."""
+    """Fit for JSON: pacer and its parameters, lengths, seed, scale rules, hash of a trace. In every report."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 
 from baton.errors import FieldViolation, engine_failed, invalid_request, prompt_too_long, queue_full, ticket_refused
@@ -25,6 +25,7 @@ from engine import sim_scheduler
 from engine.blocks import BlockPool, BlockTable, block_count_for
 from engine.protocol import DecodeJob, EngineInfo, EngineLoad, HeldKv, Prefilled, PrefillJob
 from engine.sim_config import PhaseDelays, SimConfig
+from engine.sim_pace import RESOLUTION_S, Pace, Row
 from engine.sim_scheduler import Batch, Scheduler, State
 from engine.sim_tokens import TokenRule, simulated_answer
 from kvtransfer.peer import PeerAddress
@@ -43,6 +44,7 @@ class _Leg:
 
     sequence: sim_scheduler.Sequence
     arrived_at: float
+    leg_id: str
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     is_queued: bool = False
 
@@ -69,7 +71,8 @@ class _Pulled:
 class SimEngine:
     """One simulated engine. ``extra_delay_s`` may be replaced at any time; it starts as configured."""
 
-    def __init__(self, config: SimConfig, network: SimNetwork) -> None:
+    def __init__(self, config: SimConfig, network: SimNetwork, pace: Pace | None = None) -> None:
+        """``pace``: how a real engine's time differs from the cost model's; see there what else it turns on."""
         self.config = config
         self.network = network
         self.extra_delay_s = config.extra_delay_s
@@ -84,7 +87,13 @@ class SimEngine:
             max_running_count=config.max_running_count,
             max_batched_token_count=config.max_batched_token_count,
             max_context_token_count=config.max_context_token_count,
+            admits_by_budget=pace is not None,
         )
+        self._pace = pace
+        self._core = None if pace is None else pace.machine.core(self._speed_changed)
+        self._row: Row | None = None
+        self._pause: asyncio.Future[None] | None = None
+        self._link_turn = asyncio.Lock()
         # The mutable state, besides the scheduler's: requests inside, KV held after prefills, and whether it lives.
         self._legs: dict[sim_scheduler.Sequence, _Leg] = {}
         self._held: dict[str, _Held] = {}
@@ -226,6 +235,8 @@ class SimEngine:
         """Requests inside fail with ENGINE_FAILED. Raises what a bug in the engine's task raised, if any."""
         self._die("the engine was closed")
         self.network.leave(self.config.engine_id, self)
+        if self._pace is not None and self._core is not None:
+            self._pace.machine.leave(self._core)
         task, self._task = self._task, None
         if task is not None:
             with suppress(asyncio.CancelledError):
@@ -265,11 +276,15 @@ class SimEngine:
                 await self._is_going.wait()
                 self._has_work.clear()
                 self._ring(self.scheduler.admit())
+                pull_count = await self._finish_pulls()
                 batch = self.scheduler.schedule(_now())
                 if not batch:
-                    await self._has_work.wait()
+                    await self._rest()
                     continue
                 self._ring((*batch.decoding, *(sequence for sequence, _ in batch.chunks)))
+                if self._pace is not None:
+                    await self._run_row(batch, pull_count, self._pace)
+                    continue
                 await asyncio.sleep(self._step_s(batch))
                 await self._is_going.wait()
                 self._ring(self.scheduler.apply(batch, _now()))
@@ -284,6 +299,106 @@ class SimEngine:
         if batch.decoding:
             step_s += self.extra_delay_s.decode
         return step_s
+
+    # What a pace turns on.
+
+    async def _rest(self) -> None:
+        if self._has_work.is_set():
+            return
+        if self._core is not None:
+            self._core.rest()
+        await self._has_work.wait()
+
+    async def _finish_pulls(self) -> int:
+        """Where pulls are part of a step, waits until those of the requests just admitted are over. Returns how many
+        there were."""
+        if self._core is None or self.scheduler.pulling_count == 0:
+            return 0
+        pull_count = self.scheduler.pulling_count
+        if self._core.stepping is None:
+            self._core.begin(is_prefill=False)
+        while self.scheduler.pulling_count:
+            self._has_work.clear()
+            await (
+                self._has_work.wait()
+            )  # whoever ends a pull says so: still said after the last
+        self.scheduler.start_pulled()
+        return pull_count
+
+    async def _run_row(self, batch: Batch, pull_count: int, pace: Pace) -> None:
+        """One step, or several of decoding alone: until one of them ends an answer, or something comes meanwhile and
+        wants to be in the next."""
+        assert self._core is not None
+        row_works_s = self._row_works_s(batch, pace)
+        row_works_s[0] += pace.pulled_step_s(pull_count) if pull_count else 0.0
+        self._core.begin(is_prefill=bool(batch.chunks))
+        row = self._row = Row(_now(), row_works_s, self._core.speed())
+        try:
+            last = len(row) - 1
+            while True:
+                if self._has_work.is_set():
+                    last = min(last, row.under_way(_now()))
+                end_at = row.end_at(last)
+                if _now() + RESOLUTION_S >= end_at:
+                    break
+                await self._pause_until(end_at)
+        finally:
+            self._row = None
+        await self._is_going.wait()
+        sequence_count = len(batch.decoding) + len(batch.chunks)
+        for index in range(last + 1):
+            end_at = row.end_at(index)
+            advanced = self.scheduler.apply(batch, end_at)
+            for sequence in advanced:
+                if (leg := self._legs.get(sequence)) is not None:
+                    answer_index = sequence.answered_before + sequence.output_token_count - 1
+                    pace.on_token(leg.leg_id, answer_index, end_at, sequence_count)
+        self._ring(advanced)
+
+    def _row_works_s(self, batch: Batch, pace: Pace) -> list[float]:
+        cost = self.config.cost
+        if batch.chunks:
+            chunks = [chunk for _, chunk in batch.chunks]
+            work_s = cost.step_s(chunks, batch.context_token_counts)
+            return [work_s * pace.ratio("mixed" if batch.decoding else "prefill")]
+        contexts = batch.context_token_counts
+        works_s = []
+        for step in range(self._look_ahead_count(batch, pace)):
+            works_s.append(cost.step_s((), [context + step for context in contexts]) * pace.ratio("decode"))
+        return works_s
+
+    def _look_ahead_count(self, batch: Batch, pace: Pace) -> int:
+        count = pace.look_ahead_step_count
+        for sequence in batch.decoding:
+            leg = self._legs.get(sequence)
+            if leg is None or pace.is_exact(leg.leg_id):
+                return 1
+            count = min(count, self.scheduler.certain_step_count(sequence))
+        return count
+
+    async def _pause_until(self, at_s: float) -> None:
+        """Until then, or until ``_wake``, or until its speed has changed."""
+        loop = asyncio.get_running_loop()
+        pause = self._pause = loop.create_future()
+        timer = loop.call_at(at_s, self._end_pause)
+        try:
+            await pause
+        finally:
+            timer.cancel()
+            self._pause = None
+
+    def _end_pause(self) -> None:
+        if self._pause is not None and not self._pause.done():
+            self._pause.set_result(None)
+
+    def _speed_changed(self) -> None:
+        if self._row is not None and self._core is not None:
+            self._row.retime(_now(), self._core.speed())
+            self._end_pause()
+
+    def _wake(self) -> None:
+        self._has_work.set()
+        self._end_pause()
 
     def _ring(self, sequences: Sequence[sim_scheduler.Sequence]) -> None:
         for sequence in sequences:
@@ -319,20 +434,20 @@ class SimEngine:
             top_logprob_count=job.top_logprob_count,
             tenant=job.tenant,
         )
-        leg = _Leg(sequence, _now())
+        leg = _Leg(sequence, _now(), job.leg_id)
         self._legs[sequence] = leg
         return leg
 
     def _leave(self, leg: _Leg) -> None:
         self._legs.pop(leg.sequence, None)
         self.scheduler.remove(leg.sequence)
-        self._has_work.set()  # blocks may have become free for another
+        self._wake()  # blocks may have become free for another
 
     async def _queue(self, leg: _Leg) -> None:
         await self._sleep(self.extra_delay_s.queue)
         leg.is_queued = True
         self.scheduler.add(leg.sequence)
-        self._has_work.set()
+        self._wake()
 
     async def _pull(self, leg: _Leg, params: SimulatedParams) -> _Pulled:
         sequence = leg.sequence
@@ -346,16 +461,18 @@ class SimEngine:
         byte_count = block_count * size * self.config.cost.kv_bytes_per_token  # whole blocks move
         pull = self.network.pull(params, self.config.engine_id)
         try:
-            content = await pull.run(
-                byte_count,
-                timeout_s=self.config.pull_timeout_s,
-                extra_s=self.extra_delay_s.transfer,
-                sleep=self._sleep,
-            )
+            # One reader in an engine with a pace: the thread that computes. Without one pulls do not meet.
+            async with self._link_turn if self._pace is not None else nullcontext():
+                content = await pull.run(
+                    byte_count,
+                    timeout_s=self.config.pull_timeout_s,
+                    extra_s=self.extra_delay_s.transfer,
+                    sleep=self._sleep,
+                )
         except PullFailed as failure:
             ended_at = _now()
             recomputed_count = self.scheduler.pull_failed(sequence)
-            self._has_work.set()
+            self._wake()
             return _Pulled(wait_s, ended_at - started_at, ended_at, 0, 0, recomputed_count, failure.reason)
         except PullGivenUp:
             raise ticket_refused(
@@ -366,7 +483,7 @@ class SimEngine:
         ended_at = _now()
         await self._sleep(self.extra_delay_s.decode_wait)
         self.scheduler.pulled(sequence, content)
-        self._has_work.set()
+        self._wake()
         return _Pulled(wait_s, ended_at - started_at, ended_at, byte_count, block_count, 0)
 
     def _quarantine(self, sequence: sim_scheduler.Sequence, pull: SimulatedPull) -> None:
@@ -382,7 +499,7 @@ class SimEngine:
         if (timer := self._quarantined.pop(table, None)) is not None:
             timer.cancel()
             table.free()
-            self._has_work.set()
+            self._wake()
 
     def _adopted_by_computing(self, leg: _Leg) -> KvAdopted:
         sequence = leg.sequence
@@ -437,7 +554,7 @@ class SimEngine:
         if held is not None:
             held.backstop.cancel()
             held.table.free()
-            self._has_work.set()
+            self._wake()
 
     # Waiting: each of these ends with ENGINE_FAILED when the engine dies meanwhile.
 

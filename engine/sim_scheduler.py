@@ -132,8 +132,12 @@ class Scheduler:
         max_running_count: int,
         max_batched_token_count: int,
         max_context_token_count: int,
+        admits_by_budget: bool = False,
     ) -> None:
+        """``admits_by_budget``: a waiting request gets blocks, and looks for its prefix, only when the step's budget
+        reaches it, as in vLLM; otherwise as soon as there are blocks and a slot."""
         self.pool = pool
+        self.admits_by_budget = admits_by_budget
         self.rule = rule
         self.max_running_count = max_running_count
         self.max_batched_token_count = max_batched_token_count
@@ -149,6 +153,10 @@ class Scheduler:
     @property
     def waiting_count(self) -> int:
         return len(self._waiting) + len(self._placed)
+
+    @property
+    def pulling_count(self) -> int:
+        return sum(each.state is State.PULLING for each in self._placed)
 
     def add(self, sequence: Sequence) -> None:
         bisect.insort(self._waiting, sequence, key=lambda each: each.sort_key)
@@ -172,12 +180,9 @@ class Scheduler:
 
     def admit(self) -> list[Sequence]:
         """Moves sequences up as far as slots and blocks go. Returns those that were given blocks."""
-        for sequence in [each for each in self._placed if each.state is State.PULLED]:
-            if len(self._running) < self.max_running_count:
-                self._placed.remove(sequence)
-                self._start(sequence)
+        self.start_pulled()
         admitted = []
-        while self._waiting and self._can_admit(self._waiting[0]):
+        while self._waiting and self._has_budget() and self._can_admit(self._waiting[0]):
             sequence = self._waiting.pop(0)
             self._allocate(sequence)
             admitted.append(sequence)
@@ -187,6 +192,21 @@ class Scheduler:
             else:
                 self._start(sequence)
         return admitted
+
+    def start_pulled(self) -> None:
+        """Requests whose KV is in place run, as far as slots go."""
+        for sequence in [each for each in self._placed if each.state is State.PULLED]:
+            if len(self._running) < self.max_running_count:
+                self._placed.remove(sequence)
+                self._start(sequence)
+
+    def certain_step_count(self, sequence: Sequence) -> int:
+        """So many steps of decoding the sequence has for certain, the one that ends it included: more than one only
+        where nothing but its length can end it."""
+        if sequence.stop.stop_token_ids or not (sequence.stop.ignore_eos or self.rule.never_ends):
+            return 1
+        by_limit = sequence.stop.max_token_count - sequence.output_token_count
+        return max(1, min(by_limit, self.max_context_token_count - len(sequence.token_ids)))
 
     def schedule(self, now: float) -> Batch:
         """The next step: every decoding sequence, then prompts in order of admission as far as the budget goes."""
@@ -248,6 +268,13 @@ class Scheduler:
         return (
             f"<Scheduler [{len(self._running)} running, {len(self._placed)} placed | {len(self._waiting)} waiting]>"
         )
+
+    def _has_budget(self) -> bool:
+        """Whether the next step has tokens left for one more."""
+        if not self.admits_by_budget:
+            return True
+        wanted = sum(len(each.token_ids) - each.computed_token_count for each in self._running)
+        return wanted < self.max_batched_token_count
 
     def _can_admit(self, sequence: Sequence) -> bool:
         if not self.pool.can_allocate(sequence.hashes, sequence.block_count):

@@ -48,6 +48,11 @@ class TokenRule:
         if self.eos_token_id is None and (self.eos_when is not None or self.eos_probability > 0):
             raise ValueError("a model that ends needs an eos_token_id")
 
+    @property
+    def never_ends(self) -> bool:
+        """Whether no answer ends by its own will."""
+        return self.eos_token_id is None or (self.eos_when is None and self.eos_probability == 0)
+
     def next_token(self, content: int, position: int, forbidden: Collection[int] = ()) -> int:
         """``forbidden``: not to be said here, a small part of the vocabulary; the next word is said instead."""
         may_end = self.eos_token_id not in forbidden

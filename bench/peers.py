@@ -1,8 +1,8 @@
 """The systems a figure compares: started on given cores, ready or refused by a deadline, gone without a rest.
 
-Owns the command lines of the peers and of Baton itself. A peer gets what Baton gets from its TOML: the same
-build, model, dtype, KV bytes, context, block size, batch limits, prefix caching, eager mode and preloads.
-Everything listens on loopback. Never measures.
+Owns how the peers and Baton itself are put together. A peer gets what Baton gets from its TOML: the same build,
+model, dtype, KV bytes, context, block size, batch limits, prefix caching, eager mode and preloads; one server in the
+place of two workers gets what both have together. Everything listens on loopback. Never measures.
 
 Stock prefill/decode is run in two forms. "tuned": the UniProc executor, and after start every thread is moved
 back to its engine's core, as ``taskset -a`` would, because the stock connector moves both engines' main threads
@@ -12,69 +12,35 @@ to the machine's last core. "as shipped": vLLM's default executor and that place
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
-import socket
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, aclosing
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from baton.admin_client import AdminClient
-from baton.errors import BatonError
 from baton.request import Role
 from bench.children import Child, Cpu
+from bench.comparison.aggregated_config import aggregated
+from bench.comparison.balancer import (
+    cache_aware_router_command,
+    haproxy_command,
+    haproxy_config,
+    split_router_command,
+)
+from bench.comparison.environments import pinned_versions, prepared
+from bench.comparison.readiness import free_port, has_all_workers, is_healthy, until_ready
+from bench.comparison.specs import SYSTEMS, SystemSpec
+from bench.comparison.vllm_servers import KV_ROLES, engine_facts, engine_of_all, start_vllm_server
 from bench.cores import pinned_engine_environment
-from engine.config import EngineConfig
-from fleet.config import FleetConfig
+from fleet.config import FleetConfig, load_config
 
-UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-READY_DEADLINE_S = 240.0
-_KV_ROLES = {Role.PREFILL: "kv_producer", Role.DECODE: "kv_consumer"}
+__all__ = ["SYSTEMS", "RunningSystem", "SystemSpec", "all_cores", "role_cores", "start_system"]
 
-
-@dataclass(frozen=True, slots=True)
-class SystemSpec:
-    """One column of the table. ``kind``: "baton", "engine" (one vLLM server) or "stock-pd"."""
-
-    name: str
-    kind: str
-    title: str
-    as_shipped: bool = False
-    """vLLM's default executor (API server, engine core and worker are three processes) and no re-pinning."""
-    max_batched_token_count: int | None = None
-    """Prefill chunk, where it differs from Baton's configuration."""
-
-
-VLLM_OWN_CHUNK = 2048
-"""What vLLM's server takes on CPU unless told otherwise."""
-
-SYSTEMS: dict[str, SystemSpec] = {
-    spec.name: spec
-    for spec in (
-        SystemSpec("baton", "baton", "Baton 1P+1D"),
-        SystemSpec("engine", "engine", "one vLLM engine, one core", max_batched_token_count=VLLM_OWN_CHUNK),
-        SystemSpec(
-            "engine-as-shipped",
-            "engine",
-            "one vLLM engine, one core, as shipped",
-            as_shipped=True,
-            max_batched_token_count=VLLM_OWN_CHUNK,
-        ),
-        SystemSpec(
-            "engine-chunk-256", "engine", "one vLLM engine, one core, chunks of 256", max_batched_token_count=256
-        ),
-        SystemSpec("stock-pd", "stock-pd", "stock vLLM P/D, tuned"),
-        SystemSpec("stock-pd-as-shipped", "stock-pd", "stock vLLM P/D, as shipped", as_shipped=True),
-    )
-}
+_NAIVE_SERVER = Path(__file__).parent / "comparison" / "naive_server.py"
 
 
 class RunningSystem:
@@ -87,6 +53,11 @@ class RunningSystem:
         self.leg_urls: dict[Role, str] = {}
         """Of stock prefill/decode: the two servers behind its proxy."""
         self._children = list(children)
+
+    @property
+    def target_kind(self) -> str:
+        """What speaks to it: "baton" (gRPC) or "openai" (HTTP)."""
+        return "baton" if self.spec.kind in ("baton", "baton-aggregated") else "openai"
 
     def cpu(self) -> Cpu:
         """CPU seconds of every process of the system so far."""
@@ -112,19 +83,67 @@ class RunningSystem:
                 stack.callback(child.stop)
 
 
-def start_system(spec: SystemSpec, config: FleetConfig, config_path: Path, log_dir: Path) -> RunningSystem:
-    """Starts ``spec`` and waits until it is ready. Raises ``ChildError`` and leaves nothing behind."""
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What every way of starting a system is given."""
+
+    spec: SystemSpec
+    config: FleetConfig
+    config_path: Path
+    log_dir: Path
+    port: int
+    """Where callers find it; not for Baton, whose file says it."""
+    stack: ExitStack
+    """Ends what was started, if something fails."""
+
+    def log(self, part: str = "") -> Path:
+        return self.log_dir / f"{self.spec.name}{part and '-'}{part}.log"
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def child(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> Child:
+        """A process on all the cores of the system, ready once its health endpoint answers."""
+        child = Child(
+            name,
+            command,
+            environment=os.environ if environment is None else environment,
+            log_path=self.log(name),
+            cores=all_cores(self.config),
+        )
+        self.stack.callback(child.stop)
+        return child
+
+
+def start_system(
+    spec: SystemSpec, config: FleetConfig, config_path: Path, log_dir: Path, *, port: int | None = None
+) -> RunningSystem:
+    """Starts ``spec`` and waits until it is ready. Raises ``ChildError`` and leaves nothing behind.
+
+    ``port``: where to listen; any free one if None. Baton listens where its configuration says, and refuses another
+    with ``ValueError``. A peer environment that is missing is installed first (``StepFailed``), outside ``start_s``.
+    """
+    if port is not None and spec.kind in ("baton", "baton-aggregated"):
+        raise ValueError("Baton listens at router.listen_address of its configuration")
+    for name in spec.environments:
+        prepared(name)
     with ExitStack() as stack:
         started_at = time.monotonic()
+        start = _Start(spec, config, config_path, log_dir, port or free_port(), stack)
         match spec.kind:
             case "baton":
-                system = _start_baton(spec, config, config_path, log_dir, stack)
-            case "engine":
-                system = _start_engine(spec, config, log_dir, stack)
-            case "stock-pd":
-                system = _start_stock_pd(spec, config, log_dir, stack)
-            case _:
-                raise ValueError(f"unknown kind of system: {spec.kind}")
+                system = _start_baton(start, config, config_path)
+            case "baton-aggregated":
+                system = _start_baton_aggregated(start)
+            case "engine" | "engine-all-cores":
+                system = _start_engine(start)
+            case "balanced":
+                system = _start_balanced(start)
+            case "stock-pd" | "stock-router":
+                system = _start_stock_pd(start)
+            case "naive":
+                system = _start_naive(start)
         system.facts["start_s"] = round(time.monotonic() - started_at, 1)
         stack.pop_all()  # ready: the caller's to stop
         return system
@@ -144,159 +163,135 @@ def role_cores(config: FleetConfig, role: Role) -> tuple[int, ...]:
     return cores
 
 
-def _start_baton(
-    spec: SystemSpec, config: FleetConfig, config_path: Path, log_dir: Path, stack: ExitStack
-) -> RunningSystem:
+def all_cores(config: FleetConfig) -> tuple[int, ...]:
+    """The cores of the first worker of each role together: what a pair of workers has, and so every peer."""
+    return tuple(core for role in Role if config.pools[role].count for core in role_cores(config, role))
+
+
+def _start_baton(start: _Start, config: FleetConfig, config_path: Path) -> RunningSystem:
     child = Child(
         "baton up",
         [sys.executable, "-m", "baton", "up", "--foreground", "--config", str(config_path)],
         environment=os.environ,
-        log_path=log_dir / "baton.log",
+        log_path=start.log_dir / f"{start.spec.name}.log",
         stop_signal=signal.SIGINT,
         stop_grace_s=90.0,  # it stops its own processes, and sees to it
     )
-    stack.callback(child.stop)
+    start.stack.callback(child.stop)
     wanted = {role.value: config.pools[role].count for role in Role}
     admin_address = config.router.admin_address
-    _until_ready(child, lambda: asyncio.run(_has_all_workers(admin_address, wanted)))
-    return RunningSystem(
-        spec, config.router.listen_address, [child], {"prefill_cores": role_cores(config, Role.PREFILL)}
-    )
+    until_ready(child, lambda: asyncio.run(has_all_workers(admin_address, wanted)))
+    facts: dict[str, Any] = {"worker_counts": wanted, "cores": {}, "runner": config.cluster.runner}
+    for role in Role:
+        if config.pools[role].count:
+            facts["cores"][role.value] = list(role_cores(config, role))
+            facts[f"{role.value}_engine"] = engine_facts(SystemSpec("", "baton", ""), config.engines[role], ())
+    facts["prefill_cores"] = role_cores(config, Role.PREFILL) if wanted["prefill"] else ()
+    return RunningSystem(start.spec, config.router.listen_address, [child], facts)
 
 
-def _start_engine(spec: SystemSpec, config: FleetConfig, log_dir: Path, stack: ExitStack) -> RunningSystem:
-    cores = role_cores(config, Role.PREFILL)
-    engine = config.engines[Role.PREFILL]  # its chunk of 2,048 is also vLLM's own default for a server on CPU
-    port = _free_port()
-    child = _vllm_server(spec, engine, port, cores, log_dir / f"{spec.name}.log", None)
-    stack.callback(child.stop)
-    url = f"http://127.0.0.1:{port}"
-    _until_ready(child, lambda: _is_healthy(url))
-    return RunningSystem(spec, url, [child], {"cores": cores})
+def _start_baton_aggregated(start: _Start) -> RunningSystem:
+    start.log_dir.mkdir(parents=True, exist_ok=True)
+    path = start.log_dir / f"{start.spec.name}.toml"
+    path.write_text(aggregated(start.config_path.read_text(encoding="utf-8")), encoding="utf-8")
+    return _start_baton(start, load_config(path), path)
 
 
-def _start_stock_pd(spec: SystemSpec, config: FleetConfig, log_dir: Path, stack: ExitStack) -> RunningSystem:
+def _start_engine(start: _Start) -> RunningSystem:
+    spec, config = start.spec, start.config
+    if spec.kind == "engine-all-cores":
+        cores, engine = all_cores(config), engine_of_all(config)
+    else:
+        cores, engine = role_cores(config, Role.PREFILL), config.engines[Role.PREFILL]
+    child = start_vllm_server(spec, engine, start.port, cores, start.log())
+    start.stack.callback(child.stop)
+    until_ready(child, lambda: is_healthy(start.url))
+    return RunningSystem(spec, start.url, [child], engine_facts(spec, engine, cores))
+
+
+def _start_pair(
+    start: _Start, *, is_split: bool, is_behind_router: bool
+) -> tuple[dict[Role, Child], dict[Role, str]]:
+    """A vLLM server on each role's cores, both ready: a NIXL pair if ``is_split``, else two that are alike."""
     children: dict[Role, Child] = {}
     urls: dict[Role, str] = {}
     for role in Role:
-        port = _free_port()
-        child = _vllm_server(
-            spec,
-            config.engines[role],
+        port = free_port()
+        children[role] = start_vllm_server(
+            start.spec,
+            start.config.engines[role],
             port,
-            role_cores(config, role),
-            log_dir / f"{spec.name}-{role.value}.log",
-            _KV_ROLES[role],
+            role_cores(start.config, role),
+            start.log(role.value if is_split else f"{len(urls) + 1}"),
+            kv_role=KV_ROLES[role] if is_split else None,
+            is_behind_router=is_behind_router,
         )
-        stack.callback(child.stop)
-        children[role], urls[role] = child, f"http://127.0.0.1:{port}"
+        start.stack.callback(children[role].stop)
+        urls[role] = f"http://127.0.0.1:{port}"
     for role in Role:
-        _until_ready(children[role], lambda url=urls[role]: _is_healthy(url))  # type: ignore[misc]
+        until_ready(children[role], lambda url=urls[role]: is_healthy(url))  # type: ignore[misc]
+    return children, urls
+
+
+def _start_balanced(start: _Start) -> RunningSystem:
+    spec, config = start.spec, start.config
+    is_behind_router = spec.balancer == "vllm-router"
+    children, urls = _start_pair(start, is_split=False, is_behind_router=is_behind_router)
+    environment = prepared(spec.environments[0]).path
+    if is_behind_router:
+        command = cache_aware_router_command(environment, start.port, free_port(), list(urls.values()))
+        balancer = "vllm-router, cache_aware"
+    else:
+        config_path = start.log_dir / f"{spec.name}-haproxy.cfg"
+        config_path.write_text(haproxy_config(start.port, list(urls.values())), encoding="utf-8")
+        command = haproxy_command(environment, config_path)
+        balancer = "HAProxy, leastconn"
+    front = start.child("balancer", command)
+    until_ready(front, lambda: is_healthy(start.url), deadline_s=30.0)
+    facts = {
+        "servers": [engine_facts(spec, config.engines[role], role_cores(config, role)) for role in Role],
+        "balancer": balancer,
+        "balancer_packages": pinned_versions(spec.environments[0]),
+    }
+    return RunningSystem(spec, start.url, [front, *children.values()], facts)
+
+
+def _start_stock_pd(start: _Start) -> RunningSystem:
+    spec, config = start.spec, start.config
+    is_behind_router = spec.kind == "stock-router"
+    children, urls = _start_pair(start, is_split=True, is_behind_router=is_behind_router)
     repinned: dict[str, int] = {}
     if not spec.as_shipped:
         repinned = {role.value: children[role].pin(role_cores(config, role)) for role in Role}
-    proxy_port = _free_port()
-    addresses = ["--port", str(proxy_port), "--prefill", urls[Role.PREFILL], "--decode", urls[Role.DECODE]]
-    proxy = Child(
-        "stock proxy",
-        [sys.executable, "-m", "bench.stock_proxy", *addresses],
-        environment=os.environ,
-        log_path=log_dir / f"{spec.name}-proxy.log",
-    )
-    stack.callback(proxy.stop)
-    url = f"http://127.0.0.1:{proxy_port}"
-    _until_ready(proxy, lambda: _is_healthy(url), deadline_s=30.0)
-    facts = {"cores": {role.value: role_cores(config, role) for role in Role}, "threads_repinned": repinned}
-    system = RunningSystem(spec, url, [proxy, *children.values()], facts)
+    facts: dict[str, Any] = {
+        "cores": {role.value: role_cores(config, role) for role in Role},
+        "threads_repinned": repinned,
+    } | {f"{role.value}_engine": engine_facts(spec, config.engines[role], role_cores(config, role)) for role in Role}
+    if is_behind_router:
+        environment = prepared(spec.environments[0]).path
+        command = split_router_command(environment, start.port, free_port(), urls[Role.PREFILL], urls[Role.DECODE])
+        facts["router_packages"] = pinned_versions(spec.environments[0])
+    else:
+        addresses = ["--port", str(start.port), "--prefill", urls[Role.PREFILL], "--decode", urls[Role.DECODE]]
+        command = [sys.executable, "-m", "bench.stock_proxy", *addresses]
+    front = start.child("proxy", command)
+    until_ready(front, lambda: is_healthy(start.url), deadline_s=30.0)
+    system = RunningSystem(spec, start.url, [front, *children.values()], facts)
     system.leg_urls = urls
     return system
 
 
-def vllm_command(spec: SystemSpec, engine: EngineConfig, port: int, *, kv_role: str | None) -> list[str]:
-    """The server's command line; everything Baton's configuration says, and nothing more."""
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
-    options: dict[str, Any] = {
-        "model": engine.model_path,
-        "served-model-name": engine.model_name,
-        "dtype": engine.dtype,
-        "seed": engine.seed,
-        "max-model-len": engine.max_context_token_count,
-        "block-size": engine.block_token_count,
-        "kv-cache-memory-bytes": engine.kv_cache_bytes,
-        "max-num-seqs": engine.max_running_count,
-        "max-num-batched-tokens": spec.max_batched_token_count or engine.max_batched_token_count,
-        "generation-config": "vllm",
+def _start_naive(start: _Start) -> RunningSystem:
+    spec, config = start.spec, start.config
+    engine, cores = engine_of_all(config), all_cores(config)
+    command = [str(prepared(spec.environments[0]).python), "-I", str(_NAIVE_SERVER)]
+    command += ["--model", engine.model_path, "--name", engine.model_name, "--dtype", engine.dtype]
+    command += ["--max-context-tokens", str(engine.max_context_token_count), "--port", str(start.port)]
+    child = start.child("server", command, pinned_engine_environment(os.environ, cores))
+    until_ready(child, lambda: is_healthy(start.url))
+    packages = {
+        name: version
+        for name, version in pinned_versions(spec.environments[0]).items()
+        if name in ("torch", "transformers", "fastapi", "uvicorn")
     }
-    options |= {key.replace("_", "-"): value for key, value in engine.extra_args.items()}
-    if not spec.as_shipped:
-        options["distributed-executor-backend"] = UNIPROC
-    if kv_role is not None:
-        options["kv-transfer-config"] = json.dumps({"kv_connector": "NixlConnector", "kv_role": kv_role})
-    for key, value in options.items():
-        command += [f"--{key}", str(value)]
-    command += ["--enable-prefix-caching" if engine.enable_prefix_caching else "--no-enable-prefix-caching"]
-    command += ["--enforce-eager"] if engine.enforce_eager else []
-    return [*command, "--disable-uvicorn-access-log"]
-
-
-def _vllm_server(
-    spec: SystemSpec,
-    engine: EngineConfig,
-    port: int,
-    cores: tuple[int, ...],
-    log_path: Path,
-    kv_role: str | None,
-) -> Child:
-    environment = pinned_engine_environment(os.environ, cores)
-    if kv_role is not None:
-        environment |= {
-            "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
-            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(_free_port()),
-        }
-    return Child(
-        log_path.stem,
-        vllm_command(spec, engine, port, kv_role=kv_role),
-        environment=environment,
-        log_path=log_path,
-        cores=cores,
-    )
-
-
-def _until_ready(child: Child, is_ready: Callable[[], bool], deadline_s: float = READY_DEADLINE_S) -> None:
-    deadline = time.monotonic() + deadline_s
-    while not is_ready():
-        if not child.is_running():
-            raise child.failed("ended before it was ready")
-        if time.monotonic() > deadline:
-            raise child.failed(f"was not ready within {deadline_s:.0f} s")
-        time.sleep(0.5)
-
-
-def _is_healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2.0) as answer:  # noqa: S310 our own loopback URL
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-async def _has_all_workers(admin_address: str, wanted: Mapping[str, int]) -> bool:
-    """Whether every worker is ready. The health check would be content with one of them."""
-    try:
-        async with (
-            AdminClient(admin_address) as client,
-            asyncio.timeout(5.0),
-            aclosing(client.watch()) as views,
-        ):
-            async for view in views:
-                ready = Counter(worker.role for worker in view.workers if worker.health == "ready")
-                return view.is_serving and all(ready[role] >= count for role, count in wanted.items())
-    except (BatonError, TimeoutError):
-        pass
-    return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return RunningSystem(spec, start.url, [child], {"cores": list(cores), "packages": packages})

@@ -1,6 +1,6 @@
 """Turns the requirements in ``deploy/locks/*.in`` into full pins.
 
-    python3.11 -m deploy.setup.relock [--upgrade] [cpu|dev|gpu ...]
+    python3.11 -m deploy.setup.relock [--upgrade] [cpu|dev|gpu|peer-naive|peer-router|peer-haproxy ...]
 
 Owns the ``.txt`` files there. Resolves with pip's resolver in a scratch environment, downloading metadata only
 (wheels are not fetched except where a source has no separate metadata). Without ``--upgrade`` what is pinned
@@ -61,6 +61,9 @@ LOCKED = {
     "cpu": Lock("cpu", left_out=LEFT_OUT_ON_CPU),
     "dev": Lock("dev", base=("cpu-torch", "cpu")),
     "gpu": Lock("gpu", uses_configured_source=False),
+    "peer-naive": Lock("peer-naive", base=("cpu-torch",)),
+    "peer-router": Lock("peer-router"),
+    "peer-haproxy": Lock("peer-haproxy"),
 }
 
 

@@ -1,13 +1,14 @@
 """Any OpenAI-compatible server over HTTP, streaming, as a target.
 
-The servers agree on the shape of a stream and on little else: whether a prompt may be token ids, whether end tokens can
-be ignored, whether every event tells how many tokens came. A ``Dialect`` says what one server's documentation says it
-accepts; nothing else is sent to it.
+The servers agree on the shape of a stream and on little else: whether a prompt may be token ids, whether end tokens
+can be ignored, whether every event tells how many tokens came. A ``Dialect`` says what one server accepts; nothing
+else is sent to it. ``min_tokens`` is sent to none: what knows it knows ``ignore_eos`` as well, which costs nothing a
+step, while a minimum is a logits processor on every one.
 
-How tokens are counted: where the server puts cumulative usage on every event (``continuous_usage_stats``), exactly,
-message by message. Elsewhere an event with text is a message of one token, and what the final usage counts beyond that is
-booked with the last message: the number is exact, which message carried two tokens is not known. Where a server sends no
-usage at all, events with text are counted.
+How tokens are counted, found out by the first text of each answer and told by ``counting``: where cumulative usage is
+on every event (``continuous_usage_stats``), exactly, message by message. Elsewhere an event with text is a message of
+one token, and what the final usage counts beyond that is one more message at the end: the number is exact, which
+message carried two tokens is not known. Where a server sends no usage at all, events with text are counted.
 """
 
 from __future__ import annotations
@@ -45,7 +46,6 @@ class Dialect:
     """As prompt of /v1/completions. Others get text, whose tokens may differ in number; they report the number."""
     ignores_end: bool = False
     """Knows ``ignore_eos``. Where not, an answer that the model ended is complete, whatever its length."""
-    takes_min_tokens: bool = False
     has_usage: bool = True
     """Knows ``stream_options.include_usage``."""
     has_running_usage: bool = False
@@ -55,9 +55,9 @@ class Dialect:
 DIALECTS = {
     dialect.name: dialect
     for dialect in (
-        Dialect(name="vllm", takes_token_ids=True, ignores_end=True, takes_min_tokens=True, has_running_usage=True),
-        Dialect(name="sglang", takes_token_ids=True, ignores_end=True, takes_min_tokens=True),
-        Dialect(name="trtllm", ignores_end=True, takes_min_tokens=True),
+        Dialect(name="vllm", takes_token_ids=True, ignores_end=True, has_running_usage=True),
+        Dialect(name="sglang", takes_token_ids=True, ignores_end=True, has_running_usage=True),
+        Dialect(name="trtllm", takes_token_ids=True, ignores_end=True, has_running_usage=True),
         Dialect(name="tgi"),
         Dialect(name="llamacpp", ignores_end=True),
         Dialect(name="ollama", endpoint=CHAT),
@@ -90,6 +90,8 @@ class OpenAiTarget:
         self.url = url.rstrip("/")
         self.model = model
         self._text_of = text_of
+        self.counting: str | None = None
+        """How tokens of the last answer were counted: "running usage", "final usage" or "events"."""
         self._bodies: dict[int, tuple[PlannedRequest, bytes]] = {}
         headers = {"Content-Type": "application/json"}
         if api_key:
@@ -115,8 +117,6 @@ class OpenAiTarget:
         body |= {"max_tokens": request.output_token_count, "temperature": 0.0, "stream": True}
         if dialect.ignores_end:
             body["ignore_eos"] = True
-        if dialect.takes_min_tokens:
-            body["min_tokens"] = request.output_token_count
         if dialect.has_usage:
             body["stream_options"] = {"include_usage": True}
             if dialect.has_running_usage:
@@ -124,13 +124,10 @@ class OpenAiTarget:
         return body
 
     async def generate(self, request: PlannedRequest, *, timeout_s: float) -> AsyncGenerator[TargetEvent, None]:
-        prepared = self._bodies.pop(request.index, None)
-        if prepared is not None and prepared[0] is request:
-            data = prepared[1]
-        else:
-            data = self._serialised(request)
+        kept = self._bodies.pop(request.index, None)
+        data = kept[1] if kept is not None and kept[0] is request else self._serialised(request)
         loop = asyncio.get_running_loop()
-        answer = _Answer(self.dialect, request.output_token_count)
+        answer = _Answer(request.output_token_count, is_end_ignored=self.dialect.ignores_end)
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
             async with self._session.post(self.url + self.endpoint, data=data, timeout=timeout) as response:
@@ -155,6 +152,7 @@ class OpenAiTarget:
             # Their texts may have parts of what was sent or came.
             where = "after tokens had come" if answer.seen_count else "before any token"
             raise TargetError(Outcome.ERROR, f"{type(error).__name__} {where}") from None
+        self.counting = answer.counting
         answer.check()
         if answer.prompt_token_count is not None:
             yield ServerFacts(
@@ -191,8 +189,10 @@ class OpenAiTarget:
 class _Answer:
     """Counts one answer, event by event."""
 
-    def __init__(self, dialect: Dialect, wanted_count: int) -> None:
-        self._dialect = dialect
+    def __init__(self, wanted_count: int, *, is_end_ignored: bool) -> None:
+        self._is_end_ignored = is_end_ignored
+        self._has_running_usage: bool | None = None
+        """None until an event had text."""
         self._wanted_count = wanted_count
         self._total: int | None = None
         self._finish_reason: str | None = None
@@ -212,22 +212,32 @@ class _Answer:
         if not isinstance(event, dict) or "error" in event:
             where = "after tokens had come" if self.seen_count else "before any token"
             raise TargetError(Outcome.ERROR, f"the server sent an error event {where}")
-        usage = event.get("usage")
-        count = 0
-        if usage:
-            self._take_usage(usage)
-            if self._dialect.has_running_usage:
-                count = int(usage.get("completion_tokens") or 0) - self.seen_count
-        choices = event.get("choices")
+        usage, choices = event.get("usage"), event.get("choices")
+        has_text = False
         if choices:
             choice = choices[0]
             self._finish_reason = choice.get("finish_reason") or self._finish_reason
-            if not self._dialect.has_running_usage and _has_text(choice):
-                count = 1
+            has_text = _has_text(choice)
+        if usage:
+            self._take_usage(usage)
+        if self._has_running_usage is None and (has_text or (usage and choices and self._total)):
+            # An event of its own (without choices) is the final usage.
+            self._has_running_usage = bool(usage)
+        if self._has_running_usage:
+            # A token whose text is not complete yet (half of a character) is counted when it came.
+            count = (self._total or 0) - self.seen_count if usage else 0
+        else:
+            count = int(has_text)
         if count < 0:
             raise TargetError(Outcome.ERROR, "the server's count of tokens went backwards")
         self.seen_count += count
         return count
+
+    @property
+    def counting(self) -> str:
+        if self._has_running_usage:
+            return "running usage"
+        return "events" if self._total is None else "final usage"
 
     def _take_usage(self, usage: dict[str, Any]) -> None:
         self._total = int(usage.get("completion_tokens") or 0)
@@ -252,7 +262,7 @@ class _Answer:
             raise TargetError(
                 Outcome.INCOMPLETE, f"the stream ended without its end; {seen} tokens came for {wanted}"
             )
-        has_ended_itself = not self._dialect.ignores_end and self._finish_reason == "stop" and 0 < seen < wanted
+        has_ended_itself = not self._is_end_ignored and self._finish_reason == "stop" and 0 < seen < wanted
         if seen != wanted and not has_ended_itself:
             raise TargetError(Outcome.INCOMPLETE, f"{seen} tokens came for {wanted}")
 

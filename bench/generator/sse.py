@@ -1,8 +1,8 @@
 """Server-sent events out of pieces of a response, however the network cut them. Pure.
 
-After https://html.spec.whatwg.org/multipage/server-sent-events.html: lines end with LF, CRLF or CR, an empty line ends
-an event, several ``data`` lines are one, lines that begin with a colon are comments. One thing is kinder than the
-standard: what a server leaves without its last empty line is an event, too.
+After https://html.spec.whatwg.org/multipage/server-sent-events.html: lines end with LF, CRLF or CR, an empty line
+ends an event, several ``data`` lines are one, lines that begin with a colon are comments. One thing is kinder than
+the standard: what a server leaves without its last empty line is an event, too.
 """
 
 from __future__ import annotations

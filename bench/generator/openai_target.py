@@ -223,11 +223,10 @@ class _Answer:
         if self._has_running_usage is None and (has_text or (usage and choices and self._total)):
             # An event of its own (without choices) is the final usage.
             self._has_running_usage = bool(usage)
+        count = int(has_text)
         if self._has_running_usage:
             # A token whose text is not complete yet (half of a character) is counted when it came.
             count = (self._total or 0) - self.seen_count if usage else 0
-        else:
-            count = int(has_text)
         if count < 0:
             raise TargetError(Outcome.ERROR, "the server's count of tokens went backwards")
         self.seen_count += count

@@ -319,9 +319,7 @@ class SimEngine:
             self._core.begin(is_prefill=False)
         while self.scheduler.pulling_count:
             self._has_work.clear()
-            await (
-                self._has_work.wait()
-            )  # whoever ends a pull says so: still said after the last
+            await self._has_work.wait()  # said by each that ends, the last included
         self.scheduler.start_pulled()
         return pull_count
 

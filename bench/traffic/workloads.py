@@ -29,6 +29,29 @@ def _parameter(default: Any, what: str) -> Any:
     return dataclasses.field(default=default, metadata={"what": what})
 
 
+def _exponential(rng: random.Random, mean_s: float) -> float:
+    return -math.log(1.0 - rng.random()) * mean_s
+
+
+def _check_counts(workload: object, *names: str) -> None:
+    for name in names:
+        if getattr(workload, name) < 1:
+            raise ValueError(f"{name} is below 1")
+
+
+def _check_not_negative(workload: object, *names: str) -> None:
+    for name in names:
+        value = getattr(workload, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} is not 0 or more")
+
+
+def _check_shares(workload: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(workload, name) <= 1:
+            raise ValueError(f"{name} is not within 0 and 1")
+
+
 class Workload(Protocol):
     """A kind of traffic. Its fields are its parameters."""
 
@@ -385,26 +408,3 @@ def _read(default: object, value: object) -> object:
 
 def _fact(value: Any) -> object:
     return value if isinstance(value, int | float) else value.facts()
-
-
-def _exponential(rng: random.Random, mean_s: float) -> float:
-    return -math.log(1.0 - rng.random()) * mean_s
-
-
-def _check_counts(workload: object, *names: str) -> None:
-    for name in names:
-        if getattr(workload, name) < 1:
-            raise ValueError(f"{name} is below 1")
-
-
-def _check_not_negative(workload: object, *names: str) -> None:
-    for name in names:
-        value = getattr(workload, name)
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} is not 0 or more")
-
-
-def _check_shares(workload: object, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(workload, name) <= 1:
-            raise ValueError(f"{name} is not within 0 and 1")

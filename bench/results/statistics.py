@@ -1,0 +1,390 @@
+"""The statistics of every table: percentiles, bootstrap intervals by independent units, shares, how many are enough.
+
+Pure. Formulas and their sources stand in docs/workbench/statistics.md. Two rules run through it: the unit that is
+resampled is a whole request (or a whole run), because the gaps of one request are not independent; and a figure that
+too few observations carry says so instead of giving an interval.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+Values = NDArray[np.float64]
+Samples = Sequence[Sequence[float]]
+"""One inner sequence per independent unit (request, or run of the streams)."""
+Blocks = Mapping[int, Samples]
+"""Units by block (of an ABBA order: one visit of one system)."""
+Statistic = Callable[[Sequence[float]], float]
+Pair = tuple[Samples, Samples]
+"""One block of an interleaved measurement: the units of A and those of B, taken one after the other."""
+
+RESAMPLE_COUNT = 2000
+FEWEST_UNITS = 3
+"""Fewer give no interval."""
+CONFIDENCE = 0.95
+WORK_LIMIT = 400_000_000
+"""Values looked at by one bootstrap; larger inputs get fewer resamples, never fewer than 200."""
+
+
+# --- One sample
+
+
+def percentile(values: Sequence[float] | Values, percent: float) -> float:
+    """Linear between the two nearest ranks, at (n - 1) * percent / 100 from the lowest: type 7 of Hyndman and Fan
+    (1996), the default of numpy. Raises ``ValueError`` for no values."""
+    if len(values) == 0:
+        raise ValueError("a percentile of nothing")
+    return float(np.percentile(np.asarray(values, dtype=np.float64), percent))
+
+
+@dataclass(frozen=True, slots=True)
+class Percentile:
+    """A percentile as a statistic that the bootstrap knows a fast way for."""
+
+    percent: float
+
+    def __call__(self, values: Sequence[float]) -> float:
+        return percentile(values, self.percent)
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """The mean as a statistic that the bootstrap knows a fast way for."""
+
+    def __call__(self, values: Sequence[float]) -> float:
+        if len(values) == 0:
+            raise ValueError("a mean of nothing")
+        return math.fsum(values) / len(values)
+
+
+p50 = Percentile(50.0)
+p99 = Percentile(99.0)
+mean = Mean()
+
+
+def cdf_points(values: Sequence[float] | Values, *, point_limit: int = 400) -> list[tuple[float, float]]:
+    """(value, share of values at most that) of the empirical distribution, rising; at most ``point_limit`` points,
+    evenly spread over the ranks, with the lowest and the highest always among them."""
+    if point_limit < 2:
+        raise ValueError("a distribution needs two points or more")
+    ranked = np.sort(np.asarray(values, dtype=np.float64))
+    if ranked.size == 0:
+        return []
+    ranks = np.unique(np.linspace(0, ranked.size - 1, min(point_limit, ranked.size)).round().astype(int))
+    # Of equal values the last counts: all of them are at most that value.
+    shares = np.searchsorted(ranked, ranked[ranks], side="right") / ranked.size
+    points = dict(zip(ranked[ranks].tolist(), shares.tolist(), strict=True))
+    return list(points.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """Of ``CONFIDENCE`` unless said otherwise. None: the data do not bound it on that side."""
+
+    low: float | None
+    high: float | None
+
+
+def percentile_interval(
+    values: Sequence[float] | Values, percent: float, *, confidence: float = CONFIDENCE
+) -> Interval:
+    """Bounds of the true percentile from ranks alone, whatever the distribution; for independent values.
+
+    The number of values below it is binomial(n, percent/100); each bound misses with (1 - confidence)/2 at most. A
+    bound is None where even the outermost value does not carry it: p99 has no upper bound below 368 values at 95%.
+    """
+    _check_share(confidence, "confidence")
+    ranked = np.sort(np.asarray(values, dtype=np.float64))
+    n, p, tail = ranked.size, percent / 100.0, (1.0 - confidence) / 2.0
+    if not 0.0 < p < 1.0:
+        raise ValueError("a percentile between 0 and 100 has an interval")
+    if n == 0:
+        return Interval(None, None)
+    below = special.bdtr(np.arange(n + 1), n, p)  # P(at most k values are below the percentile), k = 0..n
+    # x(r) (r from 1) lies above the percentile with P(fewer than r are below it) = below[r - 1].
+    carried_low = np.flatnonzero(below[:n] <= tail)
+    carried_high = np.flatnonzero(1.0 - below[:n] <= tail)
+    return Interval(
+        low=float(ranked[carried_low[-1]]) if carried_low.size else None,
+        high=float(ranked[carried_high[0]]) if carried_high.size else None,
+    )
+
+
+# --- Shares and counts
+
+
+def wilson_interval(count: int, total: int, *, confidence: float = CONFIDENCE) -> Interval:
+    """Of a share; Wilson (1927), without continuity correction. Good coverage also near 0 and 1 and for few."""
+    _check_count(count, total)
+    _check_share(confidence, "confidence")
+    if total == 0:
+        return Interval(None, None)
+    z = float(special.ndtri((1.0 + confidence) / 2.0))
+    share = count / total
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    # At the ends the bound is exact, but rounding may put it a hair inside.
+    return Interval(
+        0.0 if count == 0 else max(0.0, centre - half),
+        1.0 if count == total else min(1.0, centre + half),
+    )
+
+
+def clopper_pearson_interval(count: int, total: int, *, confidence: float = CONFIDENCE) -> Interval:
+    """Of a share; the exact one of Clopper and Pearson (1934), never too narrow: for claims about failures."""
+    _check_count(count, total)
+    _check_share(confidence, "confidence")
+    if total == 0:
+        return Interval(None, None)
+    tail = (1.0 - confidence) / 2.0
+    low = 0.0 if count == 0 else float(special.betaincinv(count, total - count + 1, tail))
+    high = 1.0 if count == total else float(special.betaincinv(count + 1, total - count, 1.0 - tail))
+    return Interval(low, high)
+
+
+def zero_failure_bound(total: int, *, confidence: float = CONFIDENCE) -> float:
+    """Upper bound of a failure share when none of ``total`` failed: 1 - (1 - confidence)^(1/total); at 95% about
+    3/total ("rule of three", Hanley and Lippman-Hand 1983). 1 for no trials."""
+    _check_count(0, total)
+    _check_share(confidence, "confidence")
+    return 1.0 if total == 0 else 1.0 - (1.0 - confidence) ** (1.0 / total)
+
+
+def needed_for_percentile(violation_count: int, *, percent: float = 99.0, confidence: float = 0.99) -> int:
+    """How many requests it takes, ``violation_count`` of them above a bound, to assert that the percentile is within
+    it: the smallest n with P(at most that many above | n, share 1 - percent/100) <= 1 - confidence. The early
+    stopping of MLPerf inference, tolerance 0: 459 for p99 without one."""
+    if violation_count < 0:
+        raise ValueError("a count of violations is 0 or more")
+    if not 0.0 < percent < 100.0:
+        raise ValueError("a percentile lies between 0 and 100")
+    _check_share(confidence, "confidence")
+    above = 1.0 - percent / 100.0
+
+    def is_enough(n: int) -> bool:
+        return float(special.bdtr(violation_count, n, above)) <= 1.0 - confidence
+
+    low, high = violation_count, violation_count + 1
+    while not is_enough(high):
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
+    return high
+
+
+def is_enough_for_percentile(request_count: int, *, percent: float = 99.0) -> bool:
+    """Whether so many requests could assert the percentile at all (with no violation, at 99% confidence)."""
+    return request_count >= needed_for_percentile(0, percent=percent)
+
+
+# --- Bootstrap
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Of two systems, with its 95% interval; None bounds: too few units to say."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+    @property
+    def is_claim(self) -> bool:
+        """Whether the interval excludes 1."""
+        return self.low is not None and self.high is not None and (self.low > 1.0 or self.high < 1.0)
+
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.value:.2f}x (n too small)"
+        return f"{self.value:.2f}x [{self.low:.2f}, {self.high:.2f}]{'' if self.is_claim else ' (no claim)'}"
+
+
+def pooled(blocks: Blocks) -> list[float]:
+    return [value for units in blocks.values() for unit in units for value in unit]
+
+
+class _Ranked:
+    """Units of one system, sorted once, so that a resample needs no sorting: unit i drawn w times gives each of its
+    values the weight w."""
+
+    def __init__(self, blocks: Sequence[Samples]) -> None:
+        units = [np.asarray(unit, dtype=np.float64) for block in blocks for unit in block]
+        self.block_sizes = [len(block) for block in blocks]
+        self.unit_count = len(units)
+        values = np.concatenate(units) if units else np.empty(0)
+        owners = np.repeat(np.arange(len(units)), [unit.size for unit in units])
+        order = np.argsort(values, kind="stable")
+        self.values: Values = values[order]
+        self._owners = owners[order]
+        self._sums = np.array([unit.sum() for unit in units])
+        self._sizes = np.array([unit.size for unit in units], dtype=np.float64)
+
+    def draw(self, rng: np.random.Generator, block_weights: Sequence[int] | None) -> NDArray[np.int64]:
+        """How often each unit is drawn: within each block as many as it has, for every time the block was drawn."""
+        drawn = []
+        for place, size in enumerate(self.block_sizes):
+            times = 1 if block_weights is None else block_weights[place]
+            picks = rng.integers(0, size, size * times) if size else np.empty(0, dtype=np.int64)
+            drawn.append(np.bincount(picks, minlength=size))
+        return np.concatenate(drawn) if drawn else np.empty(0, dtype=np.int64)
+
+    def of(self, statistics: Sequence[Statistic], weights: NDArray[np.int64]) -> list[float]:
+        """Each statistic of the resample; NaN where it has no values."""
+        found: list[float] = []
+        cumulated: NDArray[np.int64] | None = None
+        for statistic in statistics:
+            if isinstance(statistic, Mean):
+                size = float(self._sizes @ weights)
+                found.append(float(self._sums @ weights) / size if size else math.nan)
+                continue
+            if cumulated is None:
+                cumulated = np.cumsum(weights[self._owners])
+            total = int(cumulated[-1]) if cumulated.size else 0
+            if total == 0:
+                found.append(math.nan)
+            elif isinstance(statistic, Percentile):
+                place = (total - 1) * statistic.percent / 100.0
+                ranks = np.array([math.floor(place), min(math.floor(place) + 1, total - 1)])
+                low, high = self.values[np.searchsorted(cumulated, ranks, side="right")]
+                found.append(float(low + (high - low) * (place - math.floor(place))))
+            else:
+                found.append(statistic(np.repeat(self.values, weights[self._owners]).tolist()))
+        return found
+
+
+def bootstrap_interval(
+    blocks: Blocks, statistic: Statistic, rng: random.Random, *, confidence: float = CONFIDENCE
+) -> Interval:
+    """Percentile interval of a statistic of the pooled values, resampling units within blocks."""
+    ranked = _Ranked(list(blocks.values()))
+    if ranked.unit_count < FEWEST_UNITS:
+        return Interval(None, None)
+    generator = np.random.default_rng(rng.getrandbits(64))
+    drawn = [ranked.of([statistic], ranked.draw(generator, None))[0] for _ in range(_resample_count(ranked))]
+    return _interval(np.array(drawn), confidence)
+
+
+def bootstrap_ratio(peer: Blocks, base: Blocks, statistic: Statistic, rng: random.Random) -> Ratio:
+    """``statistic(peer) / statistic(base)`` over pooled values, 95% interval by resampling units within blocks, of
+    both systems independently. Raises ``ValueError`` when a system has no value."""
+    value = statistic(pooled(peer)) / statistic(pooled(base))
+    ranked = _Ranked(list(peer.values())), _Ranked(list(base.values()))
+    if min(each.unit_count for each in ranked) < FEWEST_UNITS:
+        return Ratio(value, None, None)
+    generator = np.random.default_rng(rng.getrandbits(64))
+    drawn = []
+    for _ in range(_resample_count(*ranked)):
+        above, below = (each.of([statistic], each.draw(generator, None))[0] for each in ranked)
+        drawn.append(_divided(above, below))
+    interval = _interval(np.array(drawn), CONFIDENCE)
+    return Ratio(value, interval.low, interval.high)
+
+
+def bootstrap_pairs(
+    pairs: Sequence[Pair], statistics: Sequence[Statistic], rng: random.Random, *, confidence: float = CONFIDENCE
+) -> list[Ratio]:
+    """B over A of each statistic of the pooled values, with one interval each, from interleaved pairs of runs.
+
+    Two pairs or more are resampled as pairs, so that drift, which both of a pair share, does not widen the interval,
+    and differences between runs do; within each drawn pair whole units are resampled (both levels with replacement:
+    rather too wide than too narrow, Davison and Hinkley 1997, 3.8). One pair can only resample its units: its
+    interval knows nothing of what the next run would give. NaN value: a system has no values.
+    """
+    sides = _Ranked([pair[0] for pair in pairs]), _Ranked([pair[1] for pair in pairs])
+    whole = [np.ones(side.unit_count, dtype=np.int64) for side in sides]
+    base, peer = (side.of(statistics, weights) for side, weights in zip(sides, whole, strict=True))
+    values = [_divided(above, below) for above, below in zip(peer, base, strict=True)]
+    if min(side.unit_count for side in sides) < FEWEST_UNITS:
+        return [Ratio(value, None, None) for value in values]
+    generator = np.random.default_rng(rng.getrandbits(64))
+    drawn: list[list[float]] = []
+    for _ in range(_resample_count(*sides)):
+        picked: list[int] | None = None
+        if len(pairs) > 1:
+            picked = np.bincount(generator.integers(0, len(pairs), len(pairs)), minlength=len(pairs)).tolist()
+        below, above = (side.of(statistics, side.draw(generator, picked)) for side in sides)
+        drawn.append([_divided(one, other) for one, other in zip(above, below, strict=True)])
+    intervals = [_interval(column, confidence) for column in np.array(drawn).T]
+    return [Ratio(value, found.low, found.high) for value, found in zip(values, intervals, strict=True)]
+
+
+def _resample_count(*ranked: _Ranked) -> int:
+    size = sum(each.values.size + each.unit_count for each in ranked)
+    return max(200, min(RESAMPLE_COUNT, WORK_LIMIT // max(1, size)))
+
+
+def _divided(above: float, below: float) -> float:
+    if math.isnan(above) or math.isnan(below):
+        return math.nan
+    if below == 0.0:
+        return math.nan if above == 0.0 else math.copysign(math.inf, above)
+    return above / below
+
+
+def _interval(drawn: NDArray[Any], confidence: float) -> Interval:
+    """None bounds when more than one resample in a hundred had no value at all: then the rest is a biased choice."""
+    kept = drawn[~np.isnan(drawn)]
+    if kept.size < 0.99 * drawn.size or kept.size == 0:
+        return Interval(None, None)
+    tail = (1.0 - confidence) / 2.0
+    # Ranks, not interpolation: between a finite value and infinity there is no number.
+    ranked = np.sort(kept)
+    low = float(ranked[math.floor((kept.size - 1) * tail)])
+    high = float(ranked[math.ceil((kept.size - 1) * (1.0 - tail))])
+    return Interval(low, high) if math.isfinite(low) and math.isfinite(high) else Interval(None, None)
+
+
+# --- Slopes
+
+
+@dataclass(frozen=True, slots=True)
+class Slope:
+    """A line through points, least squares; the one-sided margin is that of Student's t."""
+
+    per_s: float
+    standard_error: float
+    intercept: float
+    point_count: int
+
+    def lower_bound(self, confidence: float = CONFIDENCE) -> float:
+        """The slope is above this with that confidence (one-sided; independent errors)."""
+        return self.per_s - float(special.stdtrit(self.point_count - 2, confidence)) * self.standard_error
+
+    def upper_bound(self, confidence: float = CONFIDENCE) -> float:
+        return self.per_s + float(special.stdtrit(self.point_count - 2, confidence)) * self.standard_error
+
+
+def slope(times_s: Sequence[float] | Values, values: Sequence[float] | Values) -> Slope:
+    """Raises ``ValueError`` below three points or when all are at one time."""
+    x, y = np.asarray(times_s, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    if x.size != y.size:
+        raise ValueError("a slope needs one value a time")
+    if x.size < 3:
+        raise ValueError("a slope with a margin needs three points or more")
+    dx, dy = x - x.mean(), y - y.mean()
+    spread = float(dx @ dx)
+    if spread == 0.0:
+        raise ValueError("a slope needs points at different times")
+    per_s = float(dx @ dy) / spread
+    left_over = dy - per_s * dx
+    error = math.sqrt(float(left_over @ left_over) / (x.size - 2) / spread)
+    return Slope(per_s, error, float(y.mean() - per_s * x.mean()), int(x.size))
+
+
+def _check_count(count: int, total: int) -> None:
+    if not 0 <= count <= total:
+        raise ValueError(f"{count} of {total} is no count")
+
+
+def _check_share(share: float, name: str) -> None:
+    if not 0.0 < share < 1.0:
+        raise ValueError(f"{name} lies between 0 and 1")

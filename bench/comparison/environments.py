@@ -15,7 +15,12 @@ from deploy.setup.environment import BYTECODE, LOCKS, TORCH, Environment, Part, 
 from deploy.setup.machine import check_disk, free_bytes_at
 from deploy.setup.prepare_model import baton_home
 
-NEEDED_BYTES: Mapping[str, int] = {"peer-naive": 3 * 10**9, "peer-router": 3 * 10**8, "peer-haproxy": 10**8}
+NEEDED_BYTES: Mapping[str, int] = {
+    "peer-naive": 3 * 10**9,
+    "peer-router": 3 * 10**8,
+    "peer-haproxy": 10**8,
+    "peer-aiperf": 2 * 10**9,
+}
 """Free disk that making each wants, by the name of its lock."""
 
 
@@ -31,6 +36,11 @@ def environment_path(name: str) -> Path:
     """Where the environment of the lock ``name`` belongs."""
     digest = hashlib.sha256("".join(part.digest() for part in parts_of(name)).encode()).hexdigest()
     return baton_home() / "peers" / f"{name}-{digest[:12]}"
+
+
+def is_prepared(name: str) -> bool:
+    """Whether the environment of the lock ``name`` is there and whole."""
+    return not Environment(environment_path(name)).outdated(parts_of(name))
 
 
 def prepared(name: str) -> Environment:

@@ -1,6 +1,6 @@
 """Turns the requirements in ``deploy/locks/*.in`` into full pins.
 
-    python3.11 -m deploy.setup.relock [--upgrade] [cpu|dev|gpu|peer-naive|peer-router|peer-haproxy ...]
+    python3.11 -m deploy.setup.relock [--upgrade] [cpu|dev|gpu|peer-naive|peer-router|peer-haproxy|peer-aiperf ...]
 
 Owns the ``.txt`` files there. Resolves with pip's resolver in a scratch environment, downloading metadata only
 (wheels are not fetched except where a source has no separate metadata). Without ``--upgrade`` what is pinned
@@ -64,6 +64,7 @@ LOCKED = {
     "peer-naive": Lock("peer-naive", base=("cpu-torch",)),
     "peer-router": Lock("peer-router"),
     "peer-haproxy": Lock("peer-haproxy"),
+    "peer-aiperf": Lock("peer-aiperf"),
 }
 
 

@@ -71,9 +71,9 @@ async def send_plan(
 ) -> list[RequestRecord]:
     """Sends all of ``plan`` and returns one record a request, in order of ``index``, once the last has ended.
 
-    ``timeout_s``: the deadline of each request, from its intended time. ``on_record`` gets every record as its request
-    ends; ``observer`` gets the state of the run once, before the first is sent. ``max_in_flight`` closes the loop at so
-    many: what is due beyond waits its turn, first come first served, and the wait is lag in its record.
+    ``timeout_s``: the deadline of each request, from its intended time. ``on_record`` gets every record as its
+    request ends; ``observer`` gets the state of the run once, before the first is sent. ``max_in_flight`` closes the
+    loop at so many: what is due beyond waits its turn, first come first served, and the wait is lag in its record.
 
     Cancelled, it cancels every request, hands their records (and those only: what was not due yet has none) to
     ``on_record`` and raises ``CancelledError``.
@@ -276,7 +276,7 @@ class _Sender:
 
 
 class _Places:
-    """A bound on requests in flight, first come first served. (A semaphore lets who comes just then pass the queue.)"""
+    """A bound on requests in flight, first come first served."""
 
     def __init__(self, count: int) -> None:
         if count < 1:

@@ -1,6 +1,7 @@
 """Whether a run may be believed. Pure: facts of a run in, reasons against it out.
 
-A run that fails here is kept, and marked: its numbers say something of the generator or the machine, not of the target.
+A run that fails here is kept, and marked: its numbers say something of the generator or the machine, not of the
+target.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ def reasons_against(
     is_interrupted: bool = False,
     max_in_flight: int | None = None,
 ) -> list[str]:
-    """Why the run is invalid, a sentence each; empty: it is valid. ``steal_share``: of the machine's time over the run,
-    None where it cannot be read (and virtual time has none)."""
+    """Why the run is invalid, a sentence each; empty: it is valid. ``steal_share``: of the machine's time over the
+    run, None where it cannot be read (and virtual time has none)."""
     reasons = []
     if is_interrupted:
         reasons.append("The run was interrupted: what it has is not what was planned.")

@@ -34,6 +34,9 @@ from kvtransfer.transfer_params import SimulatedParams
 
 __all__ = ["PhaseDelays", "SimConfig", "SimEngine", "SimNetwork", "TokenRule", "simulated_answer"]
 
+LONGEST_SILENCE_S = 5.0
+"""For so long at most are tokens kept back under a pace: the router takes long silences for death."""
+
 # Over all engines of the process: a handle of an engine that was replaced never names KV of its successor.
 _handle_numbers = itertools.count(1)
 
@@ -45,6 +48,9 @@ class _Leg:
     sequence: sim_scheduler.Sequence
     arrived_at: float
     leg_id: str
+    told_token_count: int = 0
+    """Output tokens when its coroutine was last woken for some, and when that was."""
+    told_at: float = 0.0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     is_queued: bool = False
 
@@ -281,10 +287,12 @@ class SimEngine:
                 if not batch:
                     await self._rest()
                     continue
-                self._ring((*batch.decoding, *(sequence for sequence, _ in batch.chunks)))
+                begun = (*batch.decoding, *(sequence for sequence, _ in batch.chunks))
                 if self._pace is not None:
+                    self._ring([sequence for sequence in begun if sequence.output_token_count == 0])
                     await self._run_row(batch, pull_count, self._pace)
                     continue
+                self._ring(begun)
                 await asyncio.sleep(self._step_s(batch))
                 await self._is_going.wait()
                 self._ring(self.scheduler.apply(batch, _now()))
@@ -343,15 +351,32 @@ class SimEngine:
         finally:
             self._row = None
         await self._is_going.wait()
-        sequence_count = len(batch.decoding) + len(batch.chunks)
-        for index in range(last + 1):
-            end_at = row.end_at(index)
-            advanced = self.scheduler.apply(batch, end_at)
-            for sequence in advanced:
-                if (leg := self._legs.get(sequence)) is not None:
-                    answer_index = sequence.answered_before + sequence.output_token_count - 1
-                    pace.on_token(leg.leg_id, answer_index, end_at, sequence_count)
-        self._ring(advanced)
+        ends_at = [row.end_at(index) for index in range(last + 1)]
+        before = {sequence: sequence.output_token_count for sequence in (*batch.decoding, *dict(batch.chunks))}
+        if batch.chunks:
+            advanced = self.scheduler.apply(batch, ends_at[0])
+        else:
+            advanced = self.scheduler.apply_certain(batch, ends_at)
+        for sequence in advanced:
+            if (leg := self._legs.get(sequence)) is not None:
+                pace.on_tokens(leg.leg_id, sequence.answered_before + before[sequence], ends_at, len(before))
+        self._ring([sequence for sequence in advanced if self._is_due(sequence, pace)])
+
+    def _is_due(self, sequence: sim_scheduler.Sequence, pace: Pace) -> bool:
+        """Whether its new tokens go out now, or may wait for more: nobody acts on the middle of an answer."""
+        if (leg := self._legs.get(sequence)) is None:
+            return False
+        count, now = sequence.output_token_count, _now()
+        is_due = (
+            sequence.finish is not None
+            or count == 1
+            or count - leg.told_token_count >= pace.look_ahead_step_count
+            or now - leg.told_at >= LONGEST_SILENCE_S
+            or pace.is_exact(leg.leg_id)
+        )
+        if is_due:
+            leg.told_token_count, leg.told_at = count, now
+        return is_due
 
     def _row_works_s(self, batch: Batch, pace: Pace) -> list[float]:
         cost = self.config.cost

@@ -128,11 +128,12 @@ class Pace:
     """What a step takes longer that pulled, beside the pulls."""
     look_ahead_step_count: int = 32
     """Steps of decoding that are computed at once while nothing comes or ends; what they say reaches the router
-    together, and each token's own time whoever listens (``on_token``). 1: every step by itself."""
+    together, and each token's own time whoever listens (``on_tokens``). 1: every step by itself."""
     is_exact: Callable[[str], bool] = lambda _leg_id: False
     """Whether the tokens of a leg must reach the router one by one: its caller may leave at any moment."""
-    on_token: Callable[[str, int, float, int], None] = lambda _leg_id, _index, _at_s, _sequence_count: None
-    """(leg, index in the answer, end of its step, sequences of that step), of every token, in order of a leg."""
+    on_tokens: Callable[[str, int, Sequence[float], int], None] = lambda _leg, _index, _ends_at, _sequence_count: None
+    """(leg, index in the answer of its first new token, end of the step of each, sequences of those steps), of every
+    token, in order of a leg."""
 
     def __post_init__(self) -> None:
         if self.look_ahead_step_count < 1:

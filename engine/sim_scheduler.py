@@ -205,6 +205,8 @@ class Scheduler:
         where nothing but its length can end it."""
         if sequence.stop.stop_token_ids or not (sequence.stop.ignore_eos or self.rule.never_ends):
             return 1
+        if sequence.top_logprob_count is not None:
+            return 1  # each token has its own
         by_limit = sequence.stop.max_token_count - sequence.output_token_count
         return max(1, min(by_limit, self.max_context_token_count - len(sequence.token_ids)))
 
@@ -245,6 +247,28 @@ class Scheduler:
             if sequence.computed_token_count == len(sequence.token_ids):
                 self._sample(sequence, now)
                 advanced.append(sequence)
+        return advanced
+
+    def apply_certain(self, batch: Batch, ends_at: SequenceOf[float]) -> list[Sequence]:
+        """As ``apply`` for each of ``ends_at`` in turn, for a batch that only decodes and has so many certain steps
+        (``certain_step_count``) of each sequence. Returns those that were not removed meanwhile."""
+        assert not batch.chunks
+        count = len(ends_at)
+        advanced = []
+        for sequence in batch.decoding:
+            if sequence.state is not State.RUNNING:
+                continue
+            if sequence.first_token_at is None:
+                sequence.first_token_at = ends_at[0]
+            for _ in range(count - 1):
+                sequence.content = extend_content(sequence.content, sequence.token_ids[-1:])
+                sequence.token_ids.append(self._next_token(sequence))
+            sequence.computed_token_count += count - 1
+            sequence.content = extend_content(sequence.content, sequence.token_ids[-1:])
+            sequence.computed_token_count += 1
+            self._publish(sequence)
+            self._sample(sequence, ends_at[-1])
+            advanced.append(sequence)
         return advanced
 
     def remove(self, sequence: Sequence) -> None:
@@ -310,13 +334,16 @@ class Scheduler:
             sequence.table.publish(index, sequence.hashes[index])
             sequence.published_block_count = index + 1
 
-    def _sample(self, sequence: Sequence, now: float) -> None:
+    def _next_token(self, sequence: Sequence) -> int:
         early = self.rule.too_early(
             sequence.answered_before + sequence.output_token_count,
             min_token_count=sequence.stop.min_token_count,
             stop_token_ids=sequence.stop.stop_token_ids,
         )
-        token_id = self.rule.next_token(sequence.content, len(sequence.token_ids), early)
+        return self.rule.next_token(sequence.content, len(sequence.token_ids), early)
+
+    def _sample(self, sequence: Sequence, now: float) -> None:
+        token_id = self._next_token(sequence)
         sequence.token_ids.append(token_id)
         if sequence.top_logprob_count is not None:
             sequence.logprobs.append(self.rule.logprobs(sequence.content, token_id, sequence.top_logprob_count))

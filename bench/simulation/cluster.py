@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
 
-from baton.leg import DecodeEvent, DecodeOrder, PrefillOrder, PrefillReply
-from baton.metrics import RouterMetrics
+from baton.leg import DecodeEvent, DecodeOrder, PrefillOrder, PrefillReply, WorkerLoad
+from baton.metrics import RouterMetrics, WorkerMetrics
 from baton.request import Role
 from bench.results.records import TimelineSample
 from bench.simulation.profile import Line, Noise, Profile
 from bench.virtual_cluster import ProcessClient, WorkerProcess
+from engine.load_board import LoadBoard
 from engine.sim import SimConfig, SimEngine, SimNetwork
 from engine.sim_pace import Machine, Pace
 from fleet.config import FleetConfig
@@ -100,14 +101,19 @@ class TokenBook:
     def is_exact(self, leg_id: str) -> bool:
         return leg_id.rpartition(".")[0] in self._exact
 
-    def token(self, leg_id: str, index: int, step_ended_at_s: float, sequence_count: int) -> None:
+    def tokens(self, leg_id: str, first: int, ends_at: Sequence[float], sequence_count: int) -> None:
+        """Answers' tokens from index ``first``, one of each step. What an attempt that was given up said of them and
+        of those after them no longer counts."""
         told = self._told.get(leg_id.rpartition(".")[0])
         if told is None:
             return  # its caller left
-        del told.at_s[index:]  # an attempt that was given up said this one, too
-        way_s = self._delays.token_s(sequence_count) if index else self._delays.first_token_s(told.prompt_token_count)
-        at_s = step_ended_at_s + way_s
-        told.at_s.append(max(at_s, told.at_s[-1]) if told.at_s else at_s)
+        del told.at_s[first:]
+        for index, ended_at in enumerate(ends_at, start=first):
+            way_s = (
+                self._delays.token_s(sequence_count) if index else self._delays.first_token_s(told.prompt_token_count)
+            )
+            at_s = ended_at + way_s
+            told.at_s.append(max(at_s, told.at_s[-1]) if told.at_s else at_s)
 
     def times(self, generation_id: str, first: int, count: int) -> list[float]:
         """Of ``count`` tokens of the answer from index ``first``."""
@@ -237,9 +243,12 @@ class SimulatedCluster:
             pulled_step_s=pulled_step.at,
             look_ahead_step_count=self._look_ahead_step_count,
             is_exact=self.book.is_exact,
-            on_token=self.book.token,
+            on_tokens=self.book.tokens,
         )
         process = WorkerProcess(worker_id, role, "e1", SimEngine(sim, self._network, pace))
+        # Nobody scrapes a simulated worker, and its load is told ten times a second.
+        metrics = _Unscraped(CollectorRegistry(), worker_id)
+        process.board = LoadBoard(process.engine, [process.prefill, process.decode], epoch="e1", metrics=metrics)
         await process.start()
         self.processes[worker_id] = process
 
@@ -277,6 +286,11 @@ async def sampling(
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
+
+
+class _Unscraped(WorkerMetrics):
+    def set_load(self, load: WorkerLoad) -> None:
+        pass
 
 
 _QUIET = Noise()

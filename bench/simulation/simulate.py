@@ -8,16 +8,13 @@ give the same records to the last digit.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import hashlib
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from baton.request import Role
 from baton.testing import run_virtual
-from bench.generator.sender import RunState, send_plan
+from bench.generator.sender import RunState, calm_collector, send_plan
 from bench.results.records import RequestRecord, TimelineSample
 from bench.results.run_data import RunData
 from bench.simulation.cluster import sampling, simulated_cluster
@@ -64,7 +61,7 @@ async def _run(
     def note_start(state: RunState) -> None:
         started_at_s.append(state.started_at_s)
 
-    with _calm_collector():
+    with calm_collector():
         async with (
             simulated_cluster(config, profile, seed=seed, look_ahead_step_count=look_ahead_step_count) as cluster,
             sampling(cluster, started_at_s, samples),
@@ -117,14 +114,3 @@ def with_counts(config: FleetConfig, *, prefill: int | None, decode: int | None)
     if pools[Role.DECODE].count < 1:
         raise ValueError("decode.count: is 0; without a decode worker nothing can be generated, give at least 1")
     return dataclasses.replace(config, pools=pools)
-
-
-@contextmanager
-def _calm_collector() -> Iterator[None]:
-    """Plans hold millions of numbers that the collector would go through again and again."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

@@ -27,16 +27,26 @@ class SimulatedTarget:
         self._limits = cluster.limits
 
     async def generate(self, request: PlannedRequest, *, timeout_s: float) -> AsyncGenerator[TargetEvent, None]:
+        loop = asyncio.get_running_loop()
+        received_at = loop.time()
         generation_id = f"s{request.index}"
         book = self._cluster.book
         book.open(generation_id, len(request.prompt_token_ids), is_exact=request.cancel_after_s is not None)
         seen = 0
         try:
-            async with aclosing(self._events(generation_id, request, timeout_s)) as events:
+            routed = self._routed(generation_id, request)
+            relayed = self._cluster.relay.run(routed, TokenAnswer(), received_at + timeout_s, received_at=received_at)
+            async with aclosing(relayed) as events:
                 async for event in events:
-                    if isinstance(event, Tokens):
-                        seen += event.token_count
-                    yield event
+                    match event:
+                        case Piece(first_token_index=first) if event.token_count:
+                            for at_s in book.times(generation_id, first, event.token_count):
+                                if (way_s := at_s - loop.time()) > 0:
+                                    await asyncio.sleep(way_s)
+                                seen += 1
+                                yield Tokens(at_s, 1)
+                        case Completed():
+                            yield _facts(event)
         except BatonError as error:
             raise TargetError(_outcome(error, seen), _words(error, seen)) from None
         finally:
@@ -46,25 +56,6 @@ class SimulatedTarget:
 
     async def close(self) -> None:
         """Has no connections: the cluster is its owner's to close."""
-
-    async def _events(
-        self, generation_id: str, request: PlannedRequest, timeout_s: float
-    ) -> AsyncGenerator[TargetEvent, None]:
-        loop = asyncio.get_running_loop()
-        received_at = loop.time()
-        routed = self._routed(generation_id, request)
-        relayed = self._cluster.relay.run(routed, TokenAnswer(), received_at + timeout_s, received_at=received_at)
-        async with aclosing(relayed) as events:
-            async for event in events:
-                match event:
-                    case Piece(first_token_index=first) if event.token_count:
-                        times = self._cluster.book.times(generation_id, first, event.token_count)
-                        for at_s in times:
-                            if (way_s := at_s - loop.time()) > 0:
-                                await asyncio.sleep(way_s)
-                            yield Tokens(at_s, 1)
-                    case Completed():
-                        yield _facts(event)
 
     def _routed(self, generation_id: str, request: PlannedRequest) -> RoutedRequest:
         """Raises what the service raises for what it does not take."""

@@ -14,7 +14,7 @@ from baton import __version__
 from baton.cli import chat, exits, generate, health, top
 
 _FLEET_VERBS = ("up", "down", "status", "demo")
-_NEEDS_FLEET = "The commands that run a cluster (up, down, status, demo) need baton-serve."
+_NEEDS_FLEET = "The commands that run a cluster (up, down, status, demo) and the workbench (bench) need baton-serve."
 _EXIT_CODES = (
     "Exit codes: 0 done, 1 failed, 2 wrong command line or request, 3 not reachable or cannot serve now, "
     "4 the deadline passed, 130 interrupted."
@@ -26,16 +26,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # before its first channel: its remarks are not for people
     arguments = list(sys.argv[1:] if argv is None else argv)
     has_fleet = _is_installed("fleet.cli")
-    if not has_fleet and arguments and arguments[0] in _FLEET_VERBS:
+    if not has_fleet and arguments and arguments[0] in (*_FLEET_VERBS, "bench"):
         print(f"baton: `baton {arguments[0]}` needs baton-serve: pip install baton-serve", file=sys.stderr)
         return exits.USAGE
-    parser = _parser(has_fleet)
+    parser = _parser(has_fleet, arguments)
     parsed = parser.parse_args(arguments)  # argparse itself exits with 2 on a usage error
     code: int = parsed.run(parsed)
     return code
 
 
-def _parser(has_fleet: bool) -> argparse.ArgumentParser:
+def _parser(has_fleet: bool, arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="baton",
         description="Baton: gRPC inference with disaggregated prefill and decode.",
@@ -48,6 +48,8 @@ def _parser(has_fleet: bool) -> argparse.ArgumentParser:
     if has_fleet:
         # By name, so that the client's package never depends on the server's.
         importlib.import_module("fleet.cli").add_commands(subparsers)
+        # It is given the arguments, and loads of itself only what they ask for.
+        importlib.import_module("bench.cli").add_commands(subparsers, arguments)
     return parser
 
 

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from baton.client import BatonClient, Chunk, Finished
+from baton.client import BatonClient, Chunk, Finished, Started
 from baton.errors import BatonError, Reason, StatusName
 from baton.request import StopConditions, TokenPrompt
 from bench.generator.target import ServerFacts, TargetError, TargetEvent, Tokens
@@ -32,6 +32,8 @@ class BatonTarget:
             options.append(("grpc.use_local_subchannel_pool", 1))  # or they would share one connection
         self.address = address
         self._model = model
+        self.model = model
+        """As the server called it in its last answer."""
         self._clients = [BatonClient(address, options=options) for _ in range(channel_count)]
         self._turn = itertools.cycle(self._clients)
 
@@ -56,6 +58,8 @@ class BatonTarget:
                             yield Tokens(loop.time(), event.token_count)
                     elif type(event) is Finished:
                         yield _facts(event)
+                    elif type(event) is Started:
+                        self.model = event.model
         except BatonError as error:
             raise TargetError(_outcome(error, seen), _words(error, seen)) from None
         if seen != wanted:

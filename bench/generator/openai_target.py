@@ -85,7 +85,8 @@ class OpenAiTarget:
         self.dialect = DIALECTS[dialect] if isinstance(dialect, str) else dialect
         self.endpoint = endpoint or self.dialect.endpoint
         self._is_chat = self.endpoint.endswith("/chat/completions")
-        if text_of is None and (self._is_chat or not self.dialect.takes_token_ids):
+        self.takes_token_ids = self.dialect.takes_token_ids and not self._is_chat
+        if text_of is None and not self.takes_token_ids:
             raise ValueError(f"{self.dialect.name} takes prompts as text at {self.endpoint}: a tokenizer is needed")
         self.url = url.rstrip("/")
         self.model = model

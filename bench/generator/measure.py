@@ -67,6 +67,7 @@ async def measure(plan: Plan, target: Target, directory: Path, measurement: Meas
         progress = Progress(measurement.slo, title=f"{measurement.label}: {plan.name}", is_quiet=measurement.is_quiet)
 
         def observe(state: RunState) -> None:
+            writer.facts["zero_at_monotonic_s"] = state.started_at_s  # what a log of the same machine is laid beside
             timeline.start(state.started_at_s)
             progress.observe(state)
 

@@ -1,0 +1,195 @@
+"""The comparison: Baton beside its peers, on the same cores, with the same requests, in one run.
+
+    python -m bench.comparison --quick              # three systems, a few loads, about five minutes
+    python -m bench.comparison                      # all systems, twice each in mirrored order, within an hour
+    python -m bench.comparison --trace FILE         # the code trace from a file; else its statistical likeness
+
+Every request goes to the raw file as its load ends (JSON lines: "run", "block", "cell", "request"); the page is made
+from that file alone, and can be made again with --page-from.
+
+Exit status: 0 when every system started and every load was run, 1 otherwise. A request that a system fails, and a
+goal that is missed, are figures and no failure of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+from baton import event_loop
+from bench.comparison.blocks import Turn, block_order
+from bench.comparison.cells import FULL_CELLS, QUICK_CELLS, CellPlans
+from bench.comparison.page import render
+from bench.generator.baton_target import BatonTarget
+from bench.generator.openai_target import OpenAiTarget
+from bench.generator.target import Target
+from bench.machine import machine_facts, wait_until_quiet
+from bench.peers import SYSTEMS, RunningSystem, SystemSpec, start_system
+from fleet.config import FleetConfig, check_model_directory, load_config
+
+FULL_SYSTEMS = (
+    "baton",
+    "vllm-2core",
+    "stock-router-tuned",
+    "baton-aggregated",
+    "vllm-2core-chunk-128",
+    "vllm-2x1core",
+    "stock-router",
+    "naive",
+)
+QUICK_SYSTEMS = ("baton", "vllm-2core", "stock-router-tuned")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    if options.page_from is not None:
+        options.page.write_text(render(_read(options.page_from)))
+        print(options.page)
+        return 0
+    signal.signal(signal.SIGTERM, _raise_exit)  # a terminated benchmark must still end its servers
+    config = load_config(options.config)
+    check_model_directory(config)
+    plans = CellPlans(config.model.directory, seed=options.seed, trace=options.trace)
+    order = block_order([SYSTEMS[name] for name in options.systems], options.passes)
+    cells = QUICK_CELLS if options.quick else FULL_CELLS
+    for path in (options.out, options.page):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("w") as raw:
+        _write(
+            raw,
+            {
+                "document": "run",
+                "machine": machine_facts(),
+                "seed": options.seed,
+                "is_quick": options.quick,
+                "order": [spec.name for spec in order],
+                "systems": {spec.name: asdict(spec) for spec in order},
+                "cells": [{"name": cell.name, **asdict(cell)} for cell in cells],
+                "model": config.model.name,
+                "engines": _engine_facts(config),
+                "trace": plans.trace_facts,
+            },
+        )
+        is_good = True
+        for number, spec in enumerate(order):
+            is_good &= _run_block(number, spec, config, options, plans, raw)
+    text = render(_read(options.out))
+    options.page.write_text(text)
+    print(text)
+    return 0 if is_good else 1
+
+
+def _run_block(
+    number: int, spec: SystemSpec, config: FleetConfig, options: argparse.Namespace, plans: CellPlans, raw: TextIO
+) -> bool:
+    block: dict[str, Any] = {"document": "block", "block": number, "system": spec.name}
+    block["busy_share_before"] = round(wait_until_quiet(options.wait_quiet_s), 3)
+    _say(f"turn {number + 1}: {spec.title}: starting ({block['busy_share_before']:.0%} busy before)")
+    started_at = time.monotonic()
+    try:
+        system = start_system(spec, config, options.config, options.logs)
+    except Exception as error:
+        _say(f"  did not start: {error}")
+        _write(raw, {**block, "error": f"did not start: {type(error).__name__}"})
+        return False
+    failure: str | None = None
+    cells = QUICK_CELLS if options.quick else FULL_CELLS
+    try:
+        turn = Turn(
+            system,
+            lambda running: _target(running, config),
+            plans,
+            block=number,
+            round_number=number // len(options.systems),
+            write=lambda document: _write(raw, document),
+        )
+        with asyncio.Runner(loop_factory=event_loop.new_event_loop) as runner:
+            runner.run(turn.run(cells))
+    except Exception as error:
+        failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        _say(f"  broken off: {error}")
+    finally:
+        system.stop()
+    _write(raw, {**block, "facts": system.facts, "wall_s": round(time.monotonic() - started_at, 1), "error": failure})
+    return failure is None
+
+
+def _target(system: RunningSystem, config: FleetConfig) -> Target:
+    if system.spec.kind.startswith("baton"):
+        return BatonTarget(system.target_address)
+    return OpenAiTarget(system.target_address, config.model.name)
+
+
+def _engine_facts(config: FleetConfig) -> dict[str, Any]:
+    engines = {role.value: asdict(engine) for role, engine in config.engines.items()}
+    for engine in engines.values():
+        engine.pop("model_path")  # a path of this machine is nobody's business
+    return engines
+
+
+def _write(raw: TextIO, document: dict[str, Any]) -> None:
+    raw.write(json.dumps(document, separators=(",", ":")) + "\n")
+    raw.flush()
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _raise_exit(number: int, _: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.comparison", description=(__doc__ or "").partition("\n\n")[0]
+    )
+    parser.add_argument("--config", type=Path, default=Path("deploy/baton.toml"), help="what every engine is told")
+    parser.add_argument("--quick", action="store_true", help="three systems once each, and few loads")
+    parser.add_argument("--passes", type=int, help="turns of each system (default 2, quick 1)")
+    parser.add_argument("--systems", type=_names, help=f"of {', '.join(SYSTEMS)}")
+    parser.add_argument("--trace", type=Path, help="the code trace (docs/workbench/workloads.md says where it is)")
+    parser.add_argument("--seed", type=int, default=4)
+    parser.add_argument("--out", type=Path, help="raw records")
+    parser.add_argument("--page", type=Path, help="markdown")
+    parser.add_argument("--page-from", type=Path, help="run nothing; make the page from these raw records")
+    parser.add_argument(
+        "--wait-quiet-s", type=float, default=20.0, help="longest wait before a turn for a quiet machine"
+    )
+    parser.add_argument("--logs", type=Path, default=Path(".baton/bench"), help="the servers' logs")
+    options = parser.parse_args(arguments)
+    stem = "comparison-quick" if options.quick else "comparison"
+    options.out = options.out or Path(f"docs/evidence/{stem}.jsonl")
+    options.page = options.page or Path(f"docs/benchmarks/{stem}.md")
+    options.systems = options.systems or (QUICK_SYSTEMS if options.quick else FULL_SYSTEMS)
+    options.passes = options.passes if options.passes is not None else (1 if options.quick else 2)
+    if options.passes < 1:
+        parser.error("--passes must be at least 1")
+    if options.trace is not None and not options.trace.is_file():
+        parser.error(f"--trace: there is no file {options.trace}")
+    return options
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name for name in text.split(",") if name)
+    for name in names:
+        if name not in SYSTEMS:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(SYSTEMS)}")
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""The page of the comparison: raw documents in, markdown out. Pure; says what the raw file says, no more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bench.comparison import tables
+from bench.comparison.cells import (
+    ALONE_LENGTHS,
+    ALONE_OUTPUT_TOKEN_COUNT,
+    ARRIVAL_INTERVAL_S,
+    ARRIVAL_TOKEN_COUNT,
+    CODE_SCALE,
+    CROWD_COUNT,
+    FIRST_ARRIVAL_S,
+    STREAM_COUNT,
+    STREAM_TOKEN_COUNTS,
+)
+from bench.comparison.goals import goal_lines, goals_table
+from bench.comparison.tables import CellRun
+from bench.results.store import request_from_json
+
+SLO_FACTORS = (1.0, 4.0)
+MEANT = {
+    "alone": f"Prompts of {', '.join(f'{length:,}' for length in ALONE_LENGTHS)} tokens one after another, "
+    f"{ALONE_OUTPUT_TOKEN_COUNT} tokens of output.",
+    "streams": f"{STREAM_COUNT} streams of {STREAM_TOKEN_COUNTS[1]} tokens; from {FIRST_ARRIVAL_S:g} s on, "
+    f"{STREAM_COUNT} prompts of {ARRIVAL_TOKEN_COUNT:,} tokens arrive {ARRIVAL_INTERVAL_S:g} s apart. Gaps are those "
+    "of the streams that ended after the first arrival.",
+    "crowd": f"{CROWD_COUNT} callers, each asking again as soon as it was answered.",
+}
+
+
+_NOT_OF_THE_RECORD = ("document", "system", "block", "cell")
+
+
+def render(documents: Sequence[Mapping[str, Any]]) -> str:
+    """The page. Raises ``ValueError`` when the raw file has no run."""
+    run = next((document for document in documents if document["document"] == "run"), None)
+    if run is None:
+        raise ValueError("the raw file has no record of a run")
+    blocks = [document for document in documents if document["document"] == "block"]
+    cells = [document for document in documents if document["document"] == "cell"]
+    runs = cell_runs(documents)
+    titles = {name: run["systems"][name]["title"] for name in dict.fromkeys(run["order"])}
+    groups = list(dict.fromkeys(cell["group_name"] for cell in cells))
+    groups.sort(key=lambda group: (group.partition("@")[0], float(group.partition("@")[2] or 0)))
+    seed = run["seed"]
+    parts = [
+        "# Baton beside its peers" + (" (quick run)" if run["is_quick"] else ""),
+        _introduction(run, runs, titles),
+        "## The goals, set before the run",
+        goals_table(goal_lines(runs, titles, seed)),
+        "## Load by load",
+    ]
+    for group in groups:
+        chosen = [each for each in runs if each.group == group]
+        parts += [f"### {group}", _meant(group, chosen), tables.table(chosen, titles, _measures(group), seed)]
+        skipped = [cell for cell in cells if cell["group_name"] == group and "skipped" in cell]
+        if skipped:
+            names = sorted({titles[cell["system"]] for cell in skipped})
+            parts.append(f"Not asked, since a lower rate was beyond it already: {', '.join(names)}.")
+    factors = " and ".join(f"{factor:g}x" for factor in SLO_FACTORS)
+    parts += [
+        "## Goodput under each SLO preset",
+        "Share of all requests asked that met the bounds of TTFT, of TPOT and of their own longest gap, with the "
+        f"preset's times multiplied by {factors}. Loads with long prompts count those, too.",
+        tables.goodput_table(runs, groups, titles, SLO_FACTORS),
+        "## How it was run",
+        _turns(blocks, cells, titles),
+        _how(run),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def cell_runs(documents: Sequence[Mapping[str, Any]]) -> list[CellRun]:
+    """The cells that were run, with their requests, in the order of the file."""
+    records: dict[tuple[int, str], list[Any]] = {}
+    for document in documents:
+        if document["document"] == "request":
+            row = {
+                key: value for key, value in document.items() if key not in ("document", "system", "block", "cell")
+            }
+            records.setdefault((document["block"], document["cell"]), []).append(request_from_json(_whole(row)))
+    return [
+        CellRun(
+            system=cell["system"],
+            block=cell["block"],
+            cell=cell["cell"],
+            group=cell["group_name"],
+            records=records.get((cell["block"], cell["cell"]), []),
+            span_s=cell["span_s"],
+            cpu_s=cell["cpu_s"],
+            facts=cell["plan"],
+        )
+        for cell in documents
+        if cell["document"] == "cell" and "skipped" not in cell
+    ]
+
+
+def _whole(row: dict[str, Any]) -> dict[str, Any]:
+    """With the empty fields that the raw file leaves out."""
+    empty: dict[str, Any] = {"session_id": "", "error": None, "phases_s": None, "kv_transfer_bytes": None}
+    empty |= {"placement": None, "attempt_count": None, "prefill_worker_id": None, "decode_worker_id": None}
+    return {**empty, "cached_prompt_token_count": None, **row}
+
+
+def _measures(group: str) -> tuple[tables.Measure, ...]:
+    if group == "alone":
+        return tables.alone_measures(ALONE_LENGTHS)
+    return tables.STREAMS if group == "streams" else tables.OPEN_LOOP
+
+
+def _meant(group: str, runs: Sequence[CellRun]) -> str:
+    if group in MEANT:
+        return MEANT[group]
+    prompts = [record.prompt_token_count for run in runs for record in run.records]
+    outputs = [record.output_token_limit for run in runs for record in run.records]
+    if not prompts:
+        return "No request was asked."
+    what = "sessions" if group.startswith("agent") else "requests"
+    return (
+        f"Open loop, {group.partition('@')[2]} {what} a second. Prompts of {min(prompts):,} to {max(prompts):,} tokens "
+        f"(mean {sum(prompts) / len(prompts):,.0f}), answers of {min(outputs)} to {max(outputs)} (mean "
+        f"{sum(outputs) / len(outputs):.0f})."
+    )
+
+
+def _introduction(run: Mapping[str, Any], runs: Sequence[CellRun], titles: Mapping[str, str]) -> str:
+    machine = run["machine"]
+    return (
+        f"{machine['core_count']} cores of {machine['cpu_model']}, {machine['memory_gib']} GiB, Linux "
+        f"{machine['kernel']}; {run['model']}; commit {machine['commit']}, {machine['at']}. {len(titles)} systems, "
+        f"{sum(len(each.records) for each in runs):,} requests. On such a machine only the ratios mean anything: "
+        "**peer / Baton 1P+1D, above 1 Baton is the faster**, with a 95% bootstrap interval; “no claim” where it "
+        "includes 1. All latencies count from the intended send time. A p99 of fewer than 100 values is near their "
+        "maximum."
+    )
+
+
+def _turns(blocks: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> str:
+    lines = ["| turn | system | start | whole turn | remarks |", "|---:|---|---:|---:|---|"]
+    for block in blocks:
+        mine = [cell for cell in cells if cell["block"] == block["block"]]
+        remarks = [f"{cell['cell']}: {remark}" for cell in mine for remark in cell.get("remarks", ())]
+        remarks += [
+            f"{c['cell']}: waited {c['calm_wait_s']:.0f} s before" for c in mine if c.get("calm_wait_s", 0) > 10
+        ]
+        if block.get("error"):
+            remarks.insert(0, block["error"])
+        facts = block.get("facts", {})
+        lines.append(
+            f"| {block['block'] + 1} | {titles[block['system']]} | {facts.get('start_s', '—')} s | "
+            f"{block.get('wall_s', '—')} s | {'; '.join(remarks)} |"
+        )
+    return "\n".join(lines)
+
+
+def _how(run: Mapping[str, Any]) -> str:
+    engine = run["engines"]["decode"]
+    packages = ", ".join(f"{name} {number}" for name, number in run["machine"]["packages"].items())
+    lines = [
+        "- Systems take turns in mirrored order, each with its processes alive in its turn only. Before a load, a "
+        "short request is repeated until it takes at most twice what it takes on an idle system (at most 60 s).",
+        f"- Seed {run['seed']}: the same requests at the same intended times for every system of a pass; greedy, end "
+        "tokens ignored, token ids in. A request that is not done within its deadline (30 s unless its load says "
+        "otherwise) is cut off and counts as not answered.",
+        f"- Every vLLM engine: {engine['dtype']}, eager, blocks of {engine['block_token_count']}, "
+        f"{engine['kv_cache_bytes'] // 2**20} MiB of KV, context {engine['max_context_token_count']}, at most "
+        f"{engine['max_running_count']} running; chunk and cores as the titles and docs/workbench/peers.md say.",
+        f"- {_trace(run['trace'])}",
+        "- CPU is that of all processes of the system, the load generator not among them; both share the two cores.",
+        f"- {packages}; Python {run['machine']['python']}.",
+        "- Raw records: the file named like this page under `docs/evidence/`; `python -m bench.comparison "
+        "--page-from` makes this page from it.",
+    ]
+    return "\n".join(lines)
+
+
+def _trace(facts: Mapping[str, Any]) -> str:
+    if not facts:
+        return "The code load is a likeness of the public code trace: its kind of lengths and bursts, no row of it."
+    told = ", ".join(f"{name} {value}" for name, value in facts.items())
+    return f"The code load is rows of a public trace in sequence, lengths times {CODE_SCALE:g}: {told}."

@@ -121,8 +121,8 @@ def _meant(group: str, runs: Sequence[CellRun]) -> str:
         return "No request was asked."
     what = "sessions" if group.startswith("agent") else "requests"
     return (
-        f"Open loop, {group.partition('@')[2]} {what} a second. Prompts of {min(prompts):,} to {max(prompts):,} tokens "
-        f"(mean {sum(prompts) / len(prompts):,.0f}), answers of {min(outputs)} to {max(outputs)} (mean "
+        f"Open loop, {group.partition('@')[2]} {what} a second. Prompts of {min(prompts):,} to {max(prompts):,} "
+        f"tokens (mean {sum(prompts) / len(prompts):,.0f}), answers of {min(outputs)} to {max(outputs)} (mean "
         f"{sum(outputs) / len(outputs):.0f})."
     )
 

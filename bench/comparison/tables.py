@@ -2,7 +2,8 @@
 
 A ratio is peer / Baton 1P+1D: above 1, Baton is the faster. Its 95% interval comes from resampling whole requests
 within the blocks of a system (of the streams: whole runs), because the gaps of one request are not independent, nor
-those of streams that share an engine step. A percentile of fewer values than it needs is near their maximum: the counts stand beside.
+those of streams that share an engine step. A percentile of fewer values than it needs is near their maximum: the
+counts stand beside.
 """
 
 from __future__ import annotations

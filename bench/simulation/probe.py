@@ -22,7 +22,10 @@ from baton.client import BatonClient, Chunk, Finished, Started
 from baton.request import Role, StopConditions
 from bench.fleet_under_test import running_fleet
 from bench.oracle import model_limits
-from bench.simulation.steps import STEP_LOG_VARIABLE, Step, read_steps
+from bench.real_fleet import free_ports
+from bench.simulation.disturbance import PERIOD_S, Watch
+from bench.simulation.observed import Answered, Observed
+from bench.simulation.steps import STEP_LOG_VARIABLE, read_steps
 from fleet.config import FleetConfig
 
 SCHEDULER = "bench.simulation.step_log.LoggedScheduler"
@@ -35,22 +38,6 @@ RESERVED_TOKEN_COUNT = 1000
 
 class ProbeError(Exception):
     """The cluster did not do what was asked of it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answered:
-    """One request as its caller saw it. Times are seconds of CLOCK_MONOTONIC, as the steps'."""
-
-    generation_id: str
-    prompt_token_count: int
-    was_alone: bool
-    sent_at: float
-    token_at: tuple[float, ...]
-    """Of each token, when its message came."""
-    kv_transfer_bytes: int
-    cached_token_count: int
-    prefill_worker_id: str
-    decode_worker_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +55,6 @@ class Effort:
 
     alone: tuple[int, ...]
     waves: tuple[tuple[Ask, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Observed:
-    steps: tuple[Step, ...]
-    answers: tuple[Answered, ...]
 
 
 def effort(*, is_quick: bool, is_split: bool, seed: int, running_limit: int, token_limit: int) -> Effort:
@@ -118,11 +99,13 @@ async def observe(
         log = Path(folder) / "steps.jsonl"
         os.environ[STEP_LOG_VARIABLE] = str(log)  # the engine processes inherit it
         began = time.monotonic()
-        async with running_fleet(_logged(config)) as fleet:
+        async with running_fleet(_logged(private(config))) as fleet:
             say(f"  ready after {time.monotonic() - began:.0f} s")
             decode = config.engines[Role.DECODE]
             decode_workers = [each for each in (await fleet.cluster()).workers if each.role == Role.DECODE.value]
             block_count = sum(each.block_count for each in decode_workers)
+            if not block_count:
+                raise ProbeError("no decode worker says what its KV holds")
             work = effort(
                 is_quick=is_quick,
                 is_split=config.pools[Role.PREFILL].count > 0,
@@ -132,9 +115,39 @@ async def observe(
             )
             vocab_size, _ = model_limits(config.model.directory)
             prompts = _Prompts(random.Random(f"prompts/{seed}"), vocab_size)  # noqa: S311
-            async with fleet.client() as client:
-                answers = await _ask_all(client, work, prompts, say)
-        return Observed(tuple(read_steps(log.read_text().splitlines())), tuple(answers))
+            watch = Watch()
+            watching = asyncio.create_task(watch.run())
+            try:
+                async with fleet.client() as client:
+                    answers = await _ask_all(client, work, prompts, say)
+                await asyncio.sleep(PERIOD_S)  # the last span, too
+            finally:
+                watching.cancel()
+                await asyncio.wait([watching])
+        steps = read_steps(log.read_text().splitlines(), watch.samples)
+        return Observed(describe(config), tuple(steps), tuple(answers))
+
+
+def describe(config: FleetConfig) -> str:
+    return " + ".join(f"{config.pools[role].count} {role.value}" for role in Role if config.pools[role].count)
+
+
+def aggregated(config: FleetConfig) -> FleetConfig:
+    """The same workers, none of them for prefill alone: each computes its prompts itself."""
+    prefill, decode = config.pools[Role.PREFILL], config.pools[Role.DECODE]
+    pools = {
+        Role.PREFILL: replace(prefill, count=0, cores=()),
+        Role.DECODE: replace(decode, count=prefill.count + decode.count, cores=(*prefill.cores, *decode.cores)),
+    }
+    return replace(config, pools=pools)
+
+
+def private(config: FleetConfig) -> FleetConfig:
+    """On ports nobody uses, so that a service that runs is not in the way."""
+    listen, admin, metrics = (f"127.0.0.1:{port}" for port in free_ports(3))
+    router = replace(config.router, listen_address=listen, admin_address=admin, metrics_address=metrics)
+    pools = {role: replace(pool, port=0, metrics_port=0, side_channel_port=0) for role, pool in config.pools.items()}
+    return replace(config, router=router, pools=pools)
 
 
 def _logged(config: FleetConfig) -> FleetConfig:

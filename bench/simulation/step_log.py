@@ -21,9 +21,10 @@ class _Ordinary(Scheduler):  # type: ignore[misc]
     """The pass that computes; of the two of a step with pulls the second."""
 
     began_at = 0.0
+    cpu_at_s = 0.0
 
     def schedule(self, *args: Any, **named: Any) -> Any:
-        self.began_at = time.monotonic()
+        self.began_at, self.cpu_at_s = time.monotonic(), time.process_time()
         return super().schedule(*args, **named)
 
 
@@ -69,6 +70,7 @@ class LoggedScheduler(PullFirstScheduler, _Ordinary):
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         result = super().update_from_output(scheduler_output, model_runner_output)
         if scheduler_output.total_num_scheduled_tokens:
-            line = {**self._line, "ended_at": round(time.monotonic(), 6)}
+            used_s = time.process_time() - self.cpu_at_s
+            line = {**self._line, "ended_at": round(time.monotonic(), 6), "cpu_s": round(used_s, 6)}
             os.write(self._log, json.dumps(line, separators=(",", ":")).encode() + b"\n")
         return result

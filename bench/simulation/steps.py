@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from bench.simulation.disturbance import Others, others_during
 from engine.cost import Chunk
 
 STEP_LOG_VARIABLE = "BATON_BENCH_STEP_LOG"
@@ -43,6 +44,10 @@ class Step:
     pull_count: int = 0
     overlap_s: Mapping[str, float] = field(default_factory=dict)
     """Seconds of it during which a neighbour was in a step, by the neighbour's kind: "prefill" or "decode"."""
+    cpu_s: float = 0.0
+    """What its process used of the processor from ``began_at`` to ``ended_at``."""
+    others_share: float = 0.0
+    """Of one core, what others than the measured cluster used meanwhile."""
 
     @property
     def duration_s(self) -> float:
@@ -69,7 +74,7 @@ class Step:
         return "mixed" if self.context_token_counts else "prefill"
 
 
-def read_steps(lines: Iterable[str]) -> list[Step]:
+def read_steps(lines: Iterable[str], others: Sequence[Others] = ()) -> list[Step]:
     """By time of beginning. Raises ``ValueError`` for a line that is none of ``step_log``'s."""
     by_worker: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
@@ -100,6 +105,8 @@ def read_steps(lines: Iterable[str]) -> list[Step]:
                     parts,
                     float(following) if following - ended_at < GOES_ON_S else ended_at,
                     pull_count,
+                    cpu_s=float(document.get("cpu_s", 0.0)),
+                    others_share=others_during(others, float(document["entered_at"]), ended_at),
                 )
             )
     return sorted(
@@ -115,16 +122,7 @@ def _beside(step: Step, spans: Mapping[str, Sequence[Step]]) -> Step:
         for other in _within(others, step.began_at, step.until):
             shared_s = min(other.until, step.until) - max(other.entered_at, step.began_at)
             overlap_s["decode" if other.kind == "decode" else "prefill"] += max(0.0, shared_s)
-    return Step(
-        step.worker_id,
-        step.entered_at,
-        step.began_at,
-        step.ended_at,
-        step.parts,
-        step.until,
-        step.pull_count,
-        overlap_s,
-    )
+    return replace(step, overlap_s=overlap_s)
 
 
 def _within(steps: Sequence[Step], start: float, end: float) -> Iterable[Step]:

@@ -150,6 +150,23 @@ def clopper_pearson_interval(count: int, total: int, *, confidence: float = CONF
     return Interval(low, high)
 
 
+def share_difference_interval(
+    a_count: int, a_total: int, b_count: int, b_total: int, *, confidence: float = CONFIDENCE
+) -> Interval:
+    """Of share B - share A of independent samples; Newcombe (1998), method 10, from both Wilson intervals. Has width
+    also where both shares are 0 or both 1, which no resampling gives."""
+    a = wilson_interval(a_count, a_total, confidence=confidence)
+    b = wilson_interval(b_count, b_total, confidence=confidence)
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        return Interval(None, None)
+    a_share, b_share = a_count / a_total, b_count / b_total
+    difference = b_share - a_share
+    return Interval(
+        max(-1.0, difference - math.hypot(b_share - b.low, a.high - a_share)),
+        min(1.0, difference + math.hypot(b.high - b_share, a_share - a.low)),
+    )
+
+
 def zero_failure_bound(total: int, *, confidence: float = CONFIDENCE) -> float:
     """Upper bound of a failure share when none of ``total`` failed: 1 - (1 - confidence)^(1/total); at 95% about
     3/total ("rule of three", Hanley and Lippman-Hand 1983). 1 for no trials."""
@@ -289,32 +306,49 @@ def bootstrap_ratio(peer: Blocks, base: Blocks, statistic: Statistic, rng: rando
     return Ratio(value, interval.low, interval.high)
 
 
-def bootstrap_pairs(
-    pairs: Sequence[Pair], statistics: Sequence[Statistic], rng: random.Random, *, confidence: float = CONFIDENCE
-) -> list[Ratio]:
-    """B over A of each statistic of the pooled values, with one interval each, from interleaved pairs of runs.
+def draw_pairs(pairs: Sequence[Pair], statistics: Sequence[Statistic], rng: random.Random) -> Drawn:
+    """Statistics of the pooled values of A and of B, and of resamples of both, from interleaved pairs of runs.
 
-    Two pairs or more are resampled as pairs, so that drift, which both of a pair share, does not widen the interval,
+    Two pairs or more are resampled as pairs, so that drift, which both of a pair share, does not widen an interval,
     and differences between runs do; within each drawn pair whole units are resampled (both levels with replacement:
-    rather too wide than too narrow, Davison and Hinkley 1997, 3.8). One pair can only resample its units: its
-    interval knows nothing of what the next run would give. NaN value: a system has no values.
+    rather too wide than too narrow, Davison and Hinkley 1997, 3.8). One pair can only resample its units: what is
+    drawn knows nothing of what the next run would give.
     """
     sides = _Ranked([pair[0] for pair in pairs]), _Ranked([pair[1] for pair in pairs])
-    whole = [np.ones(side.unit_count, dtype=np.int64) for side in sides]
-    base, peer = (side.of(statistics, weights) for side, weights in zip(sides, whole, strict=True))
-    values = [_divided(above, below) for above, below in zip(peer, base, strict=True)]
+    whole = [side.of(statistics, np.ones(side.unit_count, dtype=np.int64)) for side in sides]
+    empty = np.empty((0, len(statistics)))
     if min(side.unit_count for side in sides) < FEWEST_UNITS:
-        return [Ratio(value, None, None) for value in values]
+        return Drawn(whole[0], whole[1], empty, empty)
     generator = np.random.default_rng(rng.getrandbits(64))
-    drawn: list[list[float]] = []
+    drawn: list[list[list[float]]] = []
     for _ in range(_resample_count(*sides)):
         picked: list[int] | None = None
         if len(pairs) > 1:
             picked = np.bincount(generator.integers(0, len(pairs), len(pairs)), minlength=len(pairs)).tolist()
-        below, above = (side.of(statistics, side.draw(generator, picked)) for side in sides)
-        drawn.append([_divided(one, other) for one, other in zip(above, below, strict=True)])
-    intervals = [_interval(column, confidence) for column in np.array(drawn).T]
-    return [Ratio(value, found.low, found.high) for value, found in zip(values, intervals, strict=True)]
+        drawn.append([side.of(statistics, side.draw(generator, picked)) for side in sides])
+    resamples = np.array(drawn)
+    return Drawn(whole[0], whole[1], resamples[:, 0, :], resamples[:, 1, :])
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Of A and of B: each statistic, and a row of them for each resample (no rows: too few units)."""
+
+    a: list[float]
+    b: list[float]
+    a_resamples: Values
+    b_resamples: Values
+
+    def ratio(self, place: int, *, confidence: float = CONFIDENCE) -> Ratio:
+        """B over A of the statistic at that place. NaN value: a system has no values, or A has 0."""
+        value = _divided(self.b[place], self.a[place])
+        columns = zip(self.b_resamples[:, place], self.a_resamples[:, place], strict=True)
+        found = _interval(np.array([_divided(above, below) for above, below in columns]), confidence)
+        return Ratio(value, found.low, found.high)
+
+    def difference(self, place: int, *, confidence: float = CONFIDENCE) -> Interval:
+        """Of B - A of the statistic at that place."""
+        return _interval(self.b_resamples[:, place] - self.a_resamples[:, place], confidence)
 
 
 def _resample_count(*ranked: _Ranked) -> int:
@@ -333,7 +367,7 @@ def _divided(above: float, below: float) -> float:
 def _interval(drawn: NDArray[Any], confidence: float) -> Interval:
     """None bounds when more than one resample in a hundred had no value at all: then the rest is a biased choice."""
     kept = drawn[~np.isnan(drawn)]
-    if kept.size < 0.99 * drawn.size or kept.size == 0:
+    if kept.size == 0 or kept.size < 0.99 * drawn.size:
         return Interval(None, None)
     tail = (1.0 - confidence) / 2.0
     # Ranks, not interpolation: between a finite value and infinity there is no number.

@@ -127,7 +127,7 @@ def summarise(data: RunData, *, slo: Slo | None = None) -> Json:
         "label": facts.get("label"),
         "kind": facts.get("kind"),
         "workload": plan.get("workload"),
-        "validity": _validity(data, plan, lag, rate),
+        "validity": validity(data),
         "window": {
             "start_s": window.start_s,
             "end_s": window.end_s,
@@ -392,27 +392,33 @@ def _saturation(found: Saturation) -> Json:
     }
 
 
-def _validity(data: RunData, plan: Mapping[str, Any], lag: Json, rate: Json) -> Json:
-    """The generator's verdict and ours; a reason of ours is left out where the generator gave one of that kind."""
+def validity(data: RunData) -> Json:
+    """``valid`` and ``reasons``: the generator's verdict where it gave one, our own of lag and rate where not; and
+    always whether all is here."""
+    plan = data.facts.get("plan")
+    planned = plan.get("request_count") if isinstance(plan, Mapping) else None
     told = data.facts.get("invalid_reasons")
     reasons = [str(reason) for reason in told] if isinstance(told, list | tuple) else []
     if data.facts.get("valid") is False and not reasons:
         reasons.append("the generator says so")
     if not data.is_complete or data.cut_off_line_count:
         reasons.append("the run was cut off: its end is missing")
-    planned = plan.get("request_count")
     if isinstance(planned, int) and planned != len(data.records):
         reasons.append(f"{len(data.records)} of {planned} planned requests have a record")
-    own = {
-        "lag": lag["p99"] is not None
-        and lag["p99"] > LAG_LIMIT_S
-        and f"schedule lag p99 {lag['p99'] * 1e3:.2f} ms, limit {LAG_LIMIT_S * 1e3:.0f} ms",
-        "achieved": rate["achieved_share"] is not None
-        and rate["achieved_share"] < ACHIEVED_LIMIT
-        and f"achieved {rate['achieved_share']:.1%} of the requested rate, limit {ACHIEVED_LIMIT:.0%}",
-    }
-    reasons += [text for word, text in own.items() if text and not any(word in reason for reason in reasons)]
+    if "valid" not in data.facts:
+        reasons += _against_the_schedule(data.records)
     return {"valid": not reasons, "reasons": reasons}
+
+
+def _against_the_schedule(records: Sequence[RequestRecord]) -> list[str]:
+    reasons = []
+    lag_s = distribution([record.lag_s for record in records], by_request=True)["p99"]
+    if lag_s is not None and lag_s > LAG_LIMIT_S:
+        reasons.append(f"schedule lag p99 {lag_s * 1e3:.2f} ms, limit {LAG_LIMIT_S * 1e3:.0f} ms")
+    share = _rate(sorted(records, key=lambda record: record.intended_at_s))["achieved_share"]
+    if share is not None and share < ACHIEVED_LIMIT:
+        reasons.append(f"achieved {share:.1%} of the requested rate, limit {ACHIEVED_LIMIT:.0%}")
+    return reasons
 
 
 def _sample_size(request_count: int) -> Json:

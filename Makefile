@@ -3,7 +3,7 @@
 #   PYTHON      interpreter that makes the environment (3.11)
 #   VENV        the environment (default .venv)
 #   CONFIG      the cluster that demo and serve start (default deploy/baton.toml)
-#   BATON_HOME  where the model is kept (default ~/.cache/baton)
+#   BATON_HOME  where the model and the peers' environments are kept (default ~/.cache/baton)
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -79,9 +79,15 @@ test: dev ## everything, the real engine included: about a quarter of an hour on
 soak: dev model ## the volumes behind docs/evidence; takes hours
 	@$(RUN) bench.soak
 
-bench: dev model ## figures: Baton beside one vLLM engine and stock vLLM P/D; then the transfer beside raw NIXL
-	@$(RUN) bench.first_figures
+bench: dev model ## figures of the KV transfer beside raw NIXL and stock vLLM
 	@$(RUN) bench.transfer_figures
+
+# TRACE: a file of the public code trace; docs/workbench/workloads.md says where it is published.
+compare: dev model ## Baton beside its peers, all loads, within an hour; TRACE=file replays the public code trace
+	@$(RUN) bench.comparison $(if $(TRACE),--trace $(TRACE))
+
+compare-quick: dev model ## the same with three systems and few loads: about five minutes
+	@$(RUN) bench.comparison --quick $(if $(TRACE),--trace $(TRACE))
 
 proto: dev ## generate the Python code of proto/
 	@$(RUN) deploy.setup.stubs

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bench.figures import Ratio, bootstrap_ratio, p50
+from bench.results.statistics import Ratio, bootstrap_ratio, p50
 from bench.tcp_pairs import LAYOUTS, STREAM
 
 Record = Mapping[str, Any]

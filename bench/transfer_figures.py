@@ -32,8 +32,8 @@ from types import FrameType
 from typing import Any, TextIO
 
 from baton.request import Role
+from bench.comparison.blocks import block_order
 from bench.cores import CLOCK_VARIABLE
-from bench.first_figures import block_order
 from bench.kv_pair import BLOCK_BYTES, LAYER_COUNT, PAGE_BYTES, PATHS, WITHOUT_DIGESTS
 from bench.machine import MachineClock, machine_facts, wait_until_quiet
 from bench.oracle import model_limits

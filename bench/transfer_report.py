@@ -6,8 +6,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bench.figures import Blocks, Ratio, Statistic, bootstrap_ratio, p50, percentile, pooled
 from bench.kv_pair import BATON_PATHS, PATHS, WITHOUT_DIGESTS
+from bench.results.statistics import Blocks, Ratio, Statistic, bootstrap_ratio, p50, percentile, pooled
 from bench.tcp_report import tcp_section
 from bench.transfer_pairs import LAYOUTS, MEMCPY
 

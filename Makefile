@@ -21,10 +21,10 @@ ENVIRONMENT = $(if $(HAS_ENVIRONMENT),:,$(PYTHON) -m deploy.setup.environment --
 ifndef HAS_ENVIRONMENT
 .NOTPARALLEL:
 endif
-.PHONY: help python setup dev model demo serve down check lint types quick processes real test soak bench proto lock wheels clean
+.PHONY: help python setup dev model demo serve down check lint types quick processes real test soak bench compare compare-quick proto lock wheels clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 python:
 	@command -v $(PYTHON) >/dev/null || { \

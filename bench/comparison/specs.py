@@ -93,7 +93,7 @@ SYSTEMS: dict[str, SystemSpec] = {
         ),
         SystemSpec("stock-router-tuned", "stock-router", "stock vLLM P/D behind vllm-router, tuned"),
         SystemSpec("naive", "naive", "FastAPI + transformers.generate, both cores"),
-        # Columns of bench/first_figures.py and bench/transfer_figures.py: one core, or a proxy of ours.
+        # Columns of bench/transfer_figures.py: one core, or a proxy of ours.
         SystemSpec("engine", "engine", "one vLLM engine, one core", max_batched_token_count=VLLM_OWN_CHUNK),
         SystemSpec(
             "engine-as-shipped",

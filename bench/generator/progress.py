@@ -22,6 +22,7 @@ from bench.results.slo import Slo, meets
 
 LIVE_INTERVAL_S = 0.25
 LINE_INTERVAL_S = 5.0
+RATE_WINDOW_S = 5.0
 ROLLING_COUNT = 200
 """Percentiles of the last so many requests."""
 
@@ -74,7 +75,8 @@ class Figures:
         self.outcomes: Counter[Outcome] = Counter()
         self.good_count = 0
         self._ended_token_count = 0
-        self._rate_marks: deque[tuple[float, int]] = deque(maxlen=20)
+        self._marks: deque[tuple[float, int]] = deque([(state.started_at_s, 0)])
+        """(when, tokens by then), of the last ``RATE_WINDOW_S`` and one before."""
 
     def refresh(self) -> None:
         """Takes in what ended since the last call."""
@@ -89,7 +91,10 @@ class Figures:
             if self._slo is not None and meets(record, self._slo):
                 self.good_count += 1
         flowing = sum(record.output_token_count for record in self.state.in_flight.values())
-        self._rate_marks.append((self._now(), self._ended_token_count + flowing))
+        now = self._now()
+        while len(self._marks) > 1 and self._marks[1][0] <= now - RATE_WINDOW_S:
+            self._marks.popleft()
+        self._marks.append((now, self._ended_token_count + flowing))
 
     @property
     def elapsed_s(self) -> float:
@@ -109,8 +114,8 @@ class Figures:
 
     @property
     def tokens_per_s(self) -> float:
-        """Over the last looks; 0 before the second."""
-        (first_at, first), (last_at, last) = self._rate_marks[0], self._rate_marks[-1]
+        """Of the last seconds, or looks where those are further apart."""
+        (first_at, first), (last_at, last) = self._marks[0], self._marks[-1]
         return (last - first) / (last_at - first_at) if last_at > first_at else 0.0
 
     @property

@@ -170,7 +170,7 @@ def fit_steps(steps: Sequence[Step], rng: random.Random, *, kv_bytes_per_token: 
     fitted = {
         kind: fit_linear(
             f"{kind} steps",
-            np.array([features(step) for step in each]).reshape(len(each), -1),
+            np.array([features(step) for step in each]).reshape(len(each), 3),
             _durations(each),
             rng,
             scale=STEP_SCALE,

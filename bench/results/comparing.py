@@ -29,6 +29,7 @@ from bench.results.statistics import (
     draw_pairs,
     needed_for_percentile,
     share_difference_interval,
+    stretches,
 )
 from bench.results.steady import Window, find_warmup, find_window
 from bench.results.summary import GAP_METRICS, REQUEST_METRICS, validity
@@ -222,6 +223,7 @@ def _side(data: RunData, window: Window) -> _Side:
     counts = data.facts.get("worker_counts")
     total = sum(n for n in counts.values() if isinstance(n, int)) if isinstance(counts, Mapping) else 0
     records = [record for record in data.records if window.holds(record.intended_at_s)]
+    records.sort(key=lambda record: (record.intended_at_s, record.index))
     return _Side(data, records, window, total or None)
 
 
@@ -237,8 +239,7 @@ def _latency(
         of_record = REQUEST_METRICS[name]
         return [[value] for record in side.records if (value := of_record(record)) is not None]
 
-    both: list[Pair] = [(units(a), units(b)) for a, b in pairs]
-    counts = [sum(len(pair[place]) for pair in both) for place in (0, 1)]
+    both, counts = _joined([(units(a), units(b)) for a, b in pairs])
     drawn = draw_pairs(both, [STATISTICS[word] for word in words], rng)
     results = []
     for place, word in enumerate(words):
@@ -278,8 +279,7 @@ def _throughput(
         length_s = max(end_s - side.window.start_s, 1e-6) * ((side.worker_count or 1) if is_per_worker else 1)
         return [[worth(record) * len(side.records) / length_s] for record in side.records]
 
-    both: list[Pair] = [(units(a), units(b)) for a, b in pairs]
-    counts = [sum(len(pair[place]) for pair in both) for place in (0, 1)]
+    both, counts = _joined([(units(a), units(b)) for a, b in pairs])
     drawn = draw_pairs(both, [Mean()], rng)
     ratio = drawn.ratio(0)
     verdict, note = _of_ratio(ratio, margin, lower_is_better=False)
@@ -306,22 +306,28 @@ def _share(
 ) -> MetricResult:
     """All requests in the denominator. The wider of two intervals on each side: by resampling pairs, which knows the
     differences between runs, and Newcombe's, which has width where every request of both is good."""
-    both: list[Pair] = [
+    units: list[Pair] = [
         ([[float(is_counted(r, a))] for r in a.records], [[float(is_counted(r, b))] for r in b.records])
         for a, b in pairs
     ]
-    totals = [sum(len(pair[place]) for pair in both) for place in (0, 1)]
+    both, totals = _joined(units)
     if min(totals) == 0:
         return MetricResult(
             name, None, None, None, None, None, None, totals[0], totals[1], Verdict.CANNOT_TELL, "no requests"
         )
-    counts = [int(sum(unit[0] for pair in both for unit in pair[place])) for place in (0, 1)]
+    counts = [int(sum(unit[0] for pair in units for unit in pair[place])) for place in (0, 1)]
     drawn = draw_pairs(both, [Mean()], rng).difference(0)
     score = share_difference_interval(counts[0], totals[0], counts[1], totals[1])
     interval = Interval(_outer(min, drawn.low, score.low), _outer(max, drawn.high, score.high))
     a, b = counts[0] / totals[0], counts[1] / totals[1]
     verdict, note = _of_difference(interval)
     return MetricResult(name, a, b, None, b - a, interval.low, interval.high, totals[0], totals[1], verdict, note)
+
+
+def _joined(pairs: Sequence[Pair]) -> tuple[list[Pair], list[int]]:
+    """Units as stretches of the run's time, and how many requests there were of A and of B."""
+    counts = [sum(len(pair[place]) for pair in pairs) for place in (0, 1)]
+    return [(stretches(a), stretches(b)) for a, b in pairs], counts
 
 
 def _outer(choose: Callable[[float, float], float], one: float | None, other: float | None) -> float | None:

@@ -49,6 +49,9 @@ def local_ray_environment(config: FleetConfig, token_file: Path) -> dict[str, st
         "RAY_DISABLE_IMPORT_WARNING": "1",
         # Without its head Ray would end our workers after a minute.
         "RAY_gcs_rpc_server_reconnect_timeout_s": str(int(config.cluster.ray.outage_tolerance_s)),
+        # Ray runs its workers at nice 15, and their children inherit it: the engine would give way to everything else
+        # on its core.
+        "RAY_worker_niceness": "0",
         # Its monitor takes a Ctrl-C or a service manager's signal to everybody for a failure, which the driver prints
         # into our output, stack and all. There is no autoscaler here; whoever ended Ray knows.
         "RAY_DEDUP_LOGS_SKIP_REGEX": r"^The autoscaler failed with the following error:\nTerminated with signal",

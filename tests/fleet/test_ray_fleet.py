@@ -94,8 +94,12 @@ async def test_on_our_own_ray_everything_that_can_die_comes_back_and_down_leaves
         assert code == 0
         assert "decode-1" in output
 
-        # A worker's process, while it streams.
         before = members(config)
+        niceness = {name: os.getpriority(os.PRIO_PROCESS, endpoint["pid"]) for name, endpoint in before.items()}
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        assert set(niceness.values()) == {own}, "a worker gives way to nobody on its core"
+
+        # A worker's process, while it streams.
         answer = Answer(address, 150)
         streaming = asyncio.create_task(answer.stream())
         await answer.until(5)

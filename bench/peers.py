@@ -25,12 +25,7 @@ from typing import Any
 from baton.request import Role
 from bench.children import Child, Cpu
 from bench.comparison.aggregated_config import aggregated
-from bench.comparison.balancer import (
-    cache_aware_router_command,
-    haproxy_command,
-    haproxy_config,
-    split_router_command,
-)
+from bench.comparison.balancer import haproxy_command, haproxy_config, router_command
 from bench.comparison.environments import pinned_versions, prepared
 from bench.comparison.readiness import free_port, has_all_workers, is_healthy, until_ready
 from bench.comparison.specs import SYSTEMS, SystemSpec
@@ -235,22 +230,14 @@ def _start_pair(
 
 def _start_balanced(start: _Start) -> RunningSystem:
     spec, config = start.spec, start.config
-    is_behind_router = spec.balancer == "vllm-router"
-    children, urls = _start_pair(start, is_split=False, is_behind_router=is_behind_router)
-    environment = prepared(spec.environments[0]).path
-    if is_behind_router:
-        command = cache_aware_router_command(environment, start.port, free_port(), list(urls.values()))
-        balancer = "vllm-router, cache_aware"
-    else:
-        config_path = start.log_dir / f"{spec.name}-haproxy.cfg"
-        config_path.write_text(haproxy_config(start.port, list(urls.values())), encoding="utf-8")
-        command = haproxy_command(environment, config_path)
-        balancer = "HAProxy, leastconn"
-    front = start.child("balancer", command)
+    children, urls = _start_pair(start, is_split=False, is_behind_router=False)
+    config_path = start.log_dir / f"{spec.name}-haproxy.cfg"
+    config_path.write_text(haproxy_config(start.port, list(urls.values())), encoding="utf-8")
+    front = start.child("balancer", haproxy_command(prepared(spec.environments[0]).path, config_path))
     until_ready(front, lambda: is_healthy(start.url), deadline_s=30.0)
     facts = {
         "servers": [engine_facts(spec, config.engines[role], role_cores(config, role)) for role in Role],
-        "balancer": balancer,
+        "balancer": "HAProxy, leastconn",
         "balancer_packages": pinned_versions(spec.environments[0]),
     }
     return RunningSystem(spec, start.url, [front, *children.values()], facts)
@@ -269,7 +256,7 @@ def _start_stock_pd(start: _Start) -> RunningSystem:
     } | {f"{role.value}_engine": engine_facts(spec, config.engines[role], role_cores(config, role)) for role in Role}
     if is_behind_router:
         environment = prepared(spec.environments[0]).path
-        command = split_router_command(environment, start.port, free_port(), urls[Role.PREFILL], urls[Role.DECODE])
+        command = router_command(environment, start.port, free_port(), urls[Role.PREFILL], urls[Role.DECODE])
         facts["router_packages"] = pinned_versions(spec.environments[0])
     else:
         addresses = ["--port", str(start.port), "--prefill", urls[Role.PREFILL], "--decode", urls[Role.DECODE]]

@@ -1,4 +1,4 @@
-"""What stands in front of two servers: HAProxy for aggregated ones, vllm-router for either kind. Command lines only.
+"""What stands in front of two servers: HAProxy for aggregated ones, vllm-router for a split pair. Command lines only.
 
 Both run from environments of their own (``bench/comparison/environments.py``) and listen on loopback.
 """
@@ -45,23 +45,8 @@ def haproxy_command(environment: Path, config_path: Path) -> list[str]:
     return [str(binary), "-db", "-f", str(config_path)]
 
 
-def split_router_command(environment: Path, port: int, metrics_port: int, prefill: str, decode: str) -> list[str]:
+def router_command(environment: Path, port: int, metrics_port: int, prefill: str, decode: str) -> list[str]:
     """vllm-router in front of one prefill and one decode server (there is nothing to choose between)."""
-    servers = ["--vllm-pd-disaggregation", "--prefill", prefill, "--decode", decode, "--policy", "round_robin"]
-    return [*_router(environment, port, metrics_port), *servers]
-
-
-def cache_aware_router_command(environment: Path, port: int, metrics_port: int, urls: Sequence[str]) -> list[str]:
-    """vllm-router in front of like servers, by cached prefix.
-
-    Its own threshold lets one server run 64 requests ahead before it looks at load, which two servers of 16 requests
-    each would never reach.
-    """
-    balance = ["--policy", "cache_aware", "--balance-abs-threshold", "4", "--balance-rel-threshold", "1.5"]
-    return [*_router(environment, port, metrics_port), "--worker-urls", *urls, *balance]
-
-
-def _router(environment: Path, port: int, metrics_port: int) -> list[str]:
     return [
         str(environment / "bin" / "python"),
         *("-I", "-m", "vllm_router.launch_router"),
@@ -69,5 +54,6 @@ def _router(environment: Path, port: int, metrics_port: int) -> list[str]:
         *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)),
         *("--request-timeout-secs", str(REQUEST_TIMEOUT_S)),
         *("--worker-startup-check-interval", "1"),  # the servers are up before it starts
-        *("--log-level", "warning"),  # it would note every request
+        *("--log-level", "error"),  # it would note every request
+        *("--vllm-pd-disaggregation", "--policy", "round_robin", "--prefill", prefill, "--decode", decode),
     ]

@@ -29,8 +29,6 @@ class SystemSpec:
     """vLLM's default executor (API server, engine core and worker are three processes) and no re-pinning."""
     max_batched_token_count: int | None = None
     """Prefill chunk, where it differs from Baton's configuration."""
-    balancer: Literal["haproxy", "vllm-router"] = "haproxy"
-    """In front of aggregated servers: HAProxy by least connections, or vllm-router by cached prefix."""
 
     @property
     def environments(self) -> Sequence[str]:
@@ -41,7 +39,7 @@ class SystemSpec:
             case "stock-router":
                 return ("peer-router",)
             case "balanced":
-                return ("peer-haproxy",) if self.balancer == "haproxy" else ("peer-router",)
+                return ("peer-haproxy",)
             case _:
                 return ()
 
@@ -78,11 +76,10 @@ SYSTEMS: dict[str, SystemSpec] = {
             max_batched_token_count=VLLM_OWN_CHUNK,
         ),
         SystemSpec(
-            "vllm-2x1core-tuned",
+            "vllm-2x1core-chunk-128",
             "balanced",
-            "two vLLM servers, one core each, chunks of 128, behind vllm-router by cached prefix",
+            "two vLLM servers, one core each, behind HAProxy, chunks of 128",
             max_batched_token_count=128,
-            balancer="vllm-router",
         ),
         SystemSpec(
             "stock-router",

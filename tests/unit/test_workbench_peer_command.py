@@ -59,7 +59,7 @@ def test_the_list_names_every_peer_and_what_is_not_installed(home: Path, capsys:
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(SYSTEMS)
     missing = {line.split()[0]: line for line in lines if "not installed" in line}
-    assert missing.keys() == {"naive", "vllm-2x1core", "vllm-2x1core-tuned", "stock-router", "stock-router-tuned"}
+    assert missing.keys() == {"naive", "vllm-2x1core", "vllm-2x1core-chunk-128", "stock-router", "stock-router-tuned"}
     assert missing["naive"].endswith("(not installed: peer-naive)")
 
 

@@ -12,12 +12,7 @@ import pytest
 from baton.request import Role
 from bench.comparison import environments
 from bench.comparison.aggregated_config import aggregated, to_toml
-from bench.comparison.balancer import (
-    cache_aware_router_command,
-    haproxy_command,
-    haproxy_config,
-    split_router_command,
-)
+from bench.comparison.balancer import haproxy_command, haproxy_config, router_command
 from bench.comparison.specs import SYSTEMS, SystemSpec
 from bench.comparison.vllm_servers import UNIPROC, engine_of_all, vllm_command
 from bench.peers import all_cores, start_system
@@ -154,17 +149,13 @@ def test_haproxy_runs_in_the_foreground_from_its_environment(tmp_path: Path) -> 
 
 
 def test_vllm_router_is_told_the_servers_and_listens_on_loopback_alone() -> None:
-    split = split_router_command(Path("/env"), 1, 2, "http://127.0.0.1:3", "http://127.0.0.1:4")
-    assert split[:2] == ["/env/bin/python", "-I"]
-    given = options(split)
+    command = router_command(Path("/env"), 1, 2, "http://127.0.0.1:3", "http://127.0.0.1:4")
+    assert command[:2] == ["/env/bin/python", "-I"]
+    given = options(command)
     assert (given["--host"], given["--port"]) == ("127.0.0.1", "1")
     assert (given["--prometheus-host"], given["--prometheus-port"]) == ("127.0.0.1", "2")
     assert (given["--prefill"], given["--decode"]) == ("http://127.0.0.1:3", "http://127.0.0.1:4")
-    assert "--vllm-pd-disaggregation" in split
-    like = cache_aware_router_command(Path("/env"), 1, 2, ["http://127.0.0.1:3", "http://127.0.0.1:4"])
-    at = like.index("--worker-urls")
-    assert like[at + 1 : at + 3] == ["http://127.0.0.1:3", "http://127.0.0.1:4"]
-    assert options(like)["--policy"] == "cache_aware"
+    assert "--vllm-pd-disaggregation" in command
 
 
 def test_an_environment_is_kept_by_the_digest_of_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

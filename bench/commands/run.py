@@ -325,14 +325,17 @@ async def _reach_http(arguments: argparse.Namespace, prompts: PromptMaker) -> _R
         api_key = os.environ.get(arguments.api_key_env)
         if not api_key:
             raise UsageError(f"--api-key-env {arguments.api_key_env}: that environment variable is not set")
-    target = OpenAiTarget(
-        arguments.target,
-        arguments.model,
-        dialect=arguments.dialect,
-        endpoint=arguments.endpoint,
-        text_of=prompts.text,
-        api_key=api_key,
-    )
+    try:
+        target = OpenAiTarget(
+            arguments.target,
+            arguments.model,
+            dialect=arguments.dialect,
+            endpoint=arguments.endpoint,
+            text_of=None if arguments.token_ids else prompts.text,
+            api_key=api_key,
+        )
+    except ValueError as error:
+        raise UsageError(f"{error}; drop --token-ids") from None
     if not target.model:
         try:
             names = await target.models(timeout_s=REACH_LIMIT_S)

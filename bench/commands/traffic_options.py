@@ -49,6 +49,11 @@ def add_traffic_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder with the tokenizer.json of the served model (default: the model of `make model`)",
     )
+    what.add_argument(
+        "--token-ids",
+        metavar="LOW..HIGH",
+        help="make prompts of these ids, last included, without a tokenizer: where the server takes token ids",
+    )
     when = parser.add_argument_group("when")
     when.add_argument(
         "--duration",
@@ -89,6 +94,14 @@ def prompt_maker(arguments: argparse.Namespace) -> PromptMaker:
     """Raises ``UsageError`` when there is no tokenizer."""
     from bench.traffic.prompts import PromptMaker
 
+    if arguments.token_ids is not None:
+        low, dots, high = arguments.token_ids.partition("..")
+        if not (dots and low.isdigit() and high.isdigit()):
+            raise UsageError(f"--token-ids {arguments.token_ids}: LOW..HIGH is expected, such as 3..31999")
+        try:
+            return PromptMaker.without_tokenizer(int(high) + 1, first_token_id=int(low))
+        except ValueError as error:
+            raise UsageError(f"--token-ids {arguments.token_ids}: {error}") from None
     directory = arguments.tokenizer or default_tokenizer()
     try:
         return PromptMaker(directory.expanduser())

@@ -31,9 +31,10 @@ class EventStream:
             held = b""
         *lines, rest = text.split(b"\n")
         self._rest = rest + held
+        events = self._events(lines)
         if len(self._rest) > MAX_EVENT_BYTES or sum(map(len, self._data)) > MAX_EVENT_BYTES:
             raise EventTooLong(f"an event of more than {MAX_EVENT_BYTES} bytes")
-        return self._events(lines)
+        return events
 
     def end(self) -> list[bytes]:
         """What is left when the response has ended."""

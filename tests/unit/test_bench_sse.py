@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,7 +36,7 @@ def test_events_come_whole_whatever_ends_their_lines() -> None:
 @given(st.lists(st.integers(0, len(STREAM)), max_size=12))
 def test_events_do_not_depend_on_where_the_network_cut_them(cuts: list[int]) -> None:
     places = [0, *sorted(cuts), len(STREAM)]
-    assert events_of([STREAM[a:b] for a, b in zip(places, places[1:], strict=False)]) == EVENTS
+    assert events_of([STREAM[a:b] for a, b in itertools.pairwise(places)]) == EVENTS
 
 
 def test_events_do_not_depend_on_cuts_byte_by_byte() -> None:
@@ -60,6 +62,7 @@ def test_an_event_without_an_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(EventTooLong):
         EventStream().feed(b"data: " + b"x" * 200)
     stream = EventStream()
+    for _ in range(10):
+        assert stream.feed(b"data: 1234567890\n") == []
     with pytest.raises(EventTooLong):
-        for _ in range(20):
-            stream.feed(b"data: 1234567890\n")
+        stream.feed(b"data: 1234567890\n")

@@ -1,8 +1,8 @@
 """Traces of real traffic: read, checked line by line, and made into plans. Reads files; writes none.
 
-Known are Mooncake's JSON lines, the CSV files of Azure's and of BurstGPT's traces, and a plain form of our own as
-JSON lines or CSV (``at_s``, ``prompt_token_count``, ``output_token_count``, and for JSON ``hash_ids``). Other
-people's traces stay where they are published: docs/workbench/workloads.md says where.
+Known are the JSON lines of Mooncake's and of Qwen-Bailian's traces, the CSV files of Azure's and of BurstGPT's, and a
+plain form of our own as JSON lines or CSV: ``at_s``, ``prompt_token_count``, ``output_token_count``, and for JSON
+``hash_ids``. Other people's traces stay where they are published: docs/workbench/workloads.md says where.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from bench.traffic.prompts import PromptMaker
 MAX_ROW_COUNT = 5_000_000
 MAX_LINE_BYTES = 4_000_000
 MAX_TOKEN_COUNT = 10_000_000
-MOONCAKE_BLOCK_TOKEN_COUNT = 512
+BLOCK_TOKEN_COUNTS = {"mooncake": 512, "bailian": 16, "plain": 512}
+"""Tokens of prompt that one of ``hash_ids`` stands for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class TraceRow:
     """From the first row."""
     prompt_token_count: int
     output_token_count: int
-    """0: it was recorded without an answer."""
+    """Either count is 0 in records of requests that failed."""
     hash_ids: tuple[int, ...] = ()
 
 
@@ -48,11 +49,11 @@ class Trace:
     name: str
     """The file's name, without its folder."""
     form: str
-    """"mooncake", "azure", "burstgpt" or "plain"."""
+    """"mooncake", "bailian", "azure", "burstgpt" or "plain"."""
     sha256: str
     """Of the file."""
     rows: tuple[TraceRow, ...]
-    block_token_count: int = MOONCAKE_BLOCK_TOKEN_COUNT
+    block_token_count: int = 512
     """Tokens of a block of ``hash_ids``."""
 
     def facts(self) -> dict[str, object]:
@@ -109,7 +110,8 @@ def read_trace(path: Path) -> Trace:
             raise TraceError(f"{path.name}: more than {MAX_ROW_COUNT} rows: cut the file")
     if not rows:
         raise TraceError(f"{path.name}: there are no rows after the header")
-    return Trace(path.name, form.split("-")[0], digest.hexdigest(), tuple(rows))
+    name = form.split("-")[0]
+    return Trace(path.name, name, digest.hexdigest(), tuple(rows), BLOCK_TOKEN_COUNTS.get(name, 512))
 
 
 _Fields = tuple[int, int, tuple[int, ...]]
@@ -146,7 +148,8 @@ def _form_of(file: str, first: tuple[int, str]) -> tuple[str, _RowReader]:
         except ValueError as error:
             raise TraceError(f"{file}, line 1: {error}") from None
         if {"timestamp", "input_length", "output_length"} <= keys:
-            return "mooncake-json", _mooncake_row
+            # The same names, but seconds for milliseconds and 16 tokens for 512.
+            return ("bailian-json", _bailian_row) if "chat_id" in keys else ("mooncake-json", _mooncake_row)
         if {"at_s", "prompt_token_count", "output_token_count"} <= keys:
             return "plain-json", _plain_json_row
         raise TraceError(
@@ -181,25 +184,28 @@ def _object_of(line: str) -> dict[str, object]:
 
 def _mooncake_row(line: str) -> tuple[float, _Fields]:
     value = _object_of(line)
-    return _real(value, "timestamp") / 1000, _json_fields(value, "input_length", "output_length")
+    return _real(value, "timestamp") / 1000, _json_fields(value, "mooncake", "input_length", "output_length")
+
+
+def _bailian_row(line: str) -> tuple[float, _Fields]:
+    value = _object_of(line)
+    return _real(value, "timestamp"), _json_fields(value, "bailian", "input_length", "output_length")
 
 
 def _plain_json_row(line: str) -> tuple[float, _Fields]:
     value = _object_of(line)
-    return _real(value, "at_s"), _json_fields(value, "prompt_token_count", "output_token_count")
+    return _real(value, "at_s"), _json_fields(value, "plain", "prompt_token_count", "output_token_count")
 
 
-def _json_fields(value: Mapping[str, object], prompt: str, output: str) -> _Fields:
+def _json_fields(value: Mapping[str, object], form: str, prompt: str, output: str) -> _Fields:
     hash_ids = value.get("hash_ids", [])
     if not isinstance(hash_ids, list) or not all(type(hash_id) is int for hash_id in hash_ids):
         raise ValueError("hash_ids is not a list of whole numbers")
     fields = (_whole(value, prompt), _whole(value, output), tuple(hash_ids))
-    needed = -(-fields[0] // MOONCAKE_BLOCK_TOKEN_COUNT)
-    if hash_ids and len(hash_ids) != needed:
-        raise ValueError(
-            f"{len(hash_ids)} hash_ids for {fields[0]} tokens; one for each {MOONCAKE_BLOCK_TOKEN_COUNT} tokens "
-            f"would be {needed}"
-        )
+    block = BLOCK_TOKEN_COUNTS[form]
+    needed = -(-fields[0] // block)
+    if len(hash_ids) > needed:
+        raise ValueError(f"{len(hash_ids)} hash_ids for {fields[0]} tokens; one for each {block} would be {needed}")
     return fields
 
 
@@ -254,8 +260,8 @@ _CSV_TIMES: Mapping[str, Callable[[str], float]] = {"azure": _date, "burstgpt": 
 
 def _check_counts(fields: _Fields) -> None:
     prompt, output, _ = fields
-    if not 1 <= prompt <= MAX_TOKEN_COUNT:
-        raise ValueError(f"a prompt of {prompt} tokens is not within 1 and {MAX_TOKEN_COUNT}")
+    if not 0 <= prompt <= MAX_TOKEN_COUNT:
+        raise ValueError(f"a prompt of {prompt} tokens is not within 0 and {MAX_TOKEN_COUNT}")
     if not 0 <= output <= MAX_TOKEN_COUNT:
         raise ValueError(f"an answer of {output} tokens is not within 0 and {MAX_TOKEN_COUNT}")
 
@@ -280,11 +286,11 @@ def plan_from_trace(
     ``rate_scale`` divides the times. ``keep_share``: each request is kept with this probability. ``jitter``: "auto"
     spreads arrivals within the tick of a coarse clock if the trace shows one, "none" takes the times as they are, a
     number is the tick in seconds. ``too_long`` for requests beyond ``context_token_count``: "cut" them or "drop"
-    them. Both are counted in the facts, and so are rows without an answer, which are always dropped.
+    them. Both are counted in the facts, and so are rows without a prompt or an answer, which are always dropped.
 
-    Where the trace has ``hash_ids``, the same id gives the same tokens; a block's length is scaled and rounded to
-    whole tokens, and all lengths by the very same factor (``length_scale_used``), so that sharing is kept. Prompts
-    without ids share nothing. Raises ``ValueError``.
+    Where the trace has ``hash_ids``, the same id gives the same tokens: block i of a prompt reaches from i to i + 1
+    times the block's length times the scale, each rounded to whole tokens, so that lengths and sharing are scaled by
+    the very same factor. What ids do not cover is unique. Raises ``ValueError``.
     """
     if too_long not in ("cut", "drop"):
         raise ValueError(f"too_long is 'cut' or 'drop', not {too_long!r}")
@@ -295,23 +301,21 @@ def plan_from_trace(
     duration_s = pacer.natural_duration_s
     if duration_s <= 0:
         raise ValueError(f"the trace ends at {pacer.recorded_duration_s:g} s, before the slice begins")
-    has_blocks = any(row.hash_ids for row in trace.rows)
-    block_count = max(1, math.floor(trace.block_token_count * length_scale + 0.5))
-    used_scale = block_count / trace.block_token_count if has_blocks else length_scale
-    draft = Draft(seed=seed, prompts=prompts, scale=used_scale, context_token_count=context_token_count)
+    draft = Draft(seed=seed, prompts=prompts, scale=length_scale, context_token_count=context_token_count)
     arrivals = pacer.arrivals(duration_s, draft.rng("pacer"))[:request_limit]
     for place, at_s in arrivals:
         row = trace.rows[place]
-        if row.output_token_count == 0:
-            draft.notes["dropped_without_answer"] += 1
+        if row.output_token_count == 0 or row.prompt_token_count == 0:
+            draft.notes["dropped_without_prompt_or_answer"] += 1
             continue
         prompt_count, output_count = draft.scaled(row.prompt_token_count), draft.scaled(row.output_token_count)
         if too_long == "drop" and not draft.fits(prompt_count, output_count):
             draft.notes["dropped_too_long"] += 1
             continue
         prompt: list[int] = []
-        for hash_id in row.hash_ids:
-            prompt += draft.shared(("block", hash_id), min(block_count, prompt_count - len(prompt)))
+        for block, hash_id in enumerate(row.hash_ids, start=1):
+            end = min(math.floor(block * trace.block_token_count * length_scale + 0.5), prompt_count)
+            prompt += draft.shared(("block", hash_id), end - len(prompt))
             if len(prompt) >= context_token_count:
                 break  # a prompt far beyond the context is not made only to be cut
         else:
@@ -328,8 +332,6 @@ def plan_from_trace(
             "request_limit": request_limit,
             "trace": trace.facts(),
             "length_scale": length_scale,
-            "length_scale_used": used_scale,
-            "block_token_count": block_count if has_blocks else None,
             "too_long": too_long,
         },
     )

@@ -403,6 +403,8 @@ def _read(default: object, value: object) -> object:
         return value
     if isinstance(value, str | int):
         return parse_lengths(str(value))
+    if not hasattr(value, "draw"):
+        raise ValueError(f"{value!r} is no distribution of lengths")
     return value
 
 

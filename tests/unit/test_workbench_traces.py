@@ -105,7 +105,7 @@ MOONCAKE = '{"timestamp": 0, "input_length": 600, "output_length": 2, "hash_ids"
         (AZURE + "2023-11-16 18:17:03,5,5\n2023-11-16 18:17:04,5\n", "line 3: 2 columns, the header has 3"),
         (AZURE + "yesterday,5,5\n", "line 2: the time is not like"),
         (AZURE + "2023-11-16 18:17:03,many,5\n", "line 2: a token count is not a whole number"),
-        (AZURE + "2023-11-16 18:17:03,0,5\n", "line 2: a prompt of 0 tokens"),
+        (AZURE + "2023-11-16 18:17:03,10000001,5\n", "line 2: a prompt of 10000001 tokens"),
         (AZURE + "2023-11-16 18:17:03,5,99999999\n", "line 2: an answer of 99999999 tokens"),
         (AZURE + "2023-11-16 18:17:03,5,5\n2023-11-16 18:17:02,5,5\n", "line 3: the time goes back: sort the file"),
         (MOONCAKE + "[1]\n", "line 2: not a JSON object"),
@@ -113,7 +113,10 @@ MOONCAKE = '{"timestamp": 0, "input_length": 600, "output_length": 2, "hash_ids"
         (MOONCAKE + MOONCAKE.replace("600", "true"), "line 2: input_length is not a whole number"),
         (MOONCAKE + MOONCAKE.replace("0,", '"now",', 1), "line 2: timestamp is not a number"),
         (MOONCAKE + MOONCAKE.replace("0,", "NaN,", 1), "line 2: the time is not a finite number"),
-        (MOONCAKE + MOONCAKE.replace("[1, 2]", "[1]"), "line 2: 1 hash_ids for 600 tokens"),
+        (
+            MOONCAKE + MOONCAKE.replace("[1, 2]", "[1, 2, 3]"),
+            "line 2: 3 hash_ids for 600 tokens; one for each 512 would be 2",
+        ),
         (MOONCAKE + MOONCAKE.replace("[1, 2]", '["a", "b"]'), "line 2: hash_ids is not a list of whole numbers"),
     ],
 )
@@ -163,25 +166,42 @@ def test_the_same_id_gives_the_same_tokens_and_other_ids_others(tmp_path: Path) 
     assert prefix_hit_share([first, other_seed]) == 0.0
 
 
-def test_a_length_scale_is_rounded_to_whole_tokens_of_a_block_and_keeps_the_sharing(tmp_path: Path) -> None:
-    rows = [
-        (i * 1000, 512 * 20 + 256, 100, [*range(i % 4 * 5), *range(100 * i, 100 * i + 21 - i % 4 * 5)])
+def test_a_length_scale_keeps_lengths_and_sharing_whatever_it_is() -> None:
+    rows = tuple(
+        TraceRow(float(i), 512 * 20 + 256, 100, (*range(i % 4 * 5), *range(100 * i, 100 * i + 21 - i % 4 * 5)))
         for i in range(40)
-    ]
-    trace = read_trace(mooncake(tmp_path / "trace.jsonl", rows))
-    shares = {}
-    for scale in (1.0, 0.25, 0.0321):
+    )
+    trace = Trace("t", "mooncake", "0", rows)
+    for scale in (1.0, 0.25, 0.0321, 0.0013):
         plan = plan_from_trace(trace, PROMPTS, seed=1, length_scale=scale, context_token_count=20_000)
-        block = plan.facts["block_token_count"]
-        assert isinstance(block, int)
-        assert plan.facts["length_scale"] == scale
-        assert plan.facts["length_scale_used"] == block / 512
-        assert {len(request.prompt_token_ids) for request in plan.requests} == {20 * block + block // 2}
-        assert {request.output_token_count for request in plan.requests} == {math.floor(100 * block / 512 + 0.5)}
-        shares[block] = prefix_hit_share([request.prompt_token_ids for request in plan.requests], block)
-    assert set(shares) == {512, 128, 16}
-    assert max(shares.values()) - min(shares.values()) < 1e-3
-    assert shares[512] > 0.2
+        assert plan.facts["length_scale"] == plan.facts["scale"] == scale
+        assert {len(request.prompt_token_ids) for request in plan.requests} == {math.floor(10_496 * scale + 0.5)}
+        assert {request.output_token_count for request in plan.requests} == {max(1, math.floor(100 * scale + 0.5))}
+        for place in range(4, 40, 4):
+            # Of the blocks 0, 1, 2..., rows have none, 5, 10 and 15 in common with the last that has them all.
+            for row, shared in ((0, 0), (1, 5), (2, 10), (3, 15)):
+                common = math.floor(shared * 512 * scale + 0.5)
+                ids, others = plan.requests[place + row].prompt_token_ids, plan.requests[3].prompt_token_ids
+                assert ids[:common] == others[:common]
+                if scale > 0.01:
+                    assert ids[common : common + 5] != others[common : common + 5]
+
+
+def test_bailians_blocks_are_of_16_tokens_and_its_times_in_seconds(tmp_path: Path) -> None:
+    row = {"chat_id": 1, "parent_chat_id": -1, "output_length": 9, "type": "text", "turn": 1}
+    rows = [
+        {**row, "timestamp": 61.114, "input_length": 40, "hash_ids": [5, 6, 7]},
+        {**row, "timestamp": 62.5, "input_length": 33, "hash_ids": [5, 6, 8]},
+        {**row, "timestamp": 63.0, "input_length": 33, "hash_ids": [5]},
+    ]
+    trace = read_trace(written(tmp_path / "qwen.jsonl", "".join(json.dumps(row) + "\n" for row in rows)))
+    assert (trace.form, trace.block_token_count) == ("bailian", 16)
+    assert [row.at_s for row in trace.rows] == [0.0, 1.386, 1.886]
+    first, second, third = (request.prompt_token_ids for request in plan_from_trace(trace, PROMPTS, seed=1).requests)
+    assert (len(first), len(second), len(third)) == (40, 33, 33)
+    assert first[:32] == second[:32]
+    assert first[:16] == third[:16]
+    assert third[16:32] != second[16:32], "what no id stands for is unique"
 
 
 def test_rows_without_ids_share_nothing_and_keep_their_exact_lengths() -> None:
@@ -193,7 +213,6 @@ def test_rows_without_ids_share_nothing_and_keep_their_exact_lengths() -> None:
     assert plan.duration_s == 50.0
     halved = plan_from_trace(Trace("t", "plain", "0", rows), PROMPTS, seed=1, length_scale=0.5)
     assert lengths_of(halved)[1] == (51, 2)  # 50.5 and 2: halves go up
-    assert halved.facts["length_scale_used"] == 0.5
 
 
 def test_what_does_not_fit_is_cut_or_dropped_and_counted() -> None:
@@ -203,14 +222,15 @@ def test_what_does_not_fit_is_cut_or_dropped_and_counted() -> None:
         TraceRow(2.0, 100, 2000),
         TraceRow(3.0, 3000, 2000, tuple(range(6))),
         TraceRow(4.0, 10, 0),
+        TraceRow(5.0, 0, 10),
     )
     trace = Trace("t", "plain", "0", rows)
     cut = plan_from_trace(trace, PROMPTS, seed=1, context_token_count=1000)
     assert lengths_of(cut) == [(900, 50), (950, 50), (100, 900), (500, 500)]
-    assert cut.facts["cut"] == {"dropped_without_answer": 1, "outputs_cut": 2, "prompts_cut": 2}
+    assert cut.facts["cut"] == {"dropped_without_prompt_or_answer": 2, "outputs_cut": 2, "prompts_cut": 2}
     dropped = plan_from_trace(trace, PROMPTS, seed=1, context_token_count=1000, too_long="drop")
     assert lengths_of(dropped) == [(900, 50)]
-    assert dropped.facts["cut"] == {"dropped_too_long": 3, "dropped_without_answer": 1}
+    assert dropped.facts["cut"] == {"dropped_too_long": 3, "dropped_without_prompt_or_answer": 2}
     assert dropped.facts["too_long"] == "drop"
 
 
@@ -324,7 +344,6 @@ def test_a_replay_of_mooncakes_conversations_keeps_their_prefix_sharing_and_unfo
     trace = read_trace(public("mooncake_conversation.jsonl"))
     plan = plan_from_trace(trace, PROMPTS, seed=1, length_scale=1 / 32)
     assert len(plan.requests) == 12_031
-    assert plan.facts["block_token_count"] == 16
     assert plan.facts["cut"] == {}
     assert plan.facts["prefix_hit_share_infinite_cache"] == pytest.approx(0.374, abs=0.001)
     pacer = plan.facts["pacer"]

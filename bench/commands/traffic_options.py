@@ -65,6 +65,19 @@ def add_traffic_options(parser: argparse.ArgumentParser) -> None:
     when.add_argument("--trace-start", type=float, default=0.0, metavar="S", help="slice of the trace: from")
     when.add_argument("--trace-end", type=float, metavar="S", help="slice of the trace: to")
     when.add_argument("--trace-rate", type=float, default=1.0, metavar="X", help="play a trace X times as fast")
+    when.add_argument("--trace-keep", type=float, default=1.0, metavar="P", help="keep each request with this chance")
+    when.add_argument(
+        "--trace-jitter",
+        default="auto",
+        metavar="RULE",
+        help="auto: spread arrivals within the tick of a coarse clock if there is one; none; or the tick in seconds",
+    )
+    when.add_argument(
+        "--trace-too-long",
+        choices=("cut", "drop"),
+        default="cut",
+        help="what to do with requests beyond --context (default: %(default)s)",
+    )
 
 
 def print_workloads() -> None:
@@ -148,7 +161,10 @@ def make_plan_of(arguments: argparse.Namespace, prompts: PromptMaker, *, pacer: 
                 start_s=arguments.trace_start,
                 end_s=_trace_end(arguments, math.inf),
                 rate_scale=arguments.trace_rate,
+                keep_share=arguments.trace_keep,
                 length_scale=arguments.scale,
+                jitter=arguments.trace_jitter,
+                too_long=arguments.trace_too_long,
                 context_token_count=arguments.context,
                 request_limit=arguments.requests,
             )

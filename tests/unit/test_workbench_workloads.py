@@ -30,7 +30,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "workbench" / "workloads.m
 EVERY = pytest.mark.parametrize("name", WORKLOADS)
 
 
-def plan_of(name: str, *, rate: float = 4.0, duration_s: float = 60.0, seed: int = 1, **more: Any) -> Plan:
+def plan_of(name: str, *, rate: float = 3.0, duration_s: float = 30.0, seed: int = 1, **more: Any) -> Plan:
     return make_plan(name, pacer=Poisson(rate), duration_s=duration_s, seed=seed, prompts=PROMPTS, **more)
 
 
@@ -49,7 +49,7 @@ def test_a_plan_is_in_order_within_its_duration_and_fits_the_context(name: str) 
     assert [request.index for request in plan.requests] == list(range(len(plan.requests)))
     starts = [request.at_s for request in plan.requests if request.after is None]
     assert starts == sorted(starts)
-    assert 0 <= starts[0] <= starts[-1] < 60
+    assert 0 <= starts[0] <= starts[-1] < 30
     for request in plan.requests:
         assert len(request.prompt_token_ids) >= 1
         assert request.output_token_count >= 1
@@ -75,7 +75,7 @@ def test_the_same_arguments_give_the_same_plan_and_another_seed_shares_nothing_w
 
 @EVERY
 def test_a_longer_run_begins_with_the_shorter_one(name: str) -> None:
-    short, long = plan_of(name, duration_s=30.0), plan_of(name, duration_s=60.0)
+    short, long = plan_of(name, duration_s=15.0), plan_of(name, duration_s=30.0)
     assert len(short.requests) < len(long.requests)
     assert long.requests[: len(short.requests)] == short.requests
 
@@ -85,7 +85,7 @@ def test_facts_are_json_and_enough_to_make_the_plan_again(name: str) -> None:
     plan = plan_of(name, scale=0.5, context_token_count=3000, arrival_limit=50)
     facts = json.loads(json.dumps(plan.facts))
     assert facts["workload"] == plan.name == name
-    assert facts["rate_per_s"] == 4.0
+    assert facts["rate_per_s"] == 3.0
     assert facts["arrival_count"] == 50
     assert facts["request_count"] == len(plan.requests)
     assert facts["session_count"] == len(sessions_of(plan))

@@ -37,6 +37,9 @@ __all__ = ["PhaseDelays", "SimConfig", "SimEngine", "SimNetwork", "TokenRule", "
 LONGEST_SILENCE_S = 5.0
 """For so long at most are tokens kept back under a pace: the router takes long silences for death."""
 
+LONGEST_ROW = 8
+"""Steps planned at once under a pace: most rows are cut short by something that comes, and planned anew."""
+
 # Over all engines of the process: a handle of an engine that was replaced never names KV of its successor.
 _handle_numbers = itertools.count(1)
 
@@ -352,7 +355,7 @@ class SimEngine:
             self._row = None
         await self._is_going.wait()
         ends_at = [row.end_at(index) for index in range(last + 1)]
-        before = {sequence: sequence.output_token_count for sequence in (*batch.decoding, *dict(batch.chunks))}
+        before = {each: each.output_token_count for each in (*batch.decoding, *(each for each, _ in batch.chunks))}
         if batch.chunks:
             advanced = self.scheduler.apply(batch, ends_at[0])
         else:
@@ -391,7 +394,7 @@ class SimEngine:
         return works_s
 
     def _look_ahead_count(self, batch: Batch, pace: Pace) -> int:
-        count = pace.look_ahead_step_count
+        count = min(pace.look_ahead_step_count, LONGEST_ROW)
         for sequence in batch.decoding:
             leg = self._legs.get(sequence)
             if leg is None or pace.is_exact(leg.leg_id):

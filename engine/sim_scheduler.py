@@ -202,13 +202,15 @@ class Scheduler:
 
     def certain_step_count(self, sequence: Sequence) -> int:
         """So many steps of decoding the sequence has for certain, the one that ends it included: more than one only
-        where nothing but its length can end it."""
-        if sequence.stop.stop_token_ids or not (sequence.stop.ignore_eos or self.rule.never_ends):
+        where nothing but its length can end it, and nothing but its tokens is wanted."""
+        stop = sequence.stop
+        if stop.stop_token_ids or stop.min_token_count or not self.rule.never_ends:
             return 1
         if sequence.top_logprob_count is not None:
             return 1  # each token has its own
-        by_limit = sequence.stop.max_token_count - sequence.output_token_count
-        return max(1, min(by_limit, self.max_context_token_count - len(sequence.token_ids)))
+        length = len(sequence.token_ids)
+        by_limit = stop.max_token_count - length + sequence.prompt_token_count
+        return max(1, min(by_limit, self.max_context_token_count - length))
 
     def schedule(self, now: float) -> Batch:
         """The next step: every decoding sequence, then prompts in order of admission as far as the budget goes."""
@@ -260,10 +262,9 @@ class Scheduler:
                 continue
             if sequence.first_token_at is None:
                 sequence.first_token_at = ends_at[0]
-            for _ in range(count - 1):
-                sequence.content = extend_content(sequence.content, sequence.token_ids[-1:])
-                sequence.token_ids.append(self._next_token(sequence))
-            sequence.computed_token_count += count - 1
+            if count > 1:
+                sequence.content = self.rule.go_on(sequence.content, sequence.token_ids, count - 1)
+                sequence.computed_token_count += count - 1
             sequence.content = extend_content(sequence.content, sequence.token_ids[-1:])
             sequence.computed_token_count += 1
             self._publish(sequence)

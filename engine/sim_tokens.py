@@ -65,6 +65,27 @@ class TokenRule:
             word = (word + 1) % word_count
         return self.special_token_count + word
 
+    def go_on(self, content: int, token_ids: list[int], count: int) -> int:
+        """Appends ``count`` tokens, each computed from those before it, and returns the content after the last but
+        one of them. ``content``: that before the last of ``token_ids``. The same as ``extend_content`` and
+        ``next_token`` in turns, where nothing ends and nothing is forbidden; simulations spend their time here."""
+        assert self.never_ends
+        special, word_count, eos = (
+            self.special_token_count,
+            self.vocab_size - self.special_token_count,
+            self.eos_token_id,
+        )
+        token_id = token_ids[-1]
+        for _ in range(count):
+            content = ((content ^ (token_id + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9) & _MASK
+            content ^= content >> 31
+            word = (((content * 0x94D049BB133111EB) & _MASK) >> 17) % word_count
+            if special + word == eos:
+                word = (word + 1) % word_count
+            token_id = special + word
+            token_ids.append(token_id)
+        return content
+
     def too_early(
         self, answer_token_count: int, *, min_token_count: int, stop_token_ids: Collection[int]
     ) -> frozenset[int]:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
@@ -62,8 +63,11 @@ class Delays:
     def first_token_s(self, prompt_token_count: int) -> float:
         return self._drawn("first_token", self._overheads.first_token, prompt_token_count)
 
-    def token_s(self, sequence_count: int) -> float:
-        return self._drawn("token", self._overheads.token, sequence_count)
+    def tokens_s(self, sequence_count: int, count: int) -> list[float]:
+        """Of ``count`` tokens."""
+        if "token" not in self._noise:
+            return [self._overheads.token.at(sequence_count)] * count
+        return [self._drawn("token", self._overheads.token, sequence_count) for _ in range(count)]
 
     def _drawn(self, name: str, line: Line, units: int) -> float:
         noise = self._noise.get(name)
@@ -108,12 +112,13 @@ class TokenBook:
         if told is None:
             return  # its caller left
         del told.at_s[first:]
-        for index, ended_at in enumerate(ends_at, start=first):
-            way_s = (
-                self._delays.token_s(sequence_count) if index else self._delays.first_token_s(told.prompt_token_count)
-            )
-            at_s = ended_at + way_s
-            told.at_s.append(max(at_s, told.at_s[-1]) if told.at_s else at_s)
+        if first == 0:
+            told.at_s.append(ends_at[0] + self._delays.first_token_s(told.prompt_token_count))
+            ends_at = ends_at[1:]
+        latest = told.at_s[-1] if told.at_s else 0.0
+        for ended_at, way_s in zip(ends_at, self._delays.tokens_s(sequence_count, len(ends_at)), strict=True):
+            latest = max(latest, ended_at + way_s)  # a stream does not overtake itself
+            told.at_s.append(latest)
 
     def times(self, generation_id: str, first: int, count: int) -> list[float]:
         """Of ``count`` tokens of the answer from index ``first``."""
@@ -121,7 +126,8 @@ class TokenBook:
 
 
 class WireClient(ProcessClient):
-    """The router's client of a worker in the same process, with the time that the way takes."""
+    """The router's client of a worker in the same process, with the time that the way takes. Without deadlines of its
+    own for prefills and decodes: the router's are there, of the request, of prefills and of silences."""
 
     def __init__(self, process: WorkerProcess, delays: Delays) -> None:
         super().__init__(process)
@@ -131,12 +137,12 @@ class WireClient(ProcessClient):
     async def prefill(self, order: PrefillOrder, *, timeout_s: float) -> PrefillReply:
         count = len(order.prompt_token_ids)
         await _sleep(self._delays.admit_s(count))
-        reply = await super().prefill(order, timeout_s=timeout_s)
+        self._check_there()
+        reply = await self._worker.prefill.prefill(order)
         await _sleep(self._delays.reply_s(count))
         return reply
 
     async def decode(self, order: DecodeOrder, *, timeout_s: float) -> AsyncGenerator[DecodeEvent, None]:
-        """Without a deadline of its own for each event: the router's, of the request and of silences, are there."""
         count = len(order.prompt_token_ids)
         await _sleep(self._delays.rest_of_handoff_s(count) if order.ticket else self._delays.admit_s(count))
         self._check_there()
@@ -186,7 +192,7 @@ class SimulatedCluster:
             self.roster,
             self.admission,
             limits=FlightLimits(max_attempt_count=router.max_attempt_count, lease_s=router.lease_s),
-            metrics=RouterMetrics(CollectorRegistry()),
+            metrics=_UnscrapedRouter(CollectorRegistry()),
         )
 
     @property
@@ -246,8 +252,7 @@ class SimulatedCluster:
             on_tokens=self.book.tokens,
         )
         process = WorkerProcess(worker_id, role, "e1", SimEngine(sim, self._network, pace))
-        # Nobody scrapes a simulated worker, and its load is told ten times a second.
-        metrics = _Unscraped(CollectorRegistry(), worker_id)
+        metrics = _UnscrapedWorker(CollectorRegistry(), worker_id)
         process.board = LoadBoard(process.engine, [process.prefill, process.decode], epoch="e1", metrics=metrics)
         await process.start()
         self.processes[worker_id] = process
@@ -288,7 +293,22 @@ async def sampling(
             await task
 
 
-class _Unscraped(WorkerMetrics):
+class _UnscrapedRouter(RouterMetrics):
+    """Nobody scrapes a simulated process, and counting for Prometheus would be a tenth of the simulation's time."""
+
+    def request_ended(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def tokens_sent(self, token_count: int, gap_s: float | None) -> None:
+        pass
+
+    def set_ready_workers(self, counts: Iterable[tuple[str, int]]) -> None:
+        pass
+
+
+class _UnscrapedWorker(WorkerMetrics):
+    """Its load is told ten times a second."""
+
     def set_load(self, load: WorkerLoad) -> None:
         pass
 

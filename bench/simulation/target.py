@@ -40,9 +40,11 @@ class SimulatedTarget:
                 async for event in events:
                     match event:
                         case Piece(first_token_index=first) if event.token_count:
+                            now = loop.time()
                             for at_s in book.times(generation_id, first, event.token_count):
-                                if (way_s := at_s - loop.time()) > 0:
-                                    await asyncio.sleep(way_s)
+                                if at_s > now:
+                                    await asyncio.sleep(at_s - now)
+                                    now = loop.time()
                                 seen += 1
                                 yield Tokens(at_s, 1)
                         case Completed():

@@ -175,6 +175,7 @@ def _print(profile: Profile) -> None:
     )
     print(
         f"decode step   {d.base_s * _MILLI:.1f} ms + {d.per_sequence_s * _MILLI:.3f} ms a sequence "
+        f"+ {d.per_sequence_beyond_knee_s * _MILLI:.3f} ms each beyond {d.knee_sequence_count} "
         f"+ {d.per_context_token_s * 1e6:.2f} us a token of context"
     )
     print(

@@ -35,6 +35,8 @@ STEP_SCALE = 0.03
 OVERHEAD_SCALE = 0.2
 MOST_CONTENTION = 0.9
 ENOUGH_BESIDE = 8
+KNEES = range(2, 65)
+CLEARLY = 0.97
 
 
 class FitImpossible(ValueError):
@@ -167,24 +169,22 @@ def fit_steps(steps: Sequence[Step], rng: random.Random, *, kv_bytes_per_token: 
     used, facts = _undisturbed(ordinary)
     by_kind = {kind: [step for step in used if step.kind == kind] for kind in KINDS}
     prefill, decode = by_kind["prefill"], by_kind["decode"]
+    design = np.array([_prefill_features(step) for step in prefill]).reshape(len(prefill), 3)
+    more: dict[str, Any] = {"scale": STEP_SCALE}
     fitted = {
-        kind: fit_linear(
-            f"{kind} steps",
-            np.array([features(step) for step in each]).reshape(len(each), 3),
-            _durations(each),
-            rng,
-            scale=STEP_SCALE,
-            overlaps=_overlaps(each),
-        )
-        for kind, each, features in (
-            ("prefill", prefill, _prefill_features),
-            ("decode", decode, _decode_features),
-        )
+        "prefill": fit_linear("prefill steps", design, _durations(prefill), rng, overlaps=_overlaps(prefill), **more)
     }
+    knee, fitted["decode"] = _fit_decode(decode, rng)
     p, d = fitted["prefill"].coefficients, fitted["decode"].coefficients
     cost = CostModel(
         PrefillCost(float(p[0]), float(p[1]), float(p[2])),
-        DecodeCost(float(d[0]), float(d[1]), float(d[2])),
+        DecodeCost(
+            base_s=float(d[0]),
+            per_context_token_s=float(d[1]),
+            per_sequence_s=float(d[2]),
+            per_sequence_beyond_knee_s=float(d[3]) if knee else 0.0,
+            knee_sequence_count=knee,
+        ),
         kv_bytes_per_token=kv_bytes_per_token,
     )
     contention = Contention(
@@ -207,6 +207,33 @@ def fit_steps(steps: Sequence[Step], rng: random.Random, *, kv_bytes_per_token: 
         for neighbour in NEIGHBOURS
     }
     return StepsFitted(cost, contention, noise, errors, facts)
+
+
+def _fit_decode(steps: Sequence[Step], rng: random.Random) -> tuple[int, Fitted]:
+    """The knee that the steps themselves choose: 0, for none, unless another makes the penalty clearly smaller.
+    Batches on both sides must have been seen."""
+    seen = {len(step.context_token_counts) for step in steps}
+    candidates = [knee for knee in KNEES if min(seen, default=0) < knee and sum(count > knee for count in seen) > 1]
+    state = rng.getstate()
+    best: tuple[float, int, Fitted] | None = None
+    for knee in (0, *candidates):
+        rng.setstate(state)  # the same samples are held out for each
+        width = 4 if knee else 3
+        design = np.array([_decode_features(step, knee)[:width] for step in steps]).reshape(len(steps), width)
+        fitted = fit_linear(
+            "decode steps", design, _durations(steps), rng, scale=STEP_SCALE, overlaps=_overlaps(steps)
+        )
+        penalty = _penalty(fitted.ratios)
+        if best is None or penalty < best[0] * (CLEARLY if best[1] == 0 else 1.0) - 1e-9:
+            best = (penalty, knee, fitted)
+    assert best is not None
+    return best[1], best[2]
+
+
+def _penalty(ratios: Floats) -> float:
+    """Mean of rho, as ``_solve`` minimises it."""
+    relative = (1.0 / np.maximum(ratios, 1e-9) - 1.0) / STEP_SCALE
+    return float((2.0 * (np.sqrt(1.0 + relative**2) - 1.0)).mean())
 
 
 def predicted_s(step: Step, cost: CostModel, contention: Contention) -> float:
@@ -260,10 +287,10 @@ def _prefill_features(step: Step) -> tuple[float, ...]:
     return 1.0, linear, squared
 
 
-def _decode_features(step: Step) -> tuple[float, ...]:
+def _decode_features(step: Step, knee: int) -> tuple[float, ...]:
     """As ``DecodeCost`` has them."""
     contexts = step.context_token_counts
-    return 1.0, sum(contexts), len(contexts)
+    return 1.0, sum(contexts), len(contexts), max(0, len(contexts) - knee)
 
 
 # -- what is not a step -------------------------------------------------------------------------

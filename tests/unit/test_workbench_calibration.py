@@ -37,7 +37,14 @@ OVERHEADS = Overheads(
 LINK = Link(0.0008, 6e9)
 
 
-def step(worker: str, began_at: float, parts: list[Part], busy: tuple[float, float], noise: float = 1.0) -> Step:
+def step(
+    worker: str,
+    began_at: float,
+    parts: list[Part],
+    busy: tuple[float, float],
+    noise: float = 1.0,
+    cost: CostModel = COST,
+) -> Step:
     """As long as ``COST`` and ``CONTENTION`` say. ``busy``: shares of it with a neighbour in prefill, in decode."""
     blank = Step(worker, began_at, began_at, began_at, tuple(parts), began_at)
     is_prefill = blank.kind != "decode"
@@ -45,13 +52,13 @@ def step(worker: str, began_at: float, parts: list[Part], busy: tuple[float, flo
         CONTENTION.share(is_prefill=is_prefill, neighbour_is_prefill=index == 0) * share
         for index, share in enumerate(busy)
     )
-    until = began_at + COST.step_s(blank.chunks, blank.context_token_counts) * noise / (1.0 - lost)
+    until = began_at + cost.step_s(blank.chunks, blank.context_token_counts) * noise / (1.0 - lost)
     length = until - began_at
     overlap = {"prefill": busy[0] * length, "decode": busy[1] * length}
     return dataclasses.replace(blank, ended_at=until - 1e-4, until=until, overlap_s=overlap)
 
 
-def many_steps(count: int, noise: Callable[[], float]) -> list[Step]:
+def many_steps(count: int, noise: Callable[[], float], cost: CostModel = COST) -> list[Step]:
     rng = random.Random(5)
     found: list[Step] = []
     for number in range(count):
@@ -61,7 +68,7 @@ def many_steps(count: int, noise: Callable[[], float]) -> list[Step]:
             parts = [Part(f"p{number}.1", rng.randint(2, 512), rng.choice([0, 0, 512, 1024, 2048]), True)]
         else:
             parts = [Part(f"d{number}.{i}", 1, rng.randint(16, 3000), True) for i in range(rng.randint(1, 16))]
-        found.append(step("w", float(number), parts, busy, noise()))
+        found.append(step("w", float(number), parts, busy, noise(), cost))
     return found
 
 
@@ -81,7 +88,7 @@ def test_costs_survive_noise_and_steps_that_somebody_else_held_up() -> None:
     def noise() -> float:
         return rng.lognormvariate(0.0, 0.02) * (2.5 if rng.random() < 0.05 else 1.0)
 
-    fitted = fit_steps(many_steps(3000, noise), random.Random(1), kv_bytes_per_token=23_040)
+    fitted = fit_steps(many_steps(1500, noise), random.Random(1), kv_bytes_per_token=23_040)
     batches = [[64], [512] * 4, [1500] * 16]
     for contexts in batches:
         assert fitted.cost.step_s([], contexts) == pytest.approx(COST.step_s([], contexts), rel=0.02)
@@ -90,6 +97,22 @@ def test_costs_survive_noise_and_steps_that_somebody_else_held_up() -> None:
     noise_of_decode = fitted.noise["decode"]
     assert noise_of_decode.at(0.5) == pytest.approx(1.0, abs=0.02)
     assert noise_of_decode.at(0.995) > 2.0, "the stalls are part of the noise"
+
+
+def test_the_batch_from_which_sequences_cost_is_found_and_none_where_there_is_none() -> None:
+    bent = DecodeCost(0.030, 4.0e-6, 0.3e-3, per_sequence_beyond_knee_s=1.1e-3, knee_sequence_count=8)
+    rng = random.Random(9)
+    steps = many_steps(500, lambda: rng.lognormvariate(0.0, 0.02), dataclasses.replace(COST, decode=bent))
+    fitted = fit_steps(steps, random.Random(1), kv_bytes_per_token=1).cost.decode
+    assert 7 <= fitted.knee_sequence_count <= 9
+    for count in (1, 8, 16):
+        assert fitted.work_s([300] * count) + fitted.base_s == pytest.approx(
+            bent.work_s([300] * count) + bent.base_s, rel=0.01
+        )
+    straight = fit_steps(
+        many_steps(500, lambda: rng.lognormvariate(0.0, 0.02)), random.Random(1), kv_bytes_per_token=1
+    )
+    assert straight.cost.decode.knee_sequence_count == 0
 
 
 def test_no_coefficient_is_negative_where_the_data_would_have_one() -> None:
@@ -256,6 +279,13 @@ def test_what_is_asked_is_seeded_and_fits_the_memory(is_quick: bool, is_split: b
     for wave in work.waves:
         assert 0 < sum(ask.prompt_token_count + ask.output_token_count for ask in wave) <= 6000
         assert len(wave) <= 16
+
+
+def test_a_decode_step_costs_nothing_more_up_to_its_knee_and_by_the_sequence_beyond() -> None:
+    cost = DecodeCost(0.0, 0.0, 0.001, per_sequence_beyond_knee_s=0.01, knee_sequence_count=3)
+    assert [cost.work_s([5] * count) for count in (1, 3, 4, 6)] == pytest.approx([0.001, 0.003, 0.014, 0.036])
+    with pytest.raises(ValueError, match="per_sequence_beyond_knee_s must be 0 or more"):
+        DecodeCost(per_sequence_beyond_knee_s=-1.0)
 
 
 def test_a_profile_comes_back_from_its_file(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ def add_command(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "report",
         help="make the HTML report of saved runs",
-        description="Makes one HTML file of saved runs: of one, of a sweep of rates, of several systems. Runs with the same "
-        "label are one system. The file opens anywhere and fetches nothing.",
+        description="Makes one HTML file of saved runs: of one, of a sweep of rates, of several systems. Runs with "
+        "the same label are one system. The file opens anywhere and fetches nothing.",
         epilog="Exit codes: 0 written, 2 a directory has no run or a run cannot be read. What is on the page: "
         "docs/workbench/reports.md",
     )
@@ -41,14 +41,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def find_runs(directories: Iterable[Path]) -> list[Path]:
-    """The directories of runs, in the order given, those within one directory by name; each once. Raises ``ValueError``
-    for a directory without any.
+    """The directories of runs, in the order given, those within one directory by name; each once. Raises
+    ``ValueError`` for a directory without any.
     """
     found: dict[Path, None] = {}
     for directory in directories:
         if not directory.is_dir():
             raise ValueError(f"{directory} is not a directory")
-        runs = [directory] if (directory / RUN_FILE).is_file() else sorted(p.parent for p in directory.rglob(RUN_FILE))
+        runs = (
+            [directory] if (directory / RUN_FILE).is_file() else sorted(p.parent for p in directory.rglob(RUN_FILE))
+        )
         if not runs:
             raise ValueError(f"{directory} has no run: no {RUN_FILE} in it or below it")
         found |= {run.resolve(): None for run in runs}

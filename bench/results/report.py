@@ -1,7 +1,7 @@
 """The report: one HTML file of one run, of a sweep of rates, of several systems.
 
-``render`` is pure. Runs with one label are one system and make one line where rates differ; the curves of several runs
-lie in one plot where their rates agree.
+``render`` is pure. Runs with one label are one system and make one line where rates differ; the curves of several
+runs lie in one plot where their rates agree.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bench.results.slo import PRESETS
 from bench.results.summary import LAG_LIMIT_S
 
 POINTS_OF_ALL = 12_000
-"""Points of a curve that one run may have, times runs: more runs get fewer points each, so that the page stays light."""
+"""Points of a curve times runs: more runs get fewer points each, so that the page stays light."""
 MOST_POINTS, FEWEST_POINTS = 600, 100
 FACTS_CHARACTERS = 40_000
 DETAILED_RUNS = 60
@@ -48,8 +48,8 @@ def render(runs: Sequence[RunData], *, title: str | None = None) -> str:
         badges=_badges(views),
         warnings=_warnings(views),
         sections=sections,
-        footer="Made by baton bench. Everything is in this file: it fetches nothing. Every latency counts from the time at "
-        "which a request was meant to be sent; requests that failed are in every denominator.",
+        footer="Made by baton bench. Everything is in this file: it fetches nothing. Every latency counts from the "
+        "time at which a request was meant to be sent; requests that failed are in every denominator.",
     )
 
 
@@ -100,8 +100,8 @@ def _summary_intro(views: Sequence[RunView]) -> str:
     scales = sorted({float(view.facts.get("slo_scale") or 1.0) for view in views})
     scaled = "" if scales == [1.0] else f" SLOs are scaled by {', '.join(f'{scale:g}' for scale in scales)}."
     return (
-        "Of the requests due in the measured window (warm-up cut by rule). ITL: every gap between two messages. A request is "
-        "good when it ended well and met all three bounds of the SLO: TTFT, TPOT and its own "
+        "Of the requests due in the measured window (warm-up cut by rule). ITL: every gap between two messages. "
+        "A request is good when it ended well and met all three bounds of the SLO: TTFT, TPOT and its own "
         + ("longest gap." if slo["tail_percent"] == 100 else f"p{slo['tail_percent']:g} gap.")
         + scaled
     )
@@ -162,7 +162,7 @@ def _figures_row(view: RunView) -> list[str]:
         _head(view),
         figure(view.offered_per_s),
         str(summary["window"]["request_count"]),
-        ok if share is None or share >= 1.0 else f"!{ok}",
+        ok if share is None or share >= 0.99 else f"!{ok}",
         *(ms(metric, statistic) for metric in ("ttft", "itl_message", "tpot", "e2e") for statistic in ("p50", "p99")),
         figure(summary["throughput"]["output_tokens_per_s"]),
         figure(summary["throughput"]["input_tokens_per_s"]),
@@ -212,8 +212,9 @@ def _against_rates(views: Sequence[RunView], style: Style) -> Section:
                 views,
                 style,
                 title="TTFT against rate",
-                caption="Solid: p50, dotted: p99. A line joins the median of the runs at each rate; thin crosses are invalid "
-                "runs, hollow markers simulated ones.",
+                caption="Solid: p50, dotted: p99. A line joins the median of the runs at each rate; thin crosses are "
+                "invalid runs; dashes and hollow markers, simulated ones.",
+                is_log=True,
                 y_title="ms",
                 curves={"p50": of("ttft", "p50"), "p99": of("ttft", "p99")},
                 shapes=limit("ttft_s", f"SLO {name}: TTFT"),
@@ -232,6 +233,7 @@ def _against_rates(views: Sequence[RunView], style: Style) -> Section:
                 style,
                 title="Longest gap of an answer against rate",
                 caption="What a reader sees stall. Solid: of the median answer, dotted: of the p99.",
+                is_log=True,
                 y_title="ms",
                 curves={"p50": of("longest_gap", "p50"), "p99": of("longest_gap", "p99")},
                 shapes=limit("tail_itl_s", f"SLO {name}: gap"),
@@ -250,8 +252,8 @@ def _against_rates(views: Sequence[RunView], style: Style) -> Section:
                 views,
                 style,
                 title="Share within the SLO against rate",
-                caption=f"Of all requests, however they ended. The line at {plots.ATTAINMENT_GOAL:.0%} is where the highest rate "
-                "within the SLO is usually read off.",
+                caption=f"Of all requests, however they ended. The line at {plots.ATTAINMENT_GOAL:.0%} is where the "
+                "highest rate within the SLO is usually read off.",
                 y_title="share",
                 curves={"share": lambda view, name=name: view.goodput(name, "share")},
                 shapes=[
@@ -267,6 +269,7 @@ def _against_rates(views: Sequence[RunView], style: Style) -> Section:
                 style,
                 title="ITL against rate",
                 caption="Gaps between messages of all answers together. Solid: p50, dotted: p99.",
+                is_log=True,
                 y_title="ms",
                 curves={"p50": of("itl_message", "p50"), "p99": of("itl_message", "p99")},
             ),
@@ -275,6 +278,7 @@ def _against_rates(views: Sequence[RunView], style: Style) -> Section:
                 style,
                 title="E2E against rate",
                 caption="Solid: p50, dotted: p99; of complete answers.",
+                is_log=True,
                 y_title="ms",
                 curves={"p50": of("e2e", "p50"), "p99": of("e2e", "p99")},
             ),
@@ -302,6 +306,24 @@ def _against_rates(views: Sequence[RunView], style: Style) -> Section:
 
 # Distributions
 
+CURVES = (
+    (
+        "TTFT",
+        "ttft",
+        "From the intended time to the first token. A curve that ends below 100% had requests without one.",
+    ),
+    (
+        "ITL",
+        "itl",
+        "Every gap of every answer. Solid: between messages, as a reader sees them; dotted: between tokens, where "
+        "those of one message have a gap of 0.",
+    ),
+    ("Longest gap of an answer", "longest_gap", "The worst stall in each answer, which goodput judges."),
+    ("TPOT", "tpot", "(last token - first token) / (tokens - 1) of complete answers: a mean, which hides stalls."),
+    ("E2E", "e2e", "From the intended time to the last token of complete answers."),
+)
+"""Title, metric, and what it is."""
+
 
 def _distributions(views: Sequence[RunView], style: Style, point_limit: int) -> Section:
     groups: dict[tuple[str, float], list[RunView]] = {}
@@ -314,19 +336,7 @@ def _distributions(views: Sequence[RunView], style: Style, point_limit: int) -> 
         def cdf(title: str, of: str, caption: str, members: Sequence[RunView] = members) -> Plot:
             return plots.distribution(members, style, title=title, caption=caption, of=of, point_limit=point_limit)
 
-        panels.append(
-            Panel(
-                name,
-                [
-                    cdf("TTFT", "ttft", "From the intended time to the first token. A curve that ends below 100% had requests without one."),
-                    cdf("ITL", "itl", "Every gap of every answer. Solid: between messages, as a reader sees them; dotted: between tokens, "
-                        "where those of one message have a gap of 0."),
-                    cdf("Longest gap of an answer", "longest_gap", "The worst stall in each answer, which goodput judges."),
-                    cdf("TPOT", "tpot", "(last token - first token) / (tokens - 1) of complete answers: a mean, which hides stalls."),
-                    cdf("E2E", "e2e", "From the intended time to the last token of complete answers."),
-                ],
-            )
-        )  # fmt: skip
+        panels.append(Panel(name, [cdf(title, metric, caption) for title, metric, caption in CURVES]))
     # Where most systems meet; among those, in the middle of the rates.
     most = max(len({view.system for view in members}) for members in groups.values())
     candidates = [i for i, members in enumerate(groups.values()) if len({view.system for view in members}) == most]
@@ -347,9 +357,9 @@ def _one_run(views: Sequence[RunView], style: Style, point_limit: int) -> Sectio
                     plots.timeline(view, point_limit=point_limit),
                     mean,
                     tail,
+                    plots.demand(view),
                     plots.outcomes(view),
                     plots.schedule_lag(view, style, point_limit=point_limit),
-                    plots.demand(view),
                     _run_table(view),
                 ],
             )
@@ -363,26 +373,28 @@ def _one_run(views: Sequence[RunView], style: Style, point_limit: int) -> Sectio
 
 def _run_table(view: RunView) -> Table:
     summary = view.summary
-    lag, rate = summary["lag_s"], summary["rate"]
+    lag, rate, service = summary["lag_s"], summary["rate"], summary["latency"]["service_ttft_s"]
+    cached, moved, size = summary["cache"], summary["kv_transfer"], summary["sample_size"]
     errors = "; ".join(f"{count} x {words}" for words, count in summary["requests"]["errors"].items())
+    schedule = f"requested {figure(rate['requested_per_s'])}/s, achieved {figure(rate['achieved_per_s'])}/s; lag "
+    schedule += f"p50 {_ms(lag['p50'])}, p99 {_ms(lag['p99'])}, max {_ms(lag['max'])} ms"
+    kv_moved = DASH
+    if moved["bytes"] is not None:
+        kv_moved = f"{moved['bytes'] / 1e6:,.4g} MB in {_count(moved['request_count'], 'request')}"
     rows = [
         ("warm-up", f"{summary['warmup']['verdict']}: {summary['warmup']['reason']}"),
         ("load", f"{summary['saturation']['verdict']}: {summary['saturation']['reason']}"),
-        (
-            "schedule",
-            f"requested {figure(rate['requested_per_s'])}/s, achieved {figure(rate['achieved_per_s'])}/s; lag p50 "
-            f"{_ms(lag['p50'])}, p99 {_ms(lag['p99'])}, max {_ms(lag['max'])} ms (limit of p99 {LAG_LIMIT_S * 1e3:g} ms)",
-        ),
-        ("TTFT from sending", f"p50 {_ms(summary['latency']['service_ttft_s']['p50'])}, p99 {_ms(summary['latency']['service_ttft_s']['p99'])} ms"),
-        ("prefix cache", DASH if summary["cache"]["share"] is None else f"{percent(summary['cache']['share'])} of prompt tokens"),
-        ("KV moved", DASH if summary["kv_transfer"]["bytes"] is None else f"{summary['kv_transfer']['bytes'] / 1e6:.4g} MB in {_count(summary['kv_transfer']['request_count'], 'request')}"),
+        ("schedule", f"{schedule} (limit of p99 {LAG_LIMIT_S * 1e3:g} ms)"),
+        ("TTFT from sending", f"p50 {_ms(service['p50'])}, p99 {_ms(service['p99'])} ms"),
+        ("prefix cache", DASH if cached["share"] is None else f"{percent(cached['share'])} of prompt tokens"),
+        ("KV moved", kv_moved),
         ("placements", _pairs(summary["placements"])),
         ("attempts", _pairs(summary["attempts"])),
         ("per worker", _per_worker(summary["throughput"]["per_worker"])),
-        ("sample size", summary["sample_size"]["warning"] or f"{_count(summary['sample_size']['request_count'], 'request')}: enough for a p99"),
+        ("sample size", size["warning"] or f"{_count(size['request_count'], 'request')}: enough for a p99"),
         ("errors", errors or "none"),
-    ]  # fmt: skip
-    return Table(("rule or figure", "what it says"), rows, caption="Rules and further figures")
+    ]
+    return Table(("rule or figure", "what it says"), rows, caption="Rules and further figures", is_text=True)
 
 
 def _per_worker(per_worker: Mapping[str, Any] | None) -> str:
@@ -391,7 +403,7 @@ def _per_worker(per_worker: Mapping[str, Any] | None) -> str:
     parts = [f"output tokens/s {figure(per_worker['output_tokens_per_s'])} by all {per_worker['worker_count']}"]
     for role, one in per_worker["roles"].items():
         parts += [
-            f"{name.removesuffix('_tokens_per_s')} tokens/s {figure(one[name])} by each of {one['worker_count']} {role}"
+            f"{name.split('_')[0]} tokens/s {figure(one[name])} by each of {one['worker_count']} ({role})"
             for name in ("input_tokens_per_s", "output_tokens_per_s")
             if name in one
         ]
@@ -410,8 +422,9 @@ def _environment(views: Sequence[RunView]) -> Section:
         parts.append(
             Table(
                 ("fact", "value"),
-                [(key, value) for key, value in same.items()],
+                list(same.items()),
                 caption="Environment, seeds, plan" + (": the same in all runs" if len(views) > 1 else ""),
+                is_text=True,
             )
         )
     rest = [key for key in keys if key not in same]
@@ -422,13 +435,13 @@ def _environment(views: Sequence[RunView]) -> Section:
                 ("fact", *(_head(view) for view in shown)),
                 [(key, *(one.get(key, DASH) for one in flattened[: len(shown)])) for key in rest],
                 caption="What differs between the runs",
+                is_text=True,
             )
         )
     budget = max(2_000, FACTS_CHARACTERS * 10 // max(10, len(views)))
-    parts += [
-        Details(f"Facts and summary of {_head(view)}, as JSON", pretty({"facts": dict(view.facts), "summary": dict(view.summary)}, character_limit=budget))
-        for view in views[:DETAILED_RUNS]
-    ]  # fmt: skip
+    for view in views[:DETAILED_RUNS]:
+        whole = {"facts": dict(view.facts), "summary": dict(view.summary)}
+        parts.append(Details(f"Facts and summary of {_head(view)}, as JSON", pretty(whole, character_limit=budget)))
     return Section("Environment", [Panel("", parts)])
 
 

@@ -166,7 +166,7 @@ def series_by_source(samples: Iterable[TimelineSample]) -> dict[str, list[Timeli
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other beats in both coordinates (more is better), by the first one, descending."""
+    """Indices of the points that no other beats in both coordinates (more is better), by the first, descending."""
     front: list[int] = []
     best = -math.inf
     for index in sorted(range(len(points)), key=lambda i: (-points[i][0], -points[i][1])):

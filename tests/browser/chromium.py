@@ -51,8 +51,10 @@ class Chromium:
         to_child, self._to_browser = os.pipe()
         self._from_browser, from_child = os.pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-c", ON_DESCRIPTORS_3_AND_4, str(to_child), str(from_child)]
-            + [str(command), *FLAGS, f"--user-data-dir={home / 'profile'}", "about:blank"],
+            [
+                *(sys.executable, "-c", ON_DESCRIPTORS_3_AND_4, str(to_child), str(from_child)),
+                *(str(command), *FLAGS, f"--user-data-dir={home / 'profile'}", "about:blank"),
+            ],
             env={"PATH": "/usr/bin:/bin", "HOME": str(home), "LANG": "C.UTF-8", **environment},
             pass_fds=(to_child, from_child),
             stdin=subprocess.DEVNULL,
@@ -175,7 +177,11 @@ class Chromium:
             if event["method"] == "Runtime.exceptionThrown":
                 details = parameters["exceptionDetails"]
                 found.append(str(details.get("exception", {}).get("description") or details.get("text")))
-            elif event["method"] == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning", "assert"):
+            elif event["method"] == "Runtime.consoleAPICalled" and parameters["type"] in (
+                "error",
+                "warning",
+                "assert",
+            ):
                 found.append(" ".join(str(one.get("value", one.get("description"))) for one in parameters["args"]))
             elif event["method"] == "Log.entryAdded" and parameters["entry"]["level"] in ("error", "warning"):
                 found.append(str(parameters["entry"]["text"]))

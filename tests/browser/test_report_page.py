@@ -22,11 +22,12 @@ from deploy.setup.prepare_model import baton_home
 
 PLOTS = """[...document.querySelectorAll(".js-plotly-plot")].map(plot => {
     const box = plot.getBoundingClientRect();
-    const marks = [...plot.querySelectorAll(".scatterlayer .trace path, .scatterlayer .point, .barlayer .point path")];
+    const kinds = ".scatterlayer .trace path, .scatterlayer .point, .barlayer .point path";
+    const marks = [...plot.querySelectorAll(kinds)].map(mark => mark.getBoundingClientRect());
     return {
         id: plot.id, width: box.width, height: box.height, traces: plot.data.length,
         title: plot.closest("figure").querySelector("h4").textContent,
-        drawn: marks.filter(mark => { const b = mark.getBoundingClientRect(); return b.width > 0 || b.height > 0; }).length,
+        drawn: marks.filter(mark => mark.width > 0 || mark.height > 0).length,
         texts: [...plot.querySelectorAll("text")].map(text => text.textContent),
         lines: plot.querySelectorAll(".shapelayer path").length,
     };
@@ -117,7 +118,8 @@ def test_choosing_another_slo_and_another_run_shows_other_plots(browser: Chromiu
     for words in ("SLO voice", "8 requests/s", "5."):
         browser.evaluate(
             f"""(() => {{
-                const option = [...document.querySelectorAll("option")].find(o => o.textContent.startsWith({words!r}));
+                const options = [...document.querySelectorAll("option")];
+                const option = options.find(one => one.textContent.startsWith({words!r}));
                 option.parentElement.value = option.value;
                 option.parentElement.dispatchEvent(new Event("change"));
             }})()"""
@@ -130,12 +132,28 @@ def test_choosing_another_slo_and_another_run_shows_other_plots(browser: Chromiu
     assert_nothing_else_happened(browser, sweep_page)
 
 
-def test_a_button_turns_an_axis_logarithmic_and_back(browser: Chromium, sweep_page: Path) -> None:
+LINE_MISS_PX = """(() => {
+    const button = document.querySelector("button[data-plot]");
+    const plot = document.getElementById(button.dataset.plot);
+    const axis = plot._fullLayout.yaxis;
+    const line = plot.querySelector(".shapelayer path").getBoundingClientRect();
+    const top = plot.querySelector(".main-svg").getBoundingClientRect().top;
+    return Math.abs((line.top + line.bottom) / 2 - top - axis._offset - axis.d2p(plot.layout.shapes[0].y0));
+})()"""
+"""How far the SLO line of the first plot is from where its value is on the axis."""
+
+
+def test_a_button_turns_an_axis_linear_and_back_and_the_slo_line_stays_at_its_value(
+    browser: Chromium, sweep_page: Path
+) -> None:
     show(browser, sweep_page)
     button = 'document.querySelector("button[data-plot]")'
-    for kind in ("log", "linear"):
+    for kind in ("linear", "log"):
         browser.evaluate(f"{button}.click()")
-        wait_until(browser, f"document.getElementById({button}.dataset.plot).layout.yaxis.type === '{kind}'")
+        pressed = "true" if kind == "log" else "false"
+        wait_until(browser, f"{button}.getAttribute('aria-pressed') === '{pressed}'")
+        assert browser.evaluate(f"document.getElementById({button}.dataset.plot)._fullLayout.yaxis.type") == kind
+        assert browser.evaluate(LINE_MISS_PX) < 2.0
     assert_nothing_else_happened(browser, sweep_page)
 
 

@@ -7,7 +7,9 @@ import random
 from bench.results.records import Outcome, RequestRecord, TimelineSample
 from bench.results.run_data import RunData
 
-HOSTILE = '<script>document.title="owned"</script><img src="https://x.invalid/a.png" onerror="document.title=\'owned\'">'
+HOSTILE = (
+    '<script>document.title="owned"</script><img src="https://x.invalid/a.png" onerror="document.title=\'owned\'">'
+)
 """Markup that would run, or fetch, where it is not escaped; plotly itself reads tags in its texts."""
 
 
@@ -32,9 +34,10 @@ def sample_run(
         prefill_s = (0.2 + prompt / 2500) / capacity_per_s
         start_s = max(at_s, free_at_s)
         free_at_s = start_s + prefill_s
-        outcome = rng.choices((Outcome.OK, Outcome.REFUSED, Outcome.TIMEOUT, Outcome.CANCELLED), (95, 2, 2, 1))[0]
+        outcome = rng.choices((Outcome.OK, Outcome.REFUSED, Outcome.TIMEOUT, Outcome.CANCELLED), (98, 0.6, 0.2, 1))[0]
         now_s = free_at_s
-        times, counts = [], []
+        times: list[float] = []
+        counts: list[int] = []
         while outcome is not Outcome.REFUSED and sum(counts) < output:
             times.append(now_s)
             counts.append(min(output - sum(counts), rng.choice((1, 1, 1, 2))))

@@ -55,7 +55,7 @@
 
   function mark(element) {
     for (const button of document.querySelectorAll('button[data-plot="' + element.id + '"]')) {
-      button.setAttribute("aria-pressed", String(get(element.layout, button.dataset.key) === button.dataset.on));
+      button.setAttribute("aria-pressed", String(String(get(element, button.dataset.key)) === button.dataset.on));
     }
   }
 
@@ -81,10 +81,13 @@
     button.addEventListener("click", () => {
       const element = document.getElementById(button.dataset.plot);
       const { key, on, off } = button.dataset;
-      const axis = key.split(".")[0];
-      // The old range is of the other scale: let plotly find a new one.
-      const update = { [key]: get(element.layout, key) === on ? off : on, [axis + ".autorange"]: true };
-      Plotly.relayout(element, update).then(() => { mark(element); });
+      const value = button.getAttribute("aria-pressed") === "true" ? off : on;
+      const [where, what, ...rest] = key.split(".");
+      const change = where === "data"
+        ? Plotly.restyle(element, { [rest.join(".")]: value === "true" ? true : value }, [Number(what)])
+        // The old range is of the other scale: let plotly find a new one.
+        : Plotly.relayout(element, { [what + "." + rest.join(".")]: value, [what + ".autorange"]: true });
+      change.then(() => { mark(element); });
     });
   }
 

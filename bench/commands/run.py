@@ -209,7 +209,7 @@ async def _run(
             data = await measure(plan, reached.target, where, measurement)
             runs.append(data)
             summaries.append(summarise(data))
-            _show(arguments, summaries[-1], where)
+            _show(arguments, summaries[-1], data.facts, where)
             if arguments.until_saturated and summaries[-1]["saturation"]["verdict"] == SaturationVerdict.SATURATED:
                 break
     finally:
@@ -218,7 +218,7 @@ async def _run(
     return exits.OK if all(summary["validity"]["valid"] for summary in summaries) else exits.FAILED
 
 
-def _show(arguments: argparse.Namespace, summary: Mapping[str, Any], where: Path) -> None:
+def _show(arguments: argparse.Namespace, summary: Mapping[str, Any], facts: Mapping[str, Any], where: Path) -> None:
     if arguments.json:
         print(json.dumps(summary), flush=True)
         return
@@ -227,7 +227,7 @@ def _show(arguments: argparse.Namespace, summary: Mapping[str, Any], where: Path
     from bench.generator.run_table import run_table
 
     console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(run_table(summary))
+    console.print(run_table(summary, facts))
     console.print(f"kept          {where}", highlight=False, soft_wrap=True)
 
 

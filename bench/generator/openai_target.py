@@ -21,7 +21,7 @@ from typing import Any
 
 import aiohttp
 
-from bench.generator.sse import EventStream, EventTooLong
+from bench.generator.sse import EventStream
 from bench.generator.target import ServerFacts, TargetError, TargetEvent, Tokens
 from bench.results.records import Outcome
 from bench.traffic.plan import PlannedRequest
@@ -30,6 +30,9 @@ COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 KEEP_ALIVE_S = 3.0
 """Idle connections are dropped before servers do so (uvicorn: after 5 s): else a request meets a closing one."""
+
+_decode = json.JSONDecoder().decode
+"""``json.loads`` of bytes guesses their encoding first, on every event."""
 
 TextOf = Callable[[Sequence[int]], str]
 """Text of token ids; the model's own tokenizer without special tokens."""
@@ -149,7 +152,7 @@ class OpenAiTarget:
                             yield Tokens(at_s, count)
         except TimeoutError:
             raise TargetError(Outcome.TIMEOUT, "the deadline passed") from None
-        except (aiohttp.ClientError, OSError, EventTooLong, json.JSONDecodeError) as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             # Their texts may have parts of what was sent or came.
             where = "after tokens had come" if answer.seen_count else "before any token"
             raise TargetError(Outcome.ERROR, f"{type(error).__name__} {where}") from None
@@ -209,7 +212,7 @@ class _Answer:
         if data == b"[DONE]":
             self.is_done = True
             return self._surplus()
-        event = json.loads(data)
+        event = _decode(data.decode())
         if not isinstance(event, dict) or "error" in event:
             where = "after tokens had come" if self.seen_count else "before any token"
             raise TargetError(Outcome.ERROR, f"the server sent an error event {where}")

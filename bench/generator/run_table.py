@@ -24,12 +24,13 @@ _LATENCIES = (
 _PERCENTS = ("p50", "p90", "p95", "p99", "max")
 
 
-def run_table(summary: Mapping[str, Any]) -> RenderableType:
-    """Latencies, what became of the requests, throughput, goodput, and whether the run may be believed."""
+def run_table(summary: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> RenderableType:
+    """Latencies, what became of the requests, throughput, goodput, and whether the run may be believed. ``facts`` of
+    the run add the machine."""
     parts: list[RenderableType] = [_latencies(summary)]
     if summary["phases"]:
         parts.append(_phases(summary["phases"]))
-    parts += [_goodput(summary["goodput"]), *_lines(summary), _verdict(summary["validity"])]
+    parts += [_goodput(summary["goodput"]), *_lines(summary), *_machine(facts or {}), _verdict(summary["validity"])]
     return Group(*parts)
 
 
@@ -123,6 +124,18 @@ def _lines(summary: Mapping[str, Any]) -> list[Text]:
     lines += [f"failed        {count}x {words}" for words, count in requests["errors"].items()]
     if summary["sample_size"]["warning"]:
         lines.append(f"note          {summary['sample_size']['warning']}")
+    return [Text(line) for line in lines]
+
+
+def _machine(facts: Mapping[str, Any]) -> list[Text]:
+    during = facts.get("machine", {}).get("during")
+    if not during:
+        return []
+    lines = [
+        f"machine       {_share(during['busy_share'])} busy, {_share(during['steal_share'])} stolen; "
+        f"the generator used {during['generator_cpu_s']:.1f} s of CPU",
+        f"timeline      {facts['timeline']['said']} ({facts['timeline']['sample_count']} samples)",
+    ]
     return [Text(line) for line in lines]
 
 

@@ -8,7 +8,6 @@ server. Looking costs the target a little; once a second, its cost is below what
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
@@ -29,7 +28,7 @@ _NAMES = {
     "kv": ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc", "sglang:token_usage"),
 }
 """By what is wanted, in order of preference. All three are gauges; the last is a share, 0 to 1, whatever its name."""
-_LINE = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{[^}]*\})?\s+(?P<value>\S+)")
+_WANTED = tuple(name for names in _NAMES.values() for name in names)
 
 
 class Unwatchable(Exception):
@@ -135,12 +134,14 @@ def gauges(page: str) -> dict[str, float]:
     """What a Prometheus page says of ``running``, ``waiting`` (summed over its engines) and ``kv`` (their mean)."""
     values: dict[str, list[float]] = {}
     for line in page.splitlines():
-        match = _LINE.match(line)
-        if match is not None and match["name"].startswith(("vllm:", "sglang:")):
-            try:
-                values.setdefault(match["name"], []).append(float(match["value"]))
-            except ValueError:
-                continue
+        if not line.startswith(_WANTED):  # of a thousand lines; a full parser would make requests late
+            continue
+        name = line.partition("{")[0].split()[0]
+        after = line.rpartition("}")[2] if "{" in line else line.removeprefix(name)
+        try:
+            values.setdefault(name, []).append(float(after.split()[0]))  # a timestamp may follow
+        except (ValueError, IndexError):
+            continue
     found = {}
     for wanted, names in _NAMES.items():
         given = next((values[name] for name in names if name in values), None)

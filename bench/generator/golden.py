@@ -69,6 +69,8 @@ class GoldenScript:
     gap_s: float = 0.01
     gap_jitter_share: float = 0.0
     """0: all gaps alike. x: each drawn evenly from gap_s * (1 - x) to gap_s * (1 + x), by seed and prompt."""
+    gap_pattern: tuple[float, ...] = (1.0,)
+    """Gap k is gap_s times entry k of it, repeated as a cycle: the same for every request."""
     tokens_per_message: tuple[int, ...] = (1,)
     """Repeated as a cycle."""
     seed: int = 0
@@ -78,6 +80,8 @@ class GoldenScript:
     def __post_init__(self) -> None:
         if min(self.ttft_s, self.ttft_per_prompt_token_s, self.gap_s) < 0:
             raise ValueError("times must be 0 s or more")
+        if not self.gap_pattern or min(self.gap_pattern) < 0:
+            raise ValueError("gap_pattern must have factors of 0 or more")
         if not 0 <= self.gap_jitter_share <= 1:
             raise ValueError("gap_jitter_share must be from 0 to 1")
         if not self.tokens_per_message or min(self.tokens_per_message) < 1 or not self.behaviours:
@@ -95,7 +99,8 @@ class GoldenScript:
             due.append(at_s)
             counts.append(min(self.tokens_per_message[len(counts) % len(self.tokens_per_message)], wanted))
             wanted -= counts[-1]
-            at_s += self.gap_s * (1 + self.gap_jitter_share * (2 * rng.random() - 1))
+            gap_s = self.gap_s * self.gap_pattern[(len(counts) - 1) % len(self.gap_pattern)]
+            at_s += gap_s * (1 + self.gap_jitter_share * (2 * rng.random() - 1))
         if behaviour.ending in (Ending.COMPLETE, Ending.SURPLUS):
             return Answer(tuple(due), tuple(counts), behaviour.ending, due[-1])
         kept = 0 if behaviour.ending is Ending.REFUSE else min(behaviour.message_count, len(due) - 1)

@@ -164,9 +164,9 @@ def script_to_json(script: GoldenScript) -> dict[str, Any]:
 
 
 def script_from_json(fields: dict[str, Any]) -> GoldenScript:
-    behaviours = tuple(Behaviour(Ending(one["ending"]), one["message_count"]) for one in fields.pop("behaviours"))
-    pattern = tuple(fields.pop("tokens_per_message"))
-    return GoldenScript(**fields, behaviours=behaviours, tokens_per_message=pattern)
+    behaviours = tuple(Behaviour(Ending(one["ending"]), one["message_count"]) for one in fields["behaviours"])
+    cycles = {name: tuple(fields[name]) for name in ("tokens_per_message", "gap_pattern")}
+    return GoldenScript(**{**fields, **cycles, "behaviours": behaviours})
 
 
 def main(arguments: Sequence[str]) -> None:

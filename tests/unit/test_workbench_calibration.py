@@ -107,7 +107,7 @@ def test_the_batch_from_which_sequences_cost_is_found_and_none_where_there_is_no
     assert 7 <= fitted.knee_sequence_count <= 9
     for count in (1, 8, 16):
         assert fitted.work_s([300] * count) + fitted.base_s == pytest.approx(
-            bent.work_s([300] * count) + bent.base_s, rel=0.01
+            bent.work_s([300] * count) + bent.base_s, rel=0.02
         )
     straight = fit_steps(
         many_steps(500, lambda: rng.lognormvariate(0.0, 0.02)), random.Random(1), kv_bytes_per_token=1

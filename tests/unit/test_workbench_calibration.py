@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.commands import calibrate
 from bench.simulation import disturbance
 from bench.simulation.fit import FitImpossible, fit_linear, fit_overheads, fit_steps, make_profile
 from bench.simulation.observed import Answered, Observed, from_lines, to_lines
@@ -336,3 +337,58 @@ def test_noise_is_read_between_its_quantiles() -> None:
         [0.8, 0.9, 1.0, 1.5, 2.0], abs=1e-5
     )
     assert Noise().at(0.7) == 1.0
+
+
+CONFIG = """
+    [model]
+    name = "m"
+    path = "{model}"
+    [prefill]
+    count = 1
+    [prefill.engine]
+    kv_cache_bytes = 536870912
+    {engine}
+    [decode]
+    count = 1
+    {decode}
+    [decode.engine]
+    kv_cache_bytes = 536870912
+    {engine}
+"""
+
+
+def command(tmp_path: Path, *more: str, engine: str = "", decode: str = "") -> int:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576})
+    )
+    (tmp_path / "baton.toml").write_text(CONFIG.format(model=tmp_path, engine=engine, decode=decode))
+    return calibrate.main(
+        ["calibrate", "--config", str(tmp_path / "baton.toml"), "--out", str(tmp_path / "made.toml"), *more]
+    )
+
+
+def test_the_command_fits_what_was_kept_and_tells_the_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "seen.jsonl"
+    kept.write_text("\n".join(to_lines([observed_alone()])))
+    assert command(tmp_path, "--fit-from", str(kept)) == 0
+    profile = read_profile(tmp_path / "made.toml")
+    assert profile.costs["decode"].kv_bytes_per_token == 23_040
+    assert profile.provenance["clusters"] == ["1 prefill + 1 decode"]
+    assert profile.provenance["machine"]["core_count"] >= 1
+    told = capsys.readouterr().out
+    assert "error on samples the fit had not seen" in told
+    assert f"n {profile.fit['admit'].sample_count}" in told
+
+
+def test_the_command_refuses_what_it_cannot_calibrate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(tmp_path, engine='kind = "simulated"') == 2
+    assert "needs real engines" in capsys.readouterr().err
+    assert command(tmp_path, decode="cores_per_worker = 2") == 2
+    assert "as many cores" in capsys.readouterr().err
+    assert command(tmp_path, "--fit-from", str(tmp_path / "none.jsonl")) == 2
+    (tmp_path / "empty.jsonl").write_text("")
+    assert command(tmp_path, "--fit-from", str(tmp_path / "empty.jsonl")) == 1
+    assert "prefill steps: 0 samples" in capsys.readouterr().err
+    assert not (tmp_path / "made.toml").exists()

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parser(has_fleet: bool, arguments: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(has_fleet: bool, arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="baton",
         description="Baton: gRPC inference with disaggregated prefill and decode.",

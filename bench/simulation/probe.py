@@ -92,9 +92,15 @@ def _wave(
 
 
 async def observe(
-    config: FleetConfig, *, is_quick: bool, seed: int, say: Callable[[str], None] = lambda line: None
+    config: FleetConfig,
+    *,
+    is_quick: bool,
+    seed: int,
+    say: Callable[[str], None] = lambda line: None,
+    work: Effort | None = None,
 ) -> Observed:
-    """Starts the fleet, asks, stops it. Raises what a fleet that does not start, or a request that fails, raises."""
+    """Starts the fleet, asks (``work`` in place of ``effort``'s), stops it. Raises what a fleet that does not start,
+    or a request that fails, raises."""
     with tempfile.TemporaryDirectory(prefix="baton-calibrate-") as folder:
         log = Path(folder) / "steps.jsonl"
         os.environ[STEP_LOG_VARIABLE] = str(log)  # the engine processes inherit it
@@ -106,7 +112,7 @@ async def observe(
             block_count = sum(each.block_count for each in decode_workers)
             if not block_count:
                 raise ProbeError("no decode worker says what its KV holds")
-            work = effort(
+            work = work or effort(
                 is_quick=is_quick,
                 is_split=config.pools[Role.PREFILL].count > 0,
                 seed=seed,

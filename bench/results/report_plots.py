@@ -295,6 +295,7 @@ def pareto(views: Sequence[RunView], style: Style) -> Plot:
     """Output tokens/s of one user against those of all, a point a run; the front over all systems as a line."""
     data: list[Trace] = []
     everything: list[tuple[float, float]] = []
+    only_simulated = all(view.is_simulated for view in views)
     for line in lines(views):
         points = [
             (view, view.tokens_per_s_per_user, view.output_tokens_per_s)
@@ -303,7 +304,11 @@ def pareto(views: Sequence[RunView], style: Style) -> Plot:
         ]
         if not points:
             continue
-        everything += [(user, total) for _, user, total in points if user is not None and total is not None]
+        everything += [
+            (user, total)
+            for view, user, total in points
+            if user is not None and total is not None and view.is_valid and view.is_simulated == only_simulated
+        ]
         data.append(
             {
                 "type": "scatter",
@@ -338,7 +343,7 @@ def pareto(views: Sequence[RunView], style: Style) -> Plot:
     return Plot(
         "Pareto front",
         "What one user gets (1 / median TPOT) against what all get together, a point a run. Up and to the right is "
-        "better; the broad grey line joins the runs that no other beats in both.",
+        "better; the broad grey line joins the valid measured runs that no other beats in both.",
         data,
         layout(
             axis("output tokens/s per user", rangemode="tozero"), axis("output tokens/s overall", rangemode="tozero")

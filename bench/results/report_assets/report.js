@@ -49,9 +49,13 @@
     };
     const whole = Object.assign({}, base, layout, { legend: Object.assign({}, base.legend, layout.legend) });
     for (const axis of axes(whole)) { whole[axis] = Object.assign({ automargin: true }, whole[axis]); }
+    for (const axis of axes(whole)) { whole[axis].dtick = ticks(whole[axis].type); }
     for (const [path, value] of Object.entries(themed(whole))) { set(whole, path, value); }
     return Plotly.newPlot(element, data, whole, config).then(() => { mark(element); });
   }
+
+  // 1, 2 and 5 of each decade; plotly's own choice sets nine figures so small that nobody reads them.
+  function ticks(type) { return type === "log" ? "D2" : null; }
 
   function mark(element) {
     for (const button of document.querySelectorAll('button[data-plot="' + element.id + '"]')) {
@@ -86,7 +90,9 @@
       const change = where === "data"
         ? Plotly.restyle(element, { [rest.join(".")]: value === "true" ? true : value }, [Number(what)])
         // The old range is of the other scale: let plotly find a new one.
-        : Plotly.relayout(element, { [what + "." + rest.join(".")]: value, [what + ".autorange"]: true });
+        : Plotly.relayout(element, {
+          [what + "." + rest.join(".")]: value, [what + ".autorange"]: true, [what + ".dtick"]: ticks(value),
+        });
       change.then(() => { mark(element); });
     });
   }

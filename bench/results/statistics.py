@@ -235,7 +235,8 @@ class _Ranked:
 
     def __init__(self, blocks: Sequence[Samples]) -> None:
         units = [np.asarray(unit, dtype=np.float64) for block in blocks for unit in block]
-        self.block_sizes = [len(block) for block in blocks]
+        self._block_sizes = np.array([len(block) for block in blocks], dtype=np.int64)
+        self._block_starts = np.cumsum(self._block_sizes) - self._block_sizes
         self.unit_count = len(units)
         values = np.concatenate(units) if units else np.empty(0)
         owners = np.repeat(np.arange(len(units)), [unit.size for unit in units])
@@ -245,14 +246,12 @@ class _Ranked:
         self._sums = np.array([unit.sum() for unit in units])
         self._sizes = np.array([unit.size for unit in units], dtype=np.float64)
 
-    def draw(self, rng: np.random.Generator, block_weights: Sequence[int] | None) -> NDArray[np.int64]:
+    def draw(self, rng: np.random.Generator, block_weights: NDArray[np.int64] | None) -> NDArray[np.int64]:
         """How often each unit is drawn: within each block as many as it has, for every time the block was drawn."""
-        drawn = []
-        for place, size in enumerate(self.block_sizes):
-            times = 1 if block_weights is None else block_weights[place]
-            picks = rng.integers(0, size, size * times) if size else np.empty(0, dtype=np.int64)
-            drawn.append(np.bincount(picks, minlength=size))
-        return np.concatenate(drawn) if drawn else np.empty(0, dtype=np.int64)
+        counts = self._block_sizes if block_weights is None else self._block_sizes * block_weights
+        blocks = np.repeat(np.arange(self._block_sizes.size), counts)
+        within = (rng.random(blocks.size) * self._block_sizes[blocks]).astype(np.int64)
+        return np.bincount(self._block_starts[blocks] + within, minlength=self.unit_count)
 
     def of(self, statistics: Sequence[Statistic], weights: NDArray[np.int64]) -> list[float]:
         """Each statistic of the resample; NaN where it has no values."""
@@ -292,7 +291,8 @@ def bootstrap_interval(
 
 def bootstrap_ratio(peer: Blocks, base: Blocks, statistic: Statistic, rng: random.Random) -> Ratio:
     """``statistic(peer) / statistic(base)`` over pooled values, 95% interval by resampling units within blocks, of
-    both systems independently: for units that are independent, such as requests sent one by one. Raises ``ValueError`` when a system has no value."""
+    both systems independently: for units that are independent, such as requests sent one by one. Raises
+    ``ValueError`` when a system has no value."""
     value = statistic(pooled(peer)) / statistic(pooled(base))
     ranked = _Ranked(list(peer.values())), _Ranked(list(base.values()))
     if min(each.unit_count for each in ranked) < FEWEST_UNITS:
@@ -319,7 +319,13 @@ def stretches(units: Samples) -> list[list[float]]:
     ]
 
 
-def draw_pairs(pairs: Sequence[Pair], statistics: Sequence[Statistic], rng: random.Random) -> Drawn:
+def draw_pairs(
+    pairs: Sequence[Pair],
+    statistics: Sequence[Statistic],
+    rng: random.Random,
+    *,
+    resample_count: int = RESAMPLE_COUNT,
+) -> Drawn:
     """Statistics of the pooled values of A and of B, and of resamples of both, from interleaved pairs of runs.
 
     Two pairs or more are resampled as pairs, so that drift, which both of a pair share, does not widen an interval,
@@ -334,10 +340,10 @@ def draw_pairs(pairs: Sequence[Pair], statistics: Sequence[Statistic], rng: rand
         return Drawn(whole[0], whole[1], empty, empty, 0)
     generator = np.random.default_rng(rng.getrandbits(64))
     drawn: list[list[list[float]]] = []
-    for _ in range(_resample_count(*sides)):
-        picked: list[int] | None = None
+    for _ in range(_resample_count(*sides, wanted=resample_count)):
+        picked: NDArray[np.int64] | None = None
         if len(pairs) > 1:
-            picked = np.bincount(generator.integers(0, len(pairs), len(pairs)), minlength=len(pairs)).tolist()
+            picked = np.bincount(generator.integers(0, len(pairs), len(pairs)), minlength=len(pairs))
         drawn.append([side.of(statistics, side.draw(generator, picked)) for side in sides])
     resamples = np.array(drawn)
     independent_count = len(pairs) if len(pairs) > 1 else min(side.unit_count for side in sides)
@@ -391,9 +397,9 @@ def expanded_confidence(n: int, confidence: float = CONFIDENCE) -> float:
     return 1.0 - 2.0 * float(special.ndtr(-math.sqrt(n / (n - 1)) * t))
 
 
-def _resample_count(*ranked: _Ranked) -> int:
+def _resample_count(*ranked: _Ranked, wanted: int = RESAMPLE_COUNT) -> int:
     size = sum(each.values.size + each.unit_count for each in ranked)
-    return max(200, min(RESAMPLE_COUNT, WORK_LIMIT // max(1, size)))
+    return min(wanted, max(200, WORK_LIMIT // max(1, size)))
 
 
 def _divided(above: float, below: float) -> float:

@@ -25,6 +25,8 @@ from bench.results.statistics import CONFIDENCE, Slope, Values, percentile, slop
 BATCH_SIZE = 5
 FEWEST_BATCHES = 10
 """Below 50 TTFTs no warm-up is looked for."""
+MATERIAL_START = 0.05
+"""Of the mean: a start that is off by less needs no cut."""
 SHORTEST_WINDOW_S = 10.0
 FEWEST_REQUESTS = 20
 LIFETIMES = 3.0
@@ -76,7 +78,8 @@ def mser(values: Sequence[float] | Values, *, batch_size: int = BATCH_SIZE) -> t
 
 
 def starts_unlike_the_rest(values: Sequence[float] | Values, cut_count: int, *, batch_size: int = BATCH_SIZE) -> bool:
-    """Whether the first batch lies outside the middle 95% of the batches after the cut.
+    """Whether the first batch lies outside the middle 95% of the batches after the cut, and off their mean by
+    ``MATERIAL_START``.
 
     MSER alone proposes a cut in a third of all series that have no transient (of M/M/1 waiting times): it also drops
     a burst that happens to be early. A run that starts as it goes on has no warm-up.
@@ -84,7 +87,8 @@ def starts_unlike_the_rest(values: Sequence[float] | Values, cut_count: int, *, 
     means = _batch_means(values, batch_size)
     rest = means[cut_count // batch_size :]
     low, high = np.percentile(rest, [2.5, 97.5])
-    return bool(means[0] < low or means[0] > high)
+    is_off = abs(means[0] - rest.mean()) > MATERIAL_START * rest.mean()
+    return bool(is_off and not low <= means[0] <= high)
 
 
 def _batch_means(values: Sequence[float] | Values, batch_size: int) -> Values:
@@ -196,9 +200,7 @@ def find_saturation(records: Sequence[RequestRecord], warmup: Warmup, window: Wi
     fills, overloaded or not) and after a cold start, to the end of the window. A start cut for being *faster* than
     the rest is judged too: that is what growth looks like."""
     due = sorted((r for r in records if r.intended_at_s <= window.end_s + 1e-6), key=lambda r: r.intended_at_s)
-    # Of the first requests only: in overload lifetimes grow with the backlog.
-    first = [max(0.0, r.ended_at_s - r.intended_at_s) for r in due[: max(5, len(due) // 10)]]
-    lifetime_s = percentile(first, 50.0) if first else 0.0
+    lifetime_s = _lifetime_s(due)
     start_s = max(due[0].intended_at_s + lifetime_s if due else 0.0, warmup.cut_s if warmup.is_cold_start else 0.0)
     span = Window(min(start_s, window.end_s), window.end_s)
     chosen = [r for r in due if span.holds(r.intended_at_s)]
@@ -229,6 +231,16 @@ def find_saturation(records: Sequence[RequestRecord], warmup: Warmup, window: Wi
     else:
         verdict, reason = SaturationVerdict.STEADY, "neither requests in flight nor TTFT grow"
     return Saturation(verdict, reason, span, flying, ttft, away_share)
+
+
+def _lifetime_s(records: Sequence[RequestRecord]) -> float:
+    """Of a request that does not queue: the shortest TTFT of the run and the median time from first token to end,
+    neither of which a backlog stretches."""
+    answered = [(ttft, r.ended_at_s - r.message_at_s[0]) for r in records if (ttft := r.ttft_s) is not None]
+    if not answered:
+        return 0.0
+    ttfts, rests = zip(*answered, strict=True)
+    return max(0.0, min(ttfts)) + max(0.0, percentile(rests, 50.0))
 
 
 def _growths(

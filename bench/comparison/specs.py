@@ -90,18 +90,8 @@ SYSTEMS: dict[str, SystemSpec] = {
         ),
         SystemSpec("stock-router-tuned", "stock-router", "stock vLLM P/D behind vllm-router, tuned"),
         SystemSpec("naive", "naive", "FastAPI + transformers.generate, both cores"),
-        # Columns of bench/transfer_figures.py: one core, or a proxy of ours.
+        # Of bench/transfer_figures.py and bench/stock_modes.py: one core, or a proxy of ours.
         SystemSpec("engine", "engine", "one vLLM engine, one core", max_batched_token_count=VLLM_OWN_CHUNK),
-        SystemSpec(
-            "engine-as-shipped",
-            "engine",
-            "one vLLM engine, one core, as shipped",
-            as_shipped=True,
-            max_batched_token_count=VLLM_OWN_CHUNK,
-        ),
-        SystemSpec(
-            "engine-chunk-256", "engine", "one vLLM engine, one core, chunks of 256", max_batched_token_count=256
-        ),
         SystemSpec("stock-pd", "stock-pd", "stock vLLM P/D, tuned"),
         SystemSpec("stock-pd-as-shipped", "stock-pd", "stock vLLM P/D, as shipped", as_shipped=True),
     )

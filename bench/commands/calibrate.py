@@ -58,7 +58,7 @@ def add_command(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from bench.simulation.fit import FitImpossible, make_profile
-    from bench.simulation.observed import from_lines, to_lines
+    from bench.simulation.observed import from_lines
     from bench.simulation.profile import write_profile
     from fleet.config import load_config
     from fleet.toml_table import ConfigError
@@ -76,9 +76,6 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if observed is None:
             observed = asyncio.run(_observe(config, arguments))
-            if arguments.raw is not None:
-                arguments.raw.parent.mkdir(parents=True, exist_ok=True)
-                arguments.raw.write_text("".join(f"{line}\n" for line in to_lines(observed)))
         profile = make_profile(
             observed,
             seed=arguments.seed,
@@ -114,6 +111,7 @@ def _check(config: FleetConfig) -> None:
 
 async def _observe(config: FleetConfig, arguments: argparse.Namespace) -> list[Observed]:
     from baton.request import Role
+    from bench.simulation.observed import to_lines
     from bench.simulation.probe import aggregated, describe, observe
 
     clusters = [config]
@@ -126,6 +124,9 @@ async def _observe(config: FleetConfig, arguments: argparse.Namespace) -> list[O
         observed.append(
             await observe(cluster, is_quick=arguments.quick, seed=arguments.seed + 1000 * number, say=_say)
         )
+        if arguments.raw is not None:  # after each: what a later cluster's failure must not take along
+            arguments.raw.parent.mkdir(parents=True, exist_ok=True)
+            arguments.raw.write_text("".join(f"{line}\n" for line in to_lines(observed)))
     return observed
 
 

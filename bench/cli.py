@@ -23,7 +23,7 @@ VERBS = {
     "calibrate": "fit the cost model to an engine",
     "simulate": "a workload on the real router and simulated engines, in virtual time",
 }
-EXTRA = "aiohttp, plotly, pyarrow, scipy"
+EXTRA = ("aiohttp", "plotly", "pyarrow", "scipy")
 """What the extra ``bench`` of the package brings."""
 
 
@@ -38,38 +38,27 @@ def add_commands(subparsers: Any, arguments: Sequence[str] = ()) -> None:
     asked_for = arguments[1] if len(arguments) > 1 and arguments[0] == "bench" else None
     for verb, summary in VERBS.items():
         if verb == asked_for:
-            _load(verb).add_command(verbs)
+            _load(verb, verbs)
         else:
             verbs.add_parser(verb, help=summary)
 
 
-def _load(verb: str) -> Any:
-    module = importlib.import_module(f"bench.commands.{verb}")
-    return _WithItsPackages(module, verb)
+def _load(verb: str, verbs: Any) -> None:
+    """Adds the verb, and lets it say in one line which package it misses."""
+    importlib.import_module(f"bench.commands.{verb}").add_command(verbs)
+    parser: argparse.ArgumentParser = verbs.choices[verb]
+    run = parser.get_default("run")
+    if run is None:  # a verb with verbs of its own
+        return
 
+    def checked(parsed: argparse.Namespace) -> int:
+        try:
+            return int(run(parsed))
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.split(".")[0] not in EXTRA:
+                raise
+            hint = f"pip install 'baton-serve[bench]' ({', '.join(EXTRA)})"
+            print(f"baton bench {verb} needs {error.name}: {hint}", file=sys.stderr)
+            return exits.USAGE
 
-class _WithItsPackages:
-    """A verb whose missing packages are said in one line."""
-
-    def __init__(self, module: Any, verb: str) -> None:
-        self._module, self._verb = module, verb
-
-    def add_command(self, verbs: Any) -> None:
-        self._module.add_command(verbs)
-        parser: argparse.ArgumentParser = verbs.choices[self._verb]
-        run = parser.get_default("run")
-        if run is not None:  # a verb with verbs of its own sets it there
-
-            def checked(parsed: argparse.Namespace) -> int:
-                try:
-                    return int(run(parsed))
-                except ModuleNotFoundError as error:
-                    if error.name is None or error.name.split(".")[0] not in EXTRA.split(", "):
-                        raise
-                    print(
-                        f"baton bench {self._verb} needs {error.name}: pip install 'baton-serve[bench]' ({EXTRA})",
-                        file=sys.stderr,
-                    )
-                    return exits.USAGE
-
-            parser.set_defaults(run=checked)
+    parser.set_defaults(run=checked)

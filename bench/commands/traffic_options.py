@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,12 @@ def add_traffic_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--context", type=int, default=8192, metavar="N", help="most tokens of prompt and answer (%(default)s)"
     )
-    what.add_argument("--seed", type=int, default=1, help="of everything drawn (default: %(default)s)")
+    what.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="of everything drawn (default: a new one each time, since a server's cache knows the old prompts)",
+    )
     what.add_argument(
         "--tokenizer",
         type=Path,
@@ -136,7 +142,12 @@ def pacer_spelling(text: str | None, rate_per_s: float | None) -> str:
     return f"{match['name']}:{','.join([f'{rate_per_s:g}', *named])}"
 
 
-def make_plan_of(arguments: argparse.Namespace, prompts: PromptMaker, *, pacer: str) -> Plan:
+def seed_of(arguments: argparse.Namespace) -> int:
+    """The seed that was asked for, or a new one; the run's facts have it."""
+    return secrets.randbelow(2**31) if arguments.seed is None else int(arguments.seed)
+
+
+def make_plan_of(arguments: argparse.Namespace, prompts: PromptMaker, *, pacer: str, seed: int) -> Plan:
     """The plan that the options ask for. Raises ``UsageError``."""
     import math
 
@@ -157,7 +168,7 @@ def make_plan_of(arguments: argparse.Namespace, prompts: PromptMaker, *, pacer: 
             return plan_from_trace(
                 read_trace(arguments.trace),
                 prompts,
-                seed=arguments.seed,
+                seed=seed,
                 start_s=arguments.trace_start,
                 end_s=_trace_end(arguments, math.inf),
                 rate_scale=arguments.trace_rate,
@@ -174,7 +185,7 @@ def make_plan_of(arguments: argparse.Namespace, prompts: PromptMaker, *, pacer: 
             arguments.workload,
             pacer=parsed,
             duration_s=arguments.duration if has_end else DEFAULT_DURATION_S,
-            seed=arguments.seed,
+            seed=seed,
             prompts=prompts,
             scale=arguments.scale,
             context_token_count=arguments.context,

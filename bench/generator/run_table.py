@@ -132,6 +132,7 @@ def _machine(facts: Mapping[str, Any]) -> list[Text]:
     if not during:
         return []
     lines = [
+        f"seed          {facts['plan'].get('seed')}",
         f"machine       {_share(during['busy_share'])} busy, {_share(during['steal_share'])} stolen; "
         f"the generator used {during['generator_cpu_s']:.1f} s of CPU",
         f"timeline      {facts['timeline']['said']} ({facts['timeline']['sample_count']} samples)",

@@ -90,13 +90,27 @@ async def test_a_run_is_judged_printed_and_kept(tmp_path: Path) -> None:
 async def test_a_sweep_has_a_directory_a_rate(tmp_path: Path) -> None:
     directory = tmp_path / "sweep"
     async with sim_cluster(tmp_path / "model") as cluster:
-        arguments = ("--rates", "10,20", "--duration", "1", *SHORT, "--out", str(directory), "--json", "--quiet")
+        arguments = (
+            "--rates",
+            "10,20",
+            "--seed",
+            "7",
+            "--duration",
+            "1",
+            *SHORT,
+            "--out",
+            str(directory),
+            "--json",
+            "--quiet",
+        )
         async with command(cluster, *arguments) as process:
             code, out, err = await outcome(process)
     assert code in (0, 1)
     assert err == ""
     summaries: list[dict[str, Any]] = [json.loads(line) for line in out.splitlines()]
-    assert [read_run(directory / name).facts["plan"]["rate_per_s"] for name in ("rate-10", "rate-20")] == [10, 20]
+    plans = [read_run(directory / name).facts["plan"] for name in ("rate-10", "rate-20")]
+    assert [plan["rate_per_s"] for plan in plans] == [10, 20]
+    assert [plan["seed"] for plan in plans] == [7, 8], "the second finds no prompt of the first in a cache"
     assert [summary["workload"] for summary in summaries] == ["chat", "chat"]
     assert (directory / "report.html").is_file()
 

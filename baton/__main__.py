@@ -11,7 +11,15 @@ import sys
 from collections.abc import Sequence
 
 from baton import __version__
-from baton.cli import chat, exits, generate, health, top
+
+BENCH_RUN_EXPERIMENTS = "-event_engine_client"
+"""What gRPC is told in the process of ``baton bench run``, which starts no server that could inherit it. gRPC 1.85
+reads a client's sockets in threads of its event engine, which wake the completion queue's thread, which wakes ours;
+without them that thread reads itself: about 15 % less CPU at 10,000 messages/s, and half the schedule lag."""
+if sys.argv[1:3] == ["bench", "run"]:
+    os.environ.setdefault("GRPC_EXPERIMENTS", BENCH_RUN_EXPERIMENTS)  # read once, when grpc is imported: just below
+
+from baton.cli import chat, exits, generate, health, top  # noqa: E402
 
 _FLEET_VERBS = ("up", "down", "status", "demo")
 _NEEDS_FLEET = "The commands that run a cluster (up, down, status, demo) and the workbench (bench) need baton-serve."

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from baton.__main__ import BENCH_RUN_EXPERIMENTS
 from baton.event_loop import runner
 from bench.children import Child
 from bench.generator.baton_target import BatonTarget
@@ -112,7 +113,7 @@ def _in_a_process(protocol: str, options: argparse.Namespace, duration_s: float,
     child = Child(
         f"generator over {protocol}",
         command,
-        environment=os.environ,
+        environment={"GRPC_EXPERIMENTS": BENCH_RUN_EXPERIMENTS, **os.environ},  # as the command has it
         log_path=scratch / f"{protocol}.log",
         cores=options.cores[:1],
     )

@@ -15,14 +15,19 @@ generator between a message's arrival and its stamp, and on two cores that other
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from pathlib import Path
 
 import aiohttp
 import numpy as np
 import pytest
 
+from baton.__main__ import BENCH_RUN_EXPERIMENTS
 from baton.client import BatonClient
 from baton.errors import BatonError
 from baton.event_loop import runner
@@ -42,6 +47,7 @@ SHARE_BEYOND = 0.05
 STOLEN_SHARE = 0.02
 ATTEMPT_COUNT = 5
 MODEL = "golden"
+ROOT = Path(__file__).resolve().parents[2]
 
 TargetOf = Callable[[GoldenProcess], Target]
 
@@ -219,6 +225,24 @@ def test_a_generator_that_is_two_milliseconds_late_is_caught() -> None:
     assert any(fault.startswith("TTFT: the median error is 2.") for fault in found)
     assert any(fault.startswith("time of a message: the median error is 2.") for fault in found)
     assert not any(fault.startswith("ITL: the median") for fault in found), "all gaps are late alike"
+
+
+def test_the_generator_reads_its_sockets_with_one_thread_less_and_nobody_else_does() -> None:
+    """gRPC reads the variable when it is imported, so it has to be set before."""
+    script = "import os, sys; import baton.__main__; print(os.environ.get('GRPC_EXPERIMENTS', 'none'))"
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", script, *words],
+            env={name: value for name, value in os.environ.items() if name != "GRPC_EXPERIMENTS"},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stdout.strip()
+        for words in (["bench", "run"], ["bench", "peer"], ["up"])
+    ]
+    assert said == [BENCH_RUN_EXPERIMENTS, "none", "none"]
 
 
 async def test_the_server_speaks_http_as_others_expect_it() -> None:

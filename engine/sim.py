@@ -101,6 +101,8 @@ class SimEngine:
         self._pace = pace
         self._core = None if pace is None else pace.machine.core(self._speed_changed)
         self._row: Row | None = None
+        self._drawn_ratios: list[float] = []
+        """Of the next decode steps: drawn for a row that was cut short, and not used yet."""
         self._pause: asyncio.Future[None] | None = None
         self._link_turn = asyncio.Lock()
         # The mutable state, besides the scheduler's: requests inside, KV held after prefills, and whether it lives.
@@ -360,6 +362,7 @@ class SimEngine:
             advanced = self.scheduler.apply(batch, ends_at[0])
         else:
             advanced = self.scheduler.apply_certain(batch, ends_at)
+            del self._drawn_ratios[: len(ends_at)]
         for sequence in advanced:
             if (leg := self._legs.get(sequence)) is not None:
                 pace.on_tokens(leg.leg_id, sequence.answered_before + before[sequence], ends_at, len(before))
@@ -388,10 +391,11 @@ class SimEngine:
             work_s = cost.step_s(chunks, batch.context_token_counts)
             return [work_s * pace.ratio("mixed" if batch.decoding else "prefill")]
         contexts = batch.context_token_counts
-        works_s = []
-        for step in range(self._look_ahead_count(batch, pace)):
-            works_s.append(cost.step_s((), [context + step for context in contexts]) * pace.ratio("decode"))
-        return works_s
+        count = self._look_ahead_count(batch, pace)
+        while len(self._drawn_ratios) < count:
+            self._drawn_ratios.append(pace.ratio("decode"))
+        steps = zip(range(count), self._drawn_ratios, strict=False)
+        return [cost.step_s((), [context + step for context in contexts]) * ratio for step, ratio in steps]
 
     def _look_ahead_count(self, batch: Batch, pace: Pace) -> int:
         count = min(pace.look_ahead_step_count, LONGEST_ROW)

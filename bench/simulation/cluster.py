@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,8 +23,9 @@ from baton.leg import DecodeEvent, DecodeOrder, PrefillOrder, PrefillReply, Work
 from baton.metrics import RouterMetrics, WorkerMetrics
 from baton.request import Role
 from bench.results.records import TimelineSample
-from bench.simulation.profile import Line, Noise, Profile
+from bench.simulation.profile import KINDS, Line, Noise, Profile
 from bench.virtual_cluster import ProcessClient, WorkerProcess
+from engine.cost import Link
 from engine.load_board import LoadBoard
 from engine.sim import SimConfig, SimEngine, SimNetwork
 from engine.sim_pace import Machine, Pace
@@ -63,11 +64,10 @@ class Delays:
     def first_token_s(self, prompt_token_count: int) -> float:
         return self._drawn("first_token", self._overheads.first_token, prompt_token_count)
 
-    def tokens_s(self, sequence_count: int, count: int) -> list[float]:
-        """Of ``count`` tokens."""
-        if "token" not in self._noise:
-            return [self._overheads.token.at(sequence_count)] * count
-        return [self._drawn("token", self._overheads.token, sequence_count) for _ in range(count)]
+    def tokens_s(self, sequence_count: int, count: int, rng: random.Random) -> list[float]:
+        """Of ``count`` tokens. ``rng``: of the answer, so that it does not matter in which bundles they are said."""
+        way_s, noise = self._overheads.token.at(sequence_count), self._noise.get("token")
+        return [way_s * noise.at(rng.random()) for _ in range(count)] if noise is not None else [way_s] * count
 
     def _drawn(self, name: str, line: Line, units: int) -> float:
         noise = self._noise.get(name)
@@ -77,6 +77,7 @@ class Delays:
 @dataclass(slots=True)
 class _Told:
     prompt_token_count: int
+    rng: random.Random
     at_s: list[float] = field(default_factory=list)
 
 
@@ -87,14 +88,15 @@ class TokenBook:
     from here. Entries live as long as their request.
     """
 
-    def __init__(self, delays: Delays) -> None:
+    def __init__(self, delays: Delays, seed: int) -> None:
         self._delays = delays
+        self._seed = seed
         self._told: dict[str, _Told] = {}
         self._exact: set[str] = set()
 
     def open(self, generation_id: str, prompt_token_count: int, *, is_exact: bool) -> None:
         """``is_exact``: the caller may leave at any moment, so nothing of this answer is computed ahead."""
-        self._told[generation_id] = _Told(prompt_token_count)
+        self._told[generation_id] = _Told(prompt_token_count, _rng(self._seed, generation_id))
         if is_exact:
             self._exact.add(generation_id)
 
@@ -116,7 +118,8 @@ class TokenBook:
             told.at_s.append(ends_at[0] + self._delays.first_token_s(told.prompt_token_count))
             ends_at = ends_at[1:]
         latest = told.at_s[-1] if told.at_s else 0.0
-        for ended_at, way_s in zip(ends_at, self._delays.tokens_s(sequence_count, len(ends_at)), strict=True):
+        ways_s = self._delays.tokens_s(sequence_count, len(ends_at), told.rng)
+        for ended_at, way_s in zip(ends_at, ways_s, strict=True):
             latest = max(latest, ended_at + way_s)  # a stream does not overtake itself
             told.at_s.append(latest)
 
@@ -143,8 +146,8 @@ class WireClient(ProcessClient):
         return reply
 
     async def decode(self, order: DecodeOrder, *, timeout_s: float) -> AsyncGenerator[DecodeEvent, None]:
-        count = len(order.prompt_token_ids)
-        await _sleep(self._delays.rest_of_handoff_s(count) if order.ticket else self._delays.admit_s(count))
+        count = len(order.prompt_token_ids)  # with a ticket, the first token is in it
+        await _sleep(self._delays.rest_of_handoff_s(count - 1) if order.ticket else self._delays.admit_s(count))
         self._check_there()
         async with aclosing(self._worker.decode.decode(order)) as events:
             async for event in events:
@@ -158,7 +161,7 @@ class SimulatedCluster:
         router = config.router
         self.config = config
         self.delays = Delays(profile, _rng(seed, "ways"))
-        self.book = TokenBook(self.delays)
+        self.book = TokenBook(self.delays, seed)
         self.processes: dict[str, WorkerProcess] = {}
         self._profile = profile
         self._seed = seed
@@ -167,7 +170,7 @@ class SimulatedCluster:
         self._machine = Machine(
             lambda own, others: contention.share(is_prefill=own, neighbour_is_prefill=others),
         )
-        self._network = SimNetwork(profile.link, spans_processes=False)
+        self._network = SimNetwork(_link(profile, _rng(seed, "link")), spans_processes=False)
         # As router/server.py makes them from the same file.
         self.roster = Roster(
             lambda spec: WireClient(self.processes[spec.worker_id], self.delays),
@@ -242,10 +245,10 @@ class SimulatedCluster:
             overrides={**self.config.simulated[role], "cost": self._profile.costs[role.value]},
         )
         pulled_step = self._profile.overheads.pulled_step
-        rng = _rng(self._seed, worker_id)
+        rngs = {kind: _rng(self._seed, f"{worker_id}/{kind}") for kind in KINDS}
         pace = Pace(
             machine=self._machine,
-            ratio=lambda kind: noise.get(kind, _QUIET).at(rng.random()),
+            ratio=lambda kind: noise.get(kind, _QUIET).at(rngs[kind].random()),
             pulled_step_s=pulled_step.at,
             look_ahead_step_count=self._look_ahead_step_count,
             is_exact=self.book.is_exact,
@@ -311,6 +314,22 @@ class _UnscrapedWorker(WorkerMetrics):
 
     def set_load(self, load: WorkerLoad) -> None:
         pass
+
+
+@dataclass(frozen=True, slots=True)
+class _NoisyLink(Link):
+    ratio: Callable[[], float] = lambda: 1.0
+    """Drawn for each transfer, of its time to the model's."""
+
+    def transfer_s(self, byte_count: int) -> float:
+        return self.ratio() * Link.transfer_s(self, byte_count)
+
+
+def _link(profile: Profile, rng: random.Random) -> Link:
+    noise = profile.overhead_noise.get("pull")
+    if noise is None:
+        return profile.link
+    return _NoisyLink(profile.link.latency_s, profile.link.bytes_per_s, lambda: noise.at(rng.random()))
 
 
 _QUIET = Noise()

@@ -15,12 +15,11 @@ def prefix_hit_share(prompts: Iterable[Sequence[int]], block_token_count: int = 
     hit_count = token_count = 0
     for prompt in prompts:
         token_count += len(prompt)
-        # A block is its tokens after a certain prefix: (number of the block before, tokens) -> number.
+        # A block is its tokens after a certain prefix: (number of the block before, tokens) -> number. The first one
+        # that is new has a new number, so nothing after it is known either.
         before = 0
-        is_hit = True
         for begin in range(0, len(prompt) - block_token_count + 1, block_token_count):
             block = (before, tuple(prompt[begin : begin + block_token_count]))
-            if is_hit := is_hit and block in known:
-                hit_count += block_token_count
+            hit_count += block_token_count if block in known else 0
             before = known.setdefault(block, len(known) + 1)
     return hit_count / token_count if token_count else 0.0

@@ -84,6 +84,16 @@ def test_special_tokens_are_in_no_prompt(tmp_path: Path) -> None:
     assert maker.added_token_count == 1
 
 
+def test_a_word_that_is_special_in_a_chat_is_in_no_prompt(tmp_path: Path) -> None:
+    path = word_level(tmp_path) / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    assert 5 in PromptMaker(tmp_path).tokens("long", 20_000)
+    tokenizer.add_special_tokens(["w5"])
+    tokenizer.save(str(path))
+    assert tokenizer.token_to_id("w5") == 5
+    assert 5 not in PromptMaker(tmp_path).tokens("long", 20_000)
+
+
 def test_the_default_models_tokenizer_gives_thousands_of_words_that_return() -> None:
     folder = prepare_model.baton_home() / "models" / prepare_model.MODEL
     if not (folder / "tokenizer.json").is_file():

@@ -136,6 +136,10 @@ def test_agents_prompts_grow_from_the_one_before() -> None:
             assert len(turn.prompt_token_ids) > len(former_ids) + former.output_token_count
     assert len({session[0].prompt_token_ids[:300] for session in sessions}) == 1, "instructions are shared by all"
     assert len({session[0].prompt_token_ids[300:316] for session in sessions}) == len(sessions), "tasks are not"
+    fixed = plan_of("agent", parameters={"result_tokens": 20, "answer_tokens": 20})
+    followers = [request.prompt_token_ids for request in fixed.requests if request.after is not None]
+    assert len({prompt[-20:] for prompt in followers}) == len(followers), "every result is its own"
+    assert len({prompt[-40:-20] for prompt in followers}) == len(followers), "and so is every answer"
     pauses = [request.at_s for request in plan.requests if request.after is not None]
     assert stats.kstest(pauses, stats.expon(scale=1.0).cdf).pvalue > 0.01
 

@@ -17,6 +17,7 @@ from bench.generator.sender import (
     NOT_SENT_LEFT,
     TIMED_OUT,
     RunState,
+    _Places,
     send_plan,
     was_sent,
 )
@@ -204,9 +205,22 @@ async def test_a_closed_loop_shows_as_lag() -> None:
 
 
 @in_virtual_time
+async def test_a_place_that_is_given_to_who_leaves_just_then_is_not_lost() -> None:
+    places = _Places(1)
+    await places.take()
+    leaver, next_one = asyncio.create_task(places.take()), asyncio.create_task(places.take())
+    await asyncio.sleep(0)
+    places.give_back()
+    leaver.cancel()  # before it could run again
+    await asyncio.wait([leaver])
+    assert leaver.cancelled()
+    await asyncio.wait_for(next_one, 1.0)
+
+
+@in_virtual_time
 async def test_who_waits_for_a_place_too_long_times_out_and_gives_none_away() -> None:
     target = ScriptedTarget(ttft_s=4.0, gap_s=0.0)
-    # The place of 1 is given to 2 at the very moment at which 2 gives up: 3 must get it.
+    # 1 and 2 give up at the same moment, 2 without ever having had a place: 3 must get it.
     requests = [request(0, 0.0), request(1, 0.0), request(2, 0.0), request(3, 5.5)]
     records = await send_plan(plan(*requests), target, timeout_s=5.0, max_in_flight=1)
     outcomes = [Outcome.OK, Outcome.TIMEOUT, Outcome.TIMEOUT, Outcome.OK]

@@ -18,10 +18,11 @@ STREAM = (
     b"data:without a space\r\r"
     b"retry: 10\n\n"
     b"data: two\ndata: lines\n\n"
+    b"data: and\r\ndata: more\r\n\r\n"
     b"data\n\n"
     b"data: [DONE]\n\n"
 )
-EVENTS = [b'{"a":1}', b'{"b":2}', b"without a space", b"two\nlines", b"[DONE]"]
+EVENTS = [b'{"a":1}', b'{"b":2}', b"without a space", b"two\nlines", b"and\nmore", b"[DONE]"]
 
 
 def events_of(pieces: list[bytes]) -> list[bytes]:

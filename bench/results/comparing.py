@@ -20,12 +20,15 @@ from bench.results.records import Outcome, RequestRecord
 from bench.results.run_data import RunData
 from bench.results.slo import PRESETS, Slo, meets
 from bench.results.statistics import (
+    RESAMPLE_COUNT,
+    Drawn,
     Interval,
     Mean,
     Pair,
     Percentile,
     Ratio,
     Samples,
+    Statistic,
     draw_pairs,
     needed_for_percentile,
     share_difference_interval,
@@ -156,6 +159,7 @@ def compare(
     metrics: Sequence[str] = METRICS,
     seed: int = 0,
     margin: float = MARGIN,
+    resample_count: int = RESAMPLE_COUNT,
 ) -> Comparison:
     """``a`` and ``b``: runs of the two systems, the i-th of both being a pair. ``metrics``: of ``METRICS``; a name
     without its statistic means all of them (``ttft_s``, ``goodput``). Raises ``ComparisonError``."""
@@ -164,21 +168,26 @@ def compare(
         raise ComparisonError(f"{len(a)} runs of A and {len(b)} of B cannot be paired: give as many of each")
     pairs = [_pair(one, other) for one, other in zip(a, b, strict=True)]
     results: list[MetricResult] = []
-    rng = random.Random(seed)  # noqa: S311 resampling, no secret
+
+    def draw(name: str, pairs: Sequence[Pair], statistics: Sequence[Statistic]) -> Drawn:
+        # By name, so that an interval does not depend on what else was asked for.
+        rng = random.Random(f"{seed} {name}")  # noqa: S311 resampling, no secret
+        return draw_pairs(pairs, statistics, rng, resample_count=resample_count)
+
     for name in LATENCIES:
         words = [word for word in STATISTICS if f"{name}.{word}" in chosen]
         if words:
-            results += _latency(name, words, pairs, random.Random(rng.getrandbits(64)), margin)  # noqa: S311
+            results += _latency(name, words, pairs, draw, margin)
     for name in (*THROUGHPUTS, *(name + PER_WORKER for name in THROUGHPUTS)):
         if name in chosen:
-            found = _throughput(name, pairs, random.Random(rng.getrandbits(64)), margin)  # noqa: S311
+            found = _throughput(name, pairs, draw, margin)
             results += [found] if found is not None else []
     for name in chosen:
         if name == "success":
-            results.append(_share(name, pairs, _is_ok, random.Random(rng.getrandbits(64))))  # noqa: S311
+            results.append(_share(name, pairs, _is_ok, draw))
         elif name.startswith("goodput."):
             slo = PRESETS[name.removeprefix("goodput.")]
-            results.append(_goodput(name, slo, pairs, random.Random(rng.getrandbits(64))))  # noqa: S311
+            results.append(_goodput(name, slo, pairs, draw))
     return Comparison(
         a_label=_label(a, "A"),
         b_label=_label(b, "B"),
@@ -229,9 +238,12 @@ def _side(data: RunData, window: Window) -> _Side:
 
 # --- Metrics
 
+Draw = Callable[[str, Sequence[Pair], Sequence[Statistic]], Drawn]
+"""``draw_pairs`` for the metric of that name."""
+
 
 def _latency(
-    name: str, words: Sequence[str], pairs: Sequence[tuple[_Side, _Side]], rng: random.Random, margin: float
+    name: str, words: Sequence[str], pairs: Sequence[tuple[_Side, _Side]], draw: Draw, margin: float
 ) -> list[MetricResult]:
     def units(side: _Side) -> Samples:
         if name in GAP_METRICS:
@@ -240,7 +252,7 @@ def _latency(
         return [[value] for record in side.records if (value := of_record(record)) is not None]
 
     both, counts = _joined([(units(a), units(b)) for a, b in pairs])
-    drawn = draw_pairs(both, [STATISTICS[word] for word in words], rng)
+    drawn = draw(name, both, [STATISTICS[word] for word in words])
     results = []
     for place, word in enumerate(words):
         statistic = STATISTICS[word]
@@ -253,9 +265,7 @@ def _latency(
     return results
 
 
-def _throughput(
-    name: str, pairs: Sequence[tuple[_Side, _Side]], rng: random.Random, margin: float
-) -> MetricResult | None:
+def _throughput(name: str, pairs: Sequence[tuple[_Side, _Side]], draw: Draw, margin: float) -> MetricResult | None:
     """Of requests due in the window; each is worth what it gave over the window's length, times the number of
     requests, so that the mean of the units is the throughput (of several runs: weighted by their requests). None for
     throughput per worker where the number of workers is unknown."""
@@ -280,18 +290,18 @@ def _throughput(
         return [[worth(record) * len(side.records) / length_s] for record in side.records]
 
     both, counts = _joined([(units(a), units(b)) for a, b in pairs])
-    drawn = draw_pairs(both, [Mean()], rng)
+    drawn = draw(name, both, [Mean()])
     ratio = drawn.ratio(0)
     verdict, note = _of_ratio(ratio, margin, lower_is_better=False)
     return _result(name, drawn.a[0], drawn.b[0], ratio, counts, verdict, note)
 
 
-def _goodput(name: str, slo: Slo, pairs: Sequence[tuple[_Side, _Side]], rng: random.Random) -> MetricResult:
+def _goodput(name: str, slo: Slo, pairs: Sequence[tuple[_Side, _Side]], draw: Draw) -> MetricResult:
     def is_good(record: RequestRecord, side: _Side) -> bool:
         scale = side.data.facts.get("slo_scale")
         return meets(record, slo.scaled(float(scale)) if isinstance(scale, int | float) and scale > 0 else slo)
 
-    return _share(name, pairs, is_good, rng)
+    return _share(name, pairs, is_good, draw)
 
 
 def _is_ok(record: RequestRecord, side: _Side) -> bool:
@@ -302,7 +312,7 @@ def _share(
     name: str,
     pairs: Sequence[tuple[_Side, _Side]],
     is_counted: Callable[[RequestRecord, _Side], bool],
-    rng: random.Random,
+    draw: Draw,
 ) -> MetricResult:
     """All requests in the denominator. The wider of two intervals on each side: by resampling pairs, which knows the
     differences between runs, and Newcombe's, which has width where every request of both is good."""
@@ -316,7 +326,7 @@ def _share(
             name, None, None, None, None, None, None, totals[0], totals[1], Verdict.CANNOT_TELL, "no requests"
         )
     counts = [int(sum(unit[0] for pair in units for unit in pair[place])) for place in (0, 1)]
-    drawn = draw_pairs(both, [Mean()], rng).difference(0)
+    drawn = draw(name, both, [Mean()]).difference(0)
     score = share_difference_interval(counts[0], totals[0], counts[1], totals[1])
     interval = Interval(_outer(min, drawn.low, score.low), _outer(max, drawn.high, score.high))
     a, b = counts[0] / totals[0], counts[1] / totals[1]

@@ -239,8 +239,8 @@ def _lifetime_s(records: Sequence[RequestRecord]) -> float:
     answered = [(ttft, r.ended_at_s - r.message_at_s[0]) for r in records if (ttft := r.ttft_s) is not None]
     if not answered:
         return 0.0
-    ttfts, rests = zip(*answered, strict=True)
-    return max(0.0, min(ttfts)) + max(0.0, percentile(rests, 50.0))
+    shortest_s = min(ttft for ttft, _ in answered)
+    return max(0.0, shortest_s) + max(0.0, percentile([rest for _, rest in answered], 50.0))
 
 
 def _growths(

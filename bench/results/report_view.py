@@ -66,7 +66,8 @@ class RunView:
     @property
     def line_name(self) -> str:
         """The system, as a line of a sweep."""
-        name = f"{self.system} (simulated)" if self.is_simulated else self.system
+        says_so = "simulated" in self.system.lower()
+        name = f"{self.system} (simulated)" if self.is_simulated and not says_so else self.system
         return f"{name}, {self.workload}" if self.shows_workload else name
 
     @property

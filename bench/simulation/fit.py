@@ -7,6 +7,7 @@ error is told on every fifth sample, which a first fit has not seen; the coeffic
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ MOST_CONTENTION = 0.9
 ENOUGH_BESIDE = 8
 KNEES = range(2, 65)
 CLEARLY = 0.97
+CONGESTED_S = 0.05
+"""A token that takes longer to its caller has waited in line behind others', which no line of units describes."""
 
 
 class FitImpossible(ValueError):
@@ -330,15 +333,24 @@ class OverheadsFitted:
     overheads: Overheads
     link: Link | None
     """None: nothing was handed over."""
+    congested_share: float
+    """Of tokens, those left out because they waited in line on their way."""
     noise: Mapping[str, Noise]
     errors: Mapping[str, FitError]
 
 
-def fit_overheads(
-    observed: Sequence[Observed], steps: StepsFitted, rng: random.Random, *, quiet_share: float = QUIET_SHARE
-) -> OverheadsFitted:
+def fit_overheads(observed: Sequence[Observed], steps: StepsFitted, rng: random.Random) -> OverheadsFitted:
     """Raises ``FitImpossible`` where no answer could be followed through its steps."""
-    samples = _overhead_samples([each for one in observed for each in journeys(one)], steps, quiet_share)
+    travelled = [each for one in observed for each in journeys(one)]
+    samples = _overhead_samples(travelled, steps, QUIET_SHARE)
+    if len(samples["admit"]) < ENOUGH_BESIDE:  # as for steps; ``disturbed_steps`` says it
+        samples = _overhead_samples(travelled, steps, math.inf)
+    ways_s = [
+        at - step.ended_at
+        for each in travelled
+        for step, at in zip(each.with_tokens, each.answer.token_at, strict=True)
+    ]
+    congested_share = sum(way_s > CONGESTED_S for way_s in ways_s) / max(1, len(ways_s))
     lines: dict[str, Line] = {}
     noise: dict[str, Noise] = {}
     errors: dict[str, FitError] = {}
@@ -363,7 +375,7 @@ def fit_overheads(
     link = None
     if pull is not None:
         link = Link(pull.base_s, 1.0 / max(pull.per_unit_s, 1e-12))
-    return OverheadsFitted(Overheads(**lines), link, noise, errors)
+    return OverheadsFitted(Overheads(**lines), link, round(congested_share, 4), noise, errors)
 
 
 def _overhead_samples(
@@ -377,10 +389,14 @@ def _overhead_samples(
         answer, first = journey.answer, journey.legs[0]
         made = journey.with_tokens
         if all(step.others_share <= quiet_share for step in made):
-            samples["first_token"].append((answer.prompt_token_count, answer.token_at[0] - made[0].ended_at))
-            for step, at in zip(made[1:], answer.token_at[1:], strict=True):
-                if not step.pull_count:
-                    samples["token"].append((len(step.parts), at - step.ended_at))
+            for index, (step, at) in enumerate(zip(made, answer.token_at, strict=True)):
+                way_s = at - step.ended_at
+                if way_s > CONGESTED_S or step.pull_count:
+                    continue
+                if index:
+                    samples["token"].append((len(step.parts), way_s))
+                else:
+                    samples["first_token"].append((answer.prompt_token_count, way_s))
         if len(journey.legs) > 1:
             taken_over = journey.legs[1][0][0]
             if taken_over.pull_count == 1 and answer.kv_transfer_bytes and taken_over.others_share <= quiet_share:
@@ -413,5 +429,5 @@ def make_profile(
         noise=steps.noise,
         overhead_noise=overheads.noise,
         fit={**steps.errors, **overheads.errors},
-        provenance={**provenance, "seed": seed, **steps.facts},
+        provenance={**provenance, "seed": seed, **steps.facts, "congested_share": overheads.congested_share},
     )

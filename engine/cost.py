@@ -2,7 +2,8 @@
 
 Owns the formulas and their calibrated defaults. Pure: sizes in, seconds out. The defaults describe the default
 model (135M parameters, bfloat16, 30 layers, 3 KV heads of 64) in vLLM 0.32 on one core of a 2-core CPU machine, eager
-mode; they are fitted to figures measured there and given beside each. Other machines pass their own.
+mode; they are fitted to figures measured there and given beside each. `baton bench calibrate` fits those of another
+machine.
 """
 
 from __future__ import annotations

@@ -111,6 +111,7 @@ def _from_trace(facts: Mapping[str, Any], prompts: PromptMaker, trace_path: Path
         end_s=math.inf if pacer["end_s"] is None else pacer["end_s"],
         rate_scale=pacer["rate_scale"],
         keep_share=pacer["keep_share"],
+        jitter=repr(pacer["bin_s"]),  # as it was found or given, whichever way
         length_scale=facts["length_scale"],
         context_token_count=facts["context_token_count"],
         too_long=facts["too_long"],

@@ -1,4 +1,4 @@
-"""The golden server's script, the judge that reads its notes, and the words of generators that ours is compared with."""
+"""The golden server's script, the judge that reads its notes, and the words of generators ours is compared with."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from bench.commands.traffic_options import (
     pacer_spelling,
     print_workloads,
     prompt_maker,
+    seed_of,
 )
 
 if TYPE_CHECKING:
@@ -117,8 +118,10 @@ def _simulate(arguments: argparse.Namespace) -> int:
     directory = arguments.out or Path("bench-runs") / datetime.now(UTC).strftime("%Y%m%d-%H%M%S-simulated")
     runs: list[RunData] = []
     simulated_s = took_s = 0.0
-    for rate_per_s in rates:
-        plan = make_plan_of(arguments, prompts, pacer=pacer_spelling(arguments.pacer, rate_per_s))
+    seed = seed_of(arguments)
+    for place, rate_per_s in enumerate(rates):  # seeds as `baton bench run` gives them
+        pacer = pacer_spelling(arguments.pacer, rate_per_s)
+        plan = make_plan_of(arguments, prompts, pacer=pacer, seed=seed + place)
         began_at = time.perf_counter()
         data = simulate(
             plan, profile, config, seed=arguments.chance, timeout_s=arguments.timeout, label=arguments.label

@@ -21,7 +21,7 @@ from bench.simulation.cluster import sampling, simulated_cluster
 from bench.simulation.profile import Profile, to_toml
 from bench.simulation.target import SimulatedTarget
 from bench.traffic.plan import Plan
-from fleet.config import FleetConfig
+from fleet.config import ConfigError, FleetConfig
 
 DEFAULT_TIMEOUT_S = 300.0
 LOOK_AHEAD_STEP_COUNT = 32
@@ -110,12 +110,13 @@ def profile_digest(profile: Profile) -> str:
 
 
 def with_counts(config: FleetConfig, *, prefill: int | None, decode: int | None) -> FleetConfig:
-    """``config`` with other numbers of workers; the cores named for them go, for a simulation has none."""
+    """``config`` with other numbers of workers; the cores named for them go, for a simulation has none. Raises
+    ``ConfigError``."""
     wanted = {Role.PREFILL: prefill, Role.DECODE: decode}
     pools = {
         role: pool if (count := wanted[role]) is None else dataclasses.replace(pool, count=count, cores=())
         for role, pool in config.pools.items()
     }
     if pools[Role.DECODE].count < 1:
-        raise ValueError("decode.count: is 0; without a decode worker nothing can be generated, give at least 1")
+        raise ConfigError("decode.count: is 0; without a decode worker nothing can be generated, give at least 1")
     return dataclasses.replace(config, pools=pools)

@@ -25,7 +25,7 @@ from bench.traffic.plan import Plan, PlannedRequest
 from bench.traffic.prompts import PromptMaker
 from bench.traffic.workloads import make_plan
 from engine.cost import CostModel, DecodeCost, Link, PrefillCost
-from fleet.config import FleetConfig, parse_config
+from fleet.config import ConfigError, FleetConfig, parse_config
 
 BLOCK, KV_BYTES = 32, 1000
 BUDGET = 512
@@ -268,7 +268,7 @@ def test_other_numbers_of_workers_take_the_place_of_the_files() -> None:
     run = simulate(chat(duration_s=12.0), PROFILE, config)
     assert run.facts["worker_counts"] == {"prefill": 2, "decode": 3}
     assert {record.decode_worker_id for record in run.records} == {"d0", "d1", "d2"}
-    with pytest.raises(ValueError, match=r"decode\.count"):
+    with pytest.raises(ConfigError, match=r"decode\.count"):
         with_counts(config, prefill=1, decode=0)
 
 

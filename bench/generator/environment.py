@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.machine import MachineClock, machine_facts
 
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
 _PACKAGES = ("uvloop", "numpy", "protobuf", "aiohttp", "grpcio", "baton-serve", "baton-client")
 
 
@@ -22,8 +22,8 @@ def environment_facts() -> dict[str, Any]:
         **machine_facts(),
         "governor": _read(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
         "cgroup": {
-            "cpu_max": _read(_CGROUP / "cpu.max"),
-            "memory_max": _read(_CGROUP / "memory.max"),
+            "cpu_max": _read(_own_cgroup() / "cpu.max"),
+            "memory_max": _read(_own_cgroup() / "memory.max"),
         },
         "generator_packages": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
         "is_virtual_machine": "hypervisor" in (_read(Path("/proc/cpuinfo")) or "").partition("flags")[2][:4096],
@@ -45,8 +45,8 @@ class Watch:
     def start(cls) -> Watch:
         return cls(
             clock=MachineClock.read(),
-            context_switch_count=_field("/proc/stat", "ctxt"),
-            throttled_s=None if (us := _field(str(_CGROUP / "cpu.stat"), "throttled_usec")) is None else us / 1e6,
+            context_switch_count=_field(Path("/proc/stat"), "ctxt"),
+            throttled_s=None if (us := _field(_own_cgroup() / "cpu.stat", "throttled_usec")) is None else us / 1e6,
             own=resource.getrusage(resource.RUSAGE_SELF),
         )
 
@@ -78,8 +78,16 @@ def _read(path: Path) -> str | None:
         return None
 
 
-def _field(path: str, name: str) -> int | None:
-    for line in (_read(Path(path)) or "").splitlines():
+def _own_cgroup() -> Path:
+    """Of this process, cgroup v2; the root's where it is not told."""
+    for line in (_read(Path("/proc/self/cgroup")) or "").splitlines():
+        if line.startswith("0::/"):
+            return _CGROUPS / line.removeprefix("0::/")
+    return _CGROUPS
+
+
+def _field(path: Path, name: str) -> int | None:
+    for line in (_read(path) or "").splitlines():
         key, _, value = line.partition(" ")
         if key == name:
             return int(value)

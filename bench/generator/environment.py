@@ -21,10 +21,7 @@ def environment_facts() -> dict[str, Any]:
     return {
         **machine_facts(),
         "governor": _read(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
-        "cgroup": {
-            "cpu_max": _read(_own_cgroup() / "cpu.max"),
-            "memory_max": _read(_own_cgroup() / "memory.max"),
-        },
+        "cgroup": cgroup_limits(),
         "generator_packages": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
         "is_virtual_machine": "hypervisor" in (_read(Path("/proc/cpuinfo")) or "").partition("flags")[2][:4096],
     }
@@ -46,7 +43,7 @@ class Watch:
         return cls(
             clock=MachineClock.read(),
             context_switch_count=_field(Path("/proc/stat"), "ctxt"),
-            throttled_s=None if (us := _field(_own_cgroup() / "cpu.stat", "throttled_usec")) is None else us / 1e6,
+            throttled_s=_throttled_s(),
             own=resource.getrusage(resource.RUSAGE_SELF),
         )
 
@@ -78,12 +75,30 @@ def _read(path: Path) -> str | None:
         return None
 
 
-def _own_cgroup() -> Path:
-    """Of this process, cgroup v2; the root's where it is not told."""
+def cgroup_limits() -> dict[str, str | None]:
+    """``cpu_max``: quota and period in microseconds, "max" for no quota; ``memory_max``: bytes. Of cgroup v2 or v1."""
+    cpu_max = _read(_own_cgroup() / "cpu.max")
+    quota, period = (_read(_own_cgroup("cpu") / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+    if cpu_max is None and quota is not None:
+        cpu_max = f"{'max' if quota == '-1' else quota} {period}"
+    memory_max = _read(_own_cgroup() / "memory.max") or _read(_own_cgroup("memory") / "memory.limit_in_bytes")
+    return {"cpu_max": cpu_max, "memory_max": memory_max}
+
+
+def _throttled_s() -> float | None:
+    if (microseconds := _field(_own_cgroup() / "cpu.stat", "throttled_usec")) is not None:
+        return microseconds / 1e6
+    nanoseconds = _field(_own_cgroup("cpu") / "cpu.stat", "throttled_time")
+    return None if nanoseconds is None else nanoseconds / 1e9
+
+
+def _own_cgroup(controller: str = "") -> Path:
+    """Of this process; ``controller`` is v1's, without it v2. Where it is not told, the root's."""
     for line in (_read(Path("/proc/self/cgroup")) or "").splitlines():
-        if line.startswith("0::/"):
-            return _CGROUPS / line.removeprefix("0::/")
-    return _CGROUPS
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            return _CGROUPS / controller / path.lstrip("/")
+    return _CGROUPS / controller
 
 
 def _field(path: Path, name: str) -> int | None:

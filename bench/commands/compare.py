@@ -105,9 +105,9 @@ def _print(comparison: Comparison) -> None:
     for warning in comparison.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False)
     console.print(table(comparison))
-    for result in comparison.results:
-        if result.note:
-            console.print(f"{result.name}: {result.note}", style="dim", markup=False)
+    for note in dict.fromkeys(result.note for result in comparison.results if result.note):
+        names = ", ".join(result.name for result in comparison.results if result.note == note)
+        console.print(f"cannot tell {names}: {note}", style="dim", markup=False)
     console.print(standing(comparison), markup=False)
 
 

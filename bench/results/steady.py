@@ -209,12 +209,13 @@ def find_saturation(records: Sequence[RequestRecord], warmup: Warmup, window: Wi
     away_share = away_count / len(chosen) if chosen else None
     away_low = wilson_interval(away_count, len(chosen)).low
     short: str | None = None
-    if span.length_s < SHORTEST_WINDOW_S:
+    if span.length_s < LIFETIMES * lifetime_s:
+        lifetimes = f"{LIFETIMES:.0f} lifetimes of a request ({lifetime_s:.1f} s)"
+        short = f"after the first, {span.length_s:.1f} s are left to judge, fewer than {lifetimes}"
+    elif span.length_s < SHORTEST_WINDOW_S:
         short = f"{span.length_s:.1f} s to judge; the rule needs {SHORTEST_WINDOW_S:.0f} s"
     elif len(told) < FEWEST_REQUESTS:
         short = f"{len(told)} requests with a first token to judge; the rule needs {FEWEST_REQUESTS}"
-    elif span.length_s < LIFETIMES * lifetime_s:
-        short = f"{span.length_s:.1f} s to judge are fewer than {LIFETIMES:.0f} lifetimes of a request"
     flying, ttft = _growths(records, told, span) if short is None else (None, None)
     if away_low is not None and away_low > TURNED_AWAY_SHARE:
         verdict = SaturationVerdict.SATURATED

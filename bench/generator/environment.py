@@ -13,6 +13,7 @@ from typing import Any
 from bench.machine import MachineClock, machine_facts
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_NO_MEMORY_LIMIT = 2**60
 _PACKAGES = ("uvloop", "numpy", "protobuf", "aiohttp", "grpcio", "baton-serve", "baton-client")
 
 
@@ -76,12 +77,14 @@ def _read(path: Path) -> str | None:
 
 
 def cgroup_limits() -> dict[str, str | None]:
-    """``cpu_max``: quota and period in microseconds, "max" for no quota; ``memory_max``: bytes. Of cgroup v2 or v1."""
+    """``cpu_max``: quota and period in microseconds; ``memory_max``: bytes; "max" is no limit. Of cgroup v2 or v1."""
     cpu_max = _read(_own_cgroup() / "cpu.max")
     quota, period = (_read(_own_cgroup("cpu") / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
     if cpu_max is None and quota is not None:
         cpu_max = f"{'max' if quota == '-1' else quota} {period}"
     memory_max = _read(_own_cgroup() / "memory.max") or _read(_own_cgroup("memory") / "memory.limit_in_bytes")
+    if memory_max is not None and memory_max.isdigit() and int(memory_max) >= _NO_MEMORY_LIMIT:
+        memory_max = "max"  # as v1 spells it
     return {"cpu_max": cpu_max, "memory_max": memory_max}
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -79,6 +80,7 @@ QUICK = {GOLDEN: Volume(10.0, 6.0, 64, 40, 1), REAL: Volume(1.5, 6.0, 128, 16, 1
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a terminated benchmark must still end its servers
     began_at = time.monotonic()
     config = load_config(options.config)
     check_model_directory(config)

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -51,6 +52,7 @@ RAMP_S = 1.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a terminated benchmark must still end its servers
     if options.only:
         result = run_one(options.only, options.rate, options.tokens, options.duration, options.seed, options.cores)
         options.raw.write_text(json.dumps(result))

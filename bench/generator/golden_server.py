@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -34,7 +35,9 @@ HOST = "127.0.0.1"
 DEFAULT_MODEL = "golden"
 MAX_RECORD_COUNT = 50_000
 """The oldest notes go first."""
-START_DEADLINE_S = 30.0
+START_DEADLINE_S = 60.0
+_PR_SET_PDEATHSIG = 1
+"""So that it ends also with a benchmark that was killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +134,7 @@ def golden_process(
 ) -> Iterator[GoldenProcess]:
     """A golden server of its own, on ``cores`` (None: all of ours). Ended with the block, whatever happens in it."""
     command = [sys.executable, "-m", "bench.generator.golden_server", json.dumps(script_to_json(script))]
-    command += [model, str(http_port), str(grpc_port), ",".join(map(str, cores or ()))]
+    command += [model, str(http_port), str(grpc_port), ",".join(map(str, cores or ())), str(os.getpid())]
     root = Path(__file__).resolve().parents[2]
     process = Popen(command, stdout=PIPE, cwd=root, env={**os.environ, "GRPC_VERBOSITY": "ERROR"})  # noqa: S603
     try:
@@ -170,7 +173,10 @@ def script_from_json(fields: dict[str, Any]) -> GoldenScript:
 
 
 def main(arguments: Sequence[str]) -> None:
-    script, model, http_port, grpc_port, cores = arguments
+    script, model, http_port, grpc_port, cores, parent_pid = arguments
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != int(parent_pid):  # it died before the line above
+        sys.exit(1)
     if cores:
         os.sched_setaffinity(0, [int(core) for core in cores.split(",")])
     run(script_from_json(json.loads(script)), http_port=int(http_port), grpc_port=int(grpc_port), model=model)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from bench.traffic.pacers import split_parameters
+from bench.traffic.pacers import spelled_number, split_parameters
 from bench.traffic.traces import read_trace
 
 MAX_TOKEN_COUNT = 10_000_000
@@ -88,7 +88,7 @@ class LogNormal:
         high = "" if self.high == MAX_TOKEN_COUNT else f",max={self.high}"
         return {
             "name": "lognormal",
-            "spelling": f"lognormal:{self.median:.12g},sigma={self.sigma:.12g}{low}{high}",
+            "spelling": f"lognormal:{spelled_number(self.median)},sigma={spelled_number(self.sigma)}{low}{high}",
             "median": self.median,
             "sigma": self.sigma,
             "low": self.low,

@@ -67,7 +67,11 @@ class Constant:
         )
 
     def facts(self) -> dict[str, object]:
-        return {"name": "constant", "spelling": f"constant:{_short(self.rate_per_s)}", "rate_per_s": self.rate_per_s}
+        return {
+            "name": "constant",
+            "spelling": f"constant:{spelled_number(self.rate_per_s)}",
+            "rate_per_s": self.rate_per_s,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,11 @@ class Poisson:
         return _renewals(duration_s, self.rate_per_s, rng.expovariate(self.rate_per_s), rng.expovariate)
 
     def facts(self) -> dict[str, object]:
-        return {"name": "poisson", "spelling": f"poisson:{_short(self.rate_per_s)}", "rate_per_s": self.rate_per_s}
+        return {
+            "name": "poisson",
+            "spelling": f"poisson:{spelled_number(self.rate_per_s)}",
+            "rate_per_s": self.rate_per_s,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +118,7 @@ class Gamma:
         return _renewals(duration_s, self.rate_per_s, first_s, lambda _: rng.gammavariate(shape, scale_s))
 
     def facts(self) -> dict[str, object]:
-        spelling = f"gamma:{_short(self.rate_per_s)},cv={_short(self.cv)}"
+        spelling = f"gamma:{spelled_number(self.rate_per_s)},cv={spelled_number(self.cv)}"
         return {"name": "gamma", "spelling": spelling, "rate_per_s": self.rate_per_s, "cv": self.cv}
 
 
@@ -125,7 +133,7 @@ class Weibull:
     def __post_init__(self) -> None:
         _check_positive("rate", self.rate_per_s)
         if not 0.1 <= self.shape <= 100:
-            raise ValueError(f"shape {_short(self.shape)} is not within 0.1 and 100")
+            raise ValueError(f"shape {spelled_number(self.shape)} is not within 0.1 and 100")
 
     @property
     def cv(self) -> float:
@@ -141,7 +149,7 @@ class Weibull:
     def facts(self) -> dict[str, object]:
         return {
             "name": "weibull",
-            "spelling": f"weibull:{_short(self.rate_per_s)},shape={_short(self.shape)}",
+            "spelling": f"weibull:{spelled_number(self.rate_per_s)},shape={spelled_number(self.shape)}",
             "rate_per_s": self.rate_per_s,
             "shape": self.shape,
             "cv": self.cv,
@@ -163,7 +171,7 @@ class Ramp:
     def __post_init__(self) -> None:
         for name, rate in (("first rate", self.first_rate_per_s), ("last rate", self.last_rate_per_s)):
             if not (math.isfinite(rate) and rate >= 0):
-                raise ValueError(f"{name} {_short(rate)} is not 0 or more")
+                raise ValueError(f"{name} {spelled_number(rate)} is not 0 or more")
         if self.first_rate_per_s == self.last_rate_per_s == 0:
             raise ValueError("a ramp from 0 to 0 has no arrivals")
 
@@ -184,7 +192,7 @@ class Ramp:
     def facts(self) -> dict[str, object]:
         return {
             "name": "ramp",
-            "spelling": f"ramp:{_short(self.first_rate_per_s)}..{_short(self.last_rate_per_s)}",
+            "spelling": f"ramp:{spelled_number(self.first_rate_per_s)}..{spelled_number(self.last_rate_per_s)}",
             "first_rate_per_s": self.first_rate_per_s,
             "last_rate_per_s": self.last_rate_per_s,
         }
@@ -219,7 +227,8 @@ class Steps:
     def facts(self) -> dict[str, object]:
         return {
             "name": "steps",
-            "spelling": "steps:" + ",".join(f"{_short(rate)}x{_short(length_s)}" for rate, length_s in self.stages),
+            "spelling": "steps:"
+            + ",".join(f"{spelled_number(rate)}x{spelled_number(length_s)}" for rate, length_s in self.stages),
             "stages": [{"rate_per_s": rate, "length_s": length_s} for rate, length_s in self.stages],
         }
 
@@ -267,10 +276,10 @@ class Users:
         return sorted(at_s for at_s in times if at_s < duration_s)
 
     def facts(self) -> dict[str, object]:
-        stages = ",".join(f"{count}x{_short(length_s)}" for count, length_s in self.stages)
+        stages = ",".join(f"{count}x{spelled_number(length_s)}" for count, length_s in self.stages)
         return {
             "name": "users",
-            "spelling": f"users:{stages},every={_short(self.every_s)}",
+            "spelling": f"users:{stages},every={spelled_number(self.every_s)}",
             "stages": [{"user_count": count, "length_s": length_s} for count, length_s in self.stages],
             "every_s": self.every_s,
         }
@@ -301,12 +310,14 @@ class Replay:
         if any(later < earlier for earlier, later in itertools.pairwise(self.recorded_s)):
             raise ValueError("times of a trace have to ascend")
         if not 0 <= self.start_s < self.end_s:
-            raise ValueError(f"a slice from {_short(self.start_s)} to {_short(self.end_s)} s is empty")
+            raise ValueError(
+                f"a slice from {spelled_number(self.start_s)} to {spelled_number(self.end_s)} s is empty"
+            )
         if not (math.isfinite(self.bin_s) and self.bin_s >= 0):
-            raise ValueError(f"bin {_short(self.bin_s)} is not 0 or more")
+            raise ValueError(f"bin {spelled_number(self.bin_s)} is not 0 or more")
         _check_positive("rate scale", self.rate_scale)
         if not 0 < self.keep_share <= 1:
-            raise ValueError(f"keep share {_short(self.keep_share)} is not above 0 and at most 1")
+            raise ValueError(f"keep share {spelled_number(self.keep_share)} is not above 0 and at most 1")
 
     @property
     def recorded_duration_s(self) -> float:
@@ -358,7 +369,7 @@ class Replay:
             "spelling": "replay",
             "recorded_count": len(self.recorded_s),
             "recorded_duration_s": self.recorded_duration_s,
-            "jitter": f"even within bins of {_short(self.bin_s)} s, in order" if self.bin_s else "none",
+            "jitter": f"even within bins of {spelled_number(self.bin_s)} s, in order" if self.bin_s else "none",
             "bin_s": self.bin_s,
             "start_s": self.start_s,
             "end_s": None if math.isinf(self.end_s) else self.end_s,
@@ -429,7 +440,7 @@ def _parse_users(rest: str) -> Users:
     stages = []
     for count, length_s in _stages(plain):
         if count != int(count):
-            raise ValueError(f"{_short(count)} users: counts of users are whole numbers")
+            raise ValueError(f"{spelled_number(count)} users: counts of users are whole numbers")
         stages.append((int(count), length_s))
     return Users(tuple(stages), _number(_needed(named, "every")))
 
@@ -502,7 +513,7 @@ def _check_stages(stages: Sequence[tuple[_Amount, float]], amount: str) -> None:
         raise ValueError("at least one stage is needed")
     for value, length_s in stages:
         if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{amount} {_short(value)} is not 0 or more")
+            raise ValueError(f"{amount} {spelled_number(value)} is not 0 or more")
         _check_positive("length", length_s)
     if all(value == 0 for value, _ in stages):
         raise ValueError("all stages are 0")
@@ -510,12 +521,14 @@ def _check_stages(stages: Sequence[tuple[_Amount, float]], amount: str) -> None:
 
 def _check_positive(name: str, value: float) -> None:
     if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} {_short(value)} is not above 0")
+        raise ValueError(f"{name} {spelled_number(value)} is not above 0")
 
 
 def _check_fits(name: str, natural_s: float, duration_s: float) -> None:
     if duration_s > natural_s * (1 + 1e-9):
-        raise ValueError(f"{name} last {_short(natural_s)} s, and the run {_short(duration_s)} s: add a stage")
+        raise ValueError(
+            f"{name} last {spelled_number(natural_s)} s, and the run {spelled_number(duration_s)} s: add a stage"
+        )
 
 
 def _check_size(count: float) -> None:
@@ -543,5 +556,7 @@ def _unit_arrivals(total: float, rng: random.Random) -> Iterator[float]:
         at += rng.expovariate(1.0)
 
 
-def _short(number: float) -> str:
-    return f"{number:.12g}"
+def spelled_number(number: float) -> str:
+    """As short as it reads, and read again exactly."""
+    text = f"{number:.12g}"
+    return text if float(text) == number else repr(number)

@@ -82,6 +82,12 @@ def test_spellings_are_read_and_facts_spell_them_again(text: str, lengths: Lengt
     assert parse_lengths(str(lengths.facts()["spelling"])) == lengths
 
 
+@given(st.floats(1, 1e6), st.floats(0, 10))
+def test_a_spelling_loses_no_digit(median: float, sigma: float) -> None:
+    lengths = LogNormal(median, sigma)
+    assert parse_lengths(str(lengths.facts()["spelling"])) == lengths
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -196,6 +196,12 @@ def test_facts_are_json_and_spell_the_pacer_again(spelling: str) -> None:
     assert facts["name"] == spelling.partition(":")[0]
 
 
+@given(st.floats(1e-6, 1e6), st.floats(0.01, 100))
+def test_a_spelling_loses_no_digit(rate: float, cv: float) -> None:
+    for pacer in (Gamma(rate, cv), Ramp(rate, cv), Steps(((rate, cv), (cv, rate))), Users(((3, rate),), every_s=cv)):
+        assert parse_pacer(str(pacer.facts()["spelling"])) == pacer
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -28,7 +28,7 @@ from bench.simulation.profile import (
     write_profile,
 )
 from bench.simulation.steps import Part, Step, read_steps
-from engine.cost import CostModel, DecodeCost, Link, PrefillCost
+from engine.cost import Chunk, CostModel, DecodeCost, Link, PrefillCost
 
 COST = CostModel(PrefillCost(0.020, 1.2e-3, 4.4e-7), DecodeCost(0.030, 4.0e-6, 0.9e-3))
 CONTENTION = Contention(prefill_by_decode=0.08, decode_by_prefill=0.03, decode_by_decode=0.12)
@@ -413,3 +413,12 @@ def test_the_command_refuses_what_it_cannot_calibrate(tmp_path: Path, capsys: py
     assert command(tmp_path, "--fit-from", str(tmp_path / "empty.jsonl")) == 1
     assert "prefill steps: 0 samples" in capsys.readouterr().err
     assert not (tmp_path / "made.toml").exists()
+
+
+def test_the_profile_that_comes_with_baton_can_be_read_and_is_near_the_defaults() -> None:
+    shipped = Path(__file__).resolve().parents[2] / "deploy" / "profiles" / "smollm2-135m-2core.toml"
+    profile = read_profile(shipped)
+    assert profile.provenance["model"] == "smollm2-135m-instruct"
+    for chunks, contexts in (([Chunk(512)], []), ([], [300] * 8)):
+        told = profile.costs["decode"].step_s(chunks, contexts)
+        assert told == pytest.approx(CostModel().step_s(chunks, contexts), rel=0.3)

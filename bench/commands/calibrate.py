@@ -147,7 +147,6 @@ def _provenance(
     config: FleetConfig, arguments: argparse.Namespace, observed: list[Observed], took_s: float
 ) -> dict[str, Any]:
     from baton.request import Role
-    from bench.machine import machine_facts
 
     engine = config.engines[Role.DECODE]
     return {
@@ -163,7 +162,7 @@ def _provenance(
         "enforce_eager": engine.enforce_eager,
         "clusters": [each.cluster for each in observed],
         "answer_count": sum(len(each.answers) for each in observed),
-        "machine": machine_facts(),
+        "machine": dict(observed[0].machine) if observed else {},
     }
 
 

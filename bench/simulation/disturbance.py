@@ -48,14 +48,19 @@ class Watch:
 
     async def run(self) -> None:
         ours = descendants(os.getpid())
-        before, used, at = MachineClock.read(), _cpu_s(ours), time.monotonic()
+        before, used, at = _read(ours)
         while True:
             await asyncio.sleep(PERIOD_S)
-            now, now_used, until = MachineClock.read(), _cpu_s(ours), time.monotonic()
+            now, now_used, until = _read(ours)
             machine_s = now.busy_s - before.busy_s + now.steal_s - before.steal_s
             share = max(0.0, machine_s - (now_used - used)) / (until - at)
             self.samples.append(Others(until, round(share, 3)))
             before, used, at = now, now_used, until
+
+
+def _read(pids: Sequence[int]) -> tuple[MachineClock, float, float]:
+    """Of the machine, of the processes, and when; as close together as can be."""
+    return MachineClock.read(), _cpu_s(pids), time.monotonic()
 
 
 def descendants(root: int) -> list[int]:

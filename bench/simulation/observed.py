@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bench.simulation.steps import Part, Step
@@ -34,11 +34,13 @@ class Observed:
     """Such as "1 prefill + 1 decode"."""
     steps: tuple[Step, ...]
     answers: tuple[Answered, ...]
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    """``bench.machine.machine_facts`` of when it was observed."""
 
 
 def to_lines(observed: Iterable[Observed]) -> Iterator[str]:
     for each in observed:
-        yield json.dumps({"record": "cluster", "cluster": each.cluster})
+        yield json.dumps({"record": "cluster", "cluster": each.cluster, "machine": dict(each.machine)})
         for step in each.steps:
             yield json.dumps({"record": "step", **asdict(step)}, separators=(",", ":"))
         for answer in each.answers:
@@ -47,23 +49,31 @@ def to_lines(observed: Iterable[Observed]) -> Iterator[str]:
 
 def from_lines(lines: Iterable[str]) -> list[Observed]:
     """Raises ``ValueError`` for lines that ``to_lines`` did not write."""
-    found: list[tuple[str, list[Step], list[Answered]]] = []
+    found: list[_Read] = []
     for number, line in enumerate(lines, start=1):
         try:
             _read(json.loads(line), found)
         except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
             raise ValueError(f"line {number}: no record of a calibration ({type(error).__name__})") from error
-    return [Observed(cluster, tuple(steps), tuple(answers)) for cluster, steps, answers in found]
+    return [Observed(each.cluster, tuple(each.steps), tuple(each.answers), each.machine) for each in found]
 
 
-def _read(document: dict[str, Any], found: list[tuple[str, list[Step], list[Answered]]]) -> None:
+@dataclass(slots=True)
+class _Read:
+    cluster: str
+    machine: dict[str, Any]
+    steps: list[Step] = field(default_factory=list)
+    answers: list[Answered] = field(default_factory=list)
+
+
+def _read(document: dict[str, Any], found: list[_Read]) -> None:
     match document.pop("record"):
         case "cluster":
-            found.append((str(document["cluster"]), [], []))
+            found.append(_Read(str(document["cluster"]), dict(document["machine"])))
         case "step":
             parts = tuple(Part(**part) for part in document.pop("parts"))
-            found[-1][1].append(Step(parts=parts, **document))
+            found[-1].steps.append(Step(parts=parts, **document))
         case "answer":
-            found[-1][2].append(Answered(token_at=tuple(document.pop("token_at")), **document))
+            found[-1].answers.append(Answered(token_at=tuple(document.pop("token_at")), **document))
         case other:
             raise KeyError(other)

@@ -21,6 +21,7 @@ from pathlib import Path
 from baton.client import BatonClient, Chunk, Finished, Started
 from baton.request import Role, StopConditions
 from bench.fleet_under_test import running_fleet
+from bench.machine import machine_facts
 from bench.oracle import model_limits
 from bench.real_fleet import free_ports
 from bench.simulation.disturbance import PERIOD_S, Watch
@@ -101,6 +102,7 @@ async def observe(
 ) -> Observed:
     """Starts the fleet, asks (``work`` in place of ``effort``'s), stops it. Raises what a fleet that does not start,
     or a request that fails, raises."""
+    machine = machine_facts()
     with tempfile.TemporaryDirectory(prefix="baton-calibrate-") as folder:
         log = Path(folder) / "steps.jsonl"
         os.environ[STEP_LOG_VARIABLE] = str(log)  # the engine processes inherit it
@@ -131,7 +133,7 @@ async def observe(
                 watching.cancel()
                 await asyncio.wait([watching])
         steps = read_steps(log.read_text().splitlines(), watch.samples)
-        return Observed(describe(config), tuple(steps), tuple(answers))
+        return Observed(describe(config), tuple(steps), tuple(answers), machine)
 
 
 def describe(config: FleetConfig) -> str:

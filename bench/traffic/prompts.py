@@ -119,8 +119,8 @@ class PromptMaker:
         return len(self._words)
 
     def facts(self) -> dict[str, object]:
-        """Fit for JSON: what prompts are made of."""
-        return dict(self._facts)
+        """Fit for JSON: what prompts are made of, and what a server may add to their texts."""
+        return {**self._facts, "added_token_count": self.added_token_count}
 
 
 def _words_that_return(tokenizer: Tokenizer) -> list[int]:

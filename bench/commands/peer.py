@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bench.peers import RunningSystem
 
+ROOT = Path(__file__).resolve().parents[2]
 WATCH_INTERVAL_S = 1.0
 
 
@@ -33,6 +34,11 @@ def add_command(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if not (ROOT / "deploy" / "locks").is_dir():
+        return _refuse("peers are started from a checkout of Baton: what they are installed from is in no wheel", 1)
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))  # for deploy.setup, which is in no package, either
+
     from bench.children import ChildError
     from bench.comparison.specs import SYSTEMS
     from deploy.setup.console import StepFailed

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,27 @@ def test_the_list_names_every_peer_and_what_is_not_installed(home: Path, capsys:
     missing = {line.split()[0]: line for line in lines if "not installed" in line}
     assert missing.keys() == {"naive", "vllm-2x1core", "vllm-2x1core-chunk-128", "stock-router", "stock-router-tuned"}
     assert missing["naive"].endswith("(not installed: peer-naive)")
+
+
+def test_it_works_from_any_folder(home: Path) -> None:
+    done = subprocess.run(  # noqa: S603 - our own interpreter
+        [sys.executable, "-I", "-m", "baton", "bench", "peer", "--list"],
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=60.0,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("baton ")
+
+
+def test_without_a_checkout_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(peer, "ROOT", tmp_path)
+    assert peer.run(parsed("--list")) == 1
+    assert "from a checkout of Baton" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

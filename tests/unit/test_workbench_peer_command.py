@@ -66,7 +66,7 @@ def test_the_list_names_every_peer_and_what_is_not_installed(home: Path, capsys:
 
 
 def test_it_works_from_any_folder(home: Path) -> None:
-    done = subprocess.run(  # noqa: S603 - our own interpreter
+    done = subprocess.run(
         [sys.executable, "-I", "-m", "baton", "bench", "peer", "--list"],
         cwd=home,
         capture_output=True,

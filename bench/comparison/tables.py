@@ -1,9 +1,10 @@
 """From the records of all systems to the tables of the comparison: markdown out. Pure.
 
-A ratio is peer / Baton 1P+1D: above 1, Baton is the faster. Its 95% interval comes from resampling whole requests
-within the blocks of a system (of the streams: whole runs), because the gaps of one request are not independent, nor
-those of streams that share an engine step. A percentile of fewer values than it needs is near their maximum: the
-counts stand beside.
+A ratio is peer / Baton 1P+1D: above 1, Baton is the faster. Its 95% interval comes from resampling turns in pairs,
+and in them stretches of neighbouring requests (of the streams: whole runs): neither the gaps of one request are
+independent, nor requests that queue, nor streams that share an engine step. A system that had fewer turns than Baton
+is resampled by requests within its turns, which is too narrow where they queue. A percentile of fewer values than it
+needs is near their maximum: the counts stand beside.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 
 from bench.results.records import Outcome, RequestRecord
 from bench.results.slo import PRESETS, Slo, meets
-from bench.results.statistics import Ratio, bootstrap_ratio, mean, p50, p99, pooled
+from bench.results.statistics import Ratio, bootstrap_ratio, mean, p50, p99, paired_ratio, pooled
 
 BASE = "baton"
 Units = dict[int, list[list[float]]]
@@ -121,7 +122,8 @@ def ratio(runs: Sequence[CellRun], system: str, measure: Measure, seed: int, bas
     theirs = units([run for run in runs if run.system == base], measure)
     if not pooled(mine) or not pooled(theirs) or measure.statistic(pooled(theirs)) == 0:
         return None
-    return bootstrap_ratio(mine, theirs, measure.statistic, random.Random(seed))  # noqa: S311 resampling, no secret
+    resampled = paired_ratio if len(mine) == len(theirs) > 1 else bootstrap_ratio
+    return resampled(mine, theirs, measure.statistic, random.Random(seed))  # noqa: S311 resampling, no secret
 
 
 def value(runs: Sequence[CellRun], system: str, measure: Measure) -> float | None:

@@ -1,7 +1,7 @@
 """The comparison: Baton beside its peers, on the same cores, with the same requests, in one run.
 
     python -m bench.comparison --quick              # three systems, a few loads, about five minutes
-    python -m bench.comparison                      # all systems, twice each in mirrored order, within an hour
+    python -m bench.comparison                      # all systems, most of them twice, within an hour
     python -m bench.comparison --trace FILE         # the code trace from a file; else its statistical likeness
 
 Every request goes to the raw file as its load ends (JSON lines: "run", "block", "cell", "request"); the page is made
@@ -26,7 +26,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from baton import event_loop
-from bench.comparison.blocks import Turn, block_order
+from bench.comparison.blocks import Turn, turn_order
 from bench.comparison.cells import FULL_CELLS, QUICK_CELLS, CellPlans
 from bench.comparison.page import render
 from bench.generator.baton_target import BatonTarget
@@ -36,30 +36,27 @@ from bench.machine import machine_facts, wait_until_quiet
 from bench.peers import SYSTEMS, RunningSystem, SystemSpec, start_system
 from fleet.config import FleetConfig, check_model_directory, load_config
 
-FULL_SYSTEMS = (
-    "baton",
-    "vllm-2core",
-    "stock-router-tuned",
-    "baton-aggregated",
-    "vllm-2core-chunk-128",
-    "vllm-2x1core",
-    "stock-router",
-    "naive",
-)
+FULL_SYSTEMS = ("baton", "vllm-2core", "stock-router-tuned", "baton-aggregated", "vllm-2core-chunk-128")
+ONCE_SYSTEMS = ("vllm-2x1core", "stock-router", "naive")
+"""One turn each, between the passes of the others: what they are compared for is far from a tie."""
 QUICK_SYSTEMS = ("baton", "vllm-2core", "stock-router-tuned")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     if options.page_from is not None:
-        options.page.write_text(render(_read(options.page_from)))
+        options.out = options.page_from
+        options.page.write_text(render(_read(options.out)))
         print(options.page)
+        _write_plots(options)
         return 0
     signal.signal(signal.SIGTERM, _raise_exit)  # a terminated benchmark must still end its servers
     config = load_config(options.config)
     check_model_directory(config)
     plans = CellPlans(config.model.directory, seed=options.seed, trace=options.trace)
-    order = block_order([SYSTEMS[name] for name in options.systems], options.passes)
+    order = turn_order(
+        [SYSTEMS[name] for name in options.systems], [SYSTEMS[name] for name in options.once], options.passes
+    )
     cells = QUICK_CELLS if options.quick else FULL_CELLS
     for path in (options.out, options.page):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "machine": machine_facts(),
                 "seed": options.seed,
                 "is_quick": options.quick,
-                "order": [spec.name for spec in order],
-                "systems": {spec.name: asdict(spec) for spec in order},
+                "order": [spec.name for _, spec in order],
+                "systems": {spec.name: asdict(spec) for _, spec in order},
                 "cells": [{"name": cell.name, **asdict(cell)} for cell in cells],
                 "model": config.model.name,
                 "engines": _engine_facts(config),
@@ -80,16 +77,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             },
         )
         is_good = True
-        for number, spec in enumerate(order):
-            is_good &= _run_block(number, spec, config, options, plans, raw)
+        for number, (round_number, spec) in enumerate(order):
+            is_good &= _run_block(number, round_number, spec, config, options, plans, raw)
     text = render(_read(options.out))
     options.page.write_text(text)
     print(text)
+    _write_plots(options)
     return 0 if is_good else 1
 
 
+def _write_plots(options: argparse.Namespace) -> None:
+    """One report with plots for each open-loop workload: the systems' curves, and what they make of rising rates."""
+    options.plots.mkdir(parents=True, exist_ok=True)
+    for workload, runs in sweeps(_read(options.out)).items():
+        path = options.plots / f"{options.out.stem}-{workload}.html"
+        path.write_text(render_plots(runs, title=f"Baton beside its peers: {workload}"))
+        _say(f"plots: {path}")
+
+
 def _run_block(
-    number: int, spec: SystemSpec, config: FleetConfig, options: argparse.Namespace, plans: CellPlans, raw: TextIO
+    number: int,
+    round_number: int,
+    spec: SystemSpec,
+    config: FleetConfig,
+    options: argparse.Namespace,
+    plans: CellPlans,
+    raw: TextIO,
 ) -> bool:
     block: dict[str, Any] = {"document": "block", "block": number, "system": spec.name}
     block["busy_share_before"] = round(wait_until_quiet(options.wait_quiet_s), 3)
@@ -109,7 +122,7 @@ def _run_block(
             lambda running: _target(running, config),
             plans,
             block=number,
-            round_number=number // len(options.systems),
+            round_number=round_number,
             write=lambda document: _write(raw, document),
         )
         with asyncio.Runner(loop_factory=event_loop.new_event_loop) as runner:
@@ -161,6 +174,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="three systems once each, and few loads")
     parser.add_argument("--passes", type=int, help="turns of each system (default 2, quick 1)")
     parser.add_argument("--systems", type=_names, help=f"of {', '.join(SYSTEMS)}")
+    parser.add_argument("--once", type=_names, help="systems with one turn, between the passes; needs --systems")
     parser.add_argument("--trace", type=Path, help="the code trace (docs/workbench/workloads.md says where it is)")
     parser.add_argument("--seed", type=int, default=4)
     parser.add_argument("--out", type=Path, help="raw records")
@@ -174,6 +188,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     stem = "comparison-quick" if options.quick else "comparison"
     options.out = options.out or Path(f"docs/evidence/{stem}.jsonl")
     options.page = options.page or Path(f"docs/benchmarks/{stem}.md")
+    if options.once is not None and options.systems is None:
+        parser.error("--once: name the others with --systems")
+    if options.once is None:
+        options.once = () if options.quick or options.systems is not None else ONCE_SYSTEMS
     options.systems = options.systems or (QUICK_SYSTEMS if options.quick else FULL_SYSTEMS)
     options.passes = options.passes if options.passes is not None else (1 if options.quick else 2)
     if options.passes < 1:

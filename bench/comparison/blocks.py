@@ -38,6 +38,12 @@ def block_order(systems: Sequence[T], pass_count: int) -> list[T]:
     return [system for number in range(pass_count) for system in (systems if number % 2 == 0 else systems[::-1])]
 
 
+def turn_order(often: Sequence[T], once: Sequence[T], pass_count: int) -> list[tuple[int, T]]:
+    """Turns with the number of their pass. Who has one turn has it after the first pass, with its requests."""
+    turns = [(place // len(often), system) for place, system in enumerate(block_order(often, pass_count))]
+    return [*turns[: len(often)], *((0, system) for system in once), *turns[len(often) :]]
+
+
 class Turn:
     """One system's turn. ``write`` gets a document for each cell and each request as they end."""
 

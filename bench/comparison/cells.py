@@ -87,17 +87,17 @@ QUICK_CELLS = (
 FULL_CELLS = (
     Cell(workload="alone"),
     Cell(workload="streams"),
-    Cell(workload="chat", rate_per_s=1.0, duration_s=12.0),
-    Cell(workload="agent", rate_per_s=0.25, duration_s=12.0),
-    Cell(workload="code", rate_per_s=0.5, duration_s=14.0),
-    Cell(workload="bursts", rate_per_s=0.5, duration_s=14.0),
+    Cell(workload="chat", rate_per_s=1.0, duration_s=10.0),
+    Cell(workload="agent", rate_per_s=0.25, duration_s=10.0),
+    Cell(workload="code", rate_per_s=0.5, duration_s=10.0),
+    Cell(workload="bursts", rate_per_s=0.5, duration_s=11.0),
     Cell(workload="streams", repetition=1),
     Cell(workload="crowd", timeout_s=60.0),
-    Cell(workload="chat", rate_per_s=3.0, duration_s=10.0),
-    Cell(workload="code", rate_per_s=1.5, duration_s=12.0),
-    Cell(workload="agent", rate_per_s=0.75, duration_s=10.0),
-    Cell(workload="bursts", rate_per_s=1.5, duration_s=12.0),
-    Cell(workload="chat", rate_per_s=6.0, duration_s=8.0),
+    Cell(workload="chat", rate_per_s=3.0, duration_s=8.0),
+    Cell(workload="code", rate_per_s=1.5, duration_s=8.0),
+    Cell(workload="agent", rate_per_s=0.75, duration_s=8.0),
+    Cell(workload="bursts", rate_per_s=1.5, duration_s=11.0),
+    Cell(workload="chat", rate_per_s=6.0, duration_s=6.0),
 )
 """Rising rates of a workload stay in this order, so that a rate beyond a system's end is known before the next."""
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bench.comparison import tables
-from bench.comparison.blocks import block_order
+from bench.comparison.blocks import block_order, turn_order
 from bench.comparison.cells import FULL_CELLS, Cell, beyond, chain
 from bench.comparison.goals import goal_lines
 from bench.comparison.page import cell_runs, render
@@ -159,6 +159,11 @@ def test_a_chain_is_due_after_the_end_of_the_one_before() -> None:
 
 def test_systems_take_turns_in_mirrored_order() -> None:
     assert block_order("abc", 3) == list("abccbaabc")
+
+
+def test_who_has_one_turn_has_it_between_the_passes_with_the_requests_of_the_first() -> None:
+    order = turn_order("ab", "x", 2)
+    assert order == [(0, "a"), (0, "b"), (0, "x"), (1, "b"), (1, "a")]
 
 
 def test_the_page_is_made_of_the_raw_documents_alone() -> None:

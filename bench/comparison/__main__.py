@@ -28,12 +28,13 @@ from typing import Any, TextIO
 from baton import event_loop
 from bench.comparison.blocks import Turn, turn_order
 from bench.comparison.cells import FULL_CELLS, QUICK_CELLS, CellPlans
-from bench.comparison.page import render
+from bench.comparison.page import render, sweeps
 from bench.generator.baton_target import BatonTarget
 from bench.generator.openai_target import OpenAiTarget
 from bench.generator.target import Target
 from bench.machine import machine_facts, wait_until_quiet
 from bench.peers import SYSTEMS, RunningSystem, SystemSpec, start_system
+from bench.results.report import render as render_plots
 from fleet.config import FleetConfig, check_model_directory, load_config
 
 FULL_SYSTEMS = ("baton", "vllm-2core", "stock-router-tuned", "baton-aggregated", "vllm-2core-chunk-128")
@@ -183,6 +184,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--wait-quiet-s", type=float, default=20.0, help="longest wait before a turn for a quiet machine"
     )
+    parser.add_argument("--plots", type=Path, default=Path(".baton/bench"), help="where reports with plots go")
     parser.add_argument("--logs", type=Path, default=Path(".baton/bench"), help="the servers' logs")
     options = parser.parse_args(arguments)
     stem = "comparison-quick" if options.quick else "comparison"

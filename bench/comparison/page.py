@@ -19,6 +19,7 @@ from bench.comparison.cells import (
 )
 from bench.comparison.goals import goal_lines, goals_table
 from bench.comparison.tables import CellRun
+from bench.results.run_data import RunData
 from bench.results.store import request_from_json
 
 SLO_FACTORS = (1.0, 4.0)
@@ -97,6 +98,33 @@ def cell_runs(documents: Sequence[Mapping[str, Any]]) -> list[CellRun]:
         for cell in documents
         if cell["document"] == "cell" and "skipped" not in cell
     ]
+
+
+def sweeps(documents: Sequence[Mapping[str, Any]]) -> dict[str, list[RunData]]:
+    """By open-loop workload, its loads as runs that a report can be made of: a system is a label, a cell a rate."""
+    run = next(document for document in documents if document["document"] == "run")
+    cells = {cell["name"]: cell for cell in run["cells"]}
+    found: dict[str, list[RunData]] = {}
+    for each in cell_runs(documents):
+        cell = cells[each.cell]
+        if cell["rate_per_s"] is None:
+            continue
+        title = run["systems"][each.system]["title"]
+        facts = {
+            "kind": "measured",
+            "label": title,
+            "target": {"kind": run["systems"][each.system].get("kind"), "address": title},
+            "plan": {**each.facts, **{key: cell[key] for key in ("workload", "rate_per_s", "duration_s")}},
+            "machine": run["machine"],
+            "model": run["model"],
+            "started_at": run["machine"]["at"],
+            "worker_counts": None,
+            "valid": True,
+            "invalid_reasons": [],
+            "slo_scale": 1.0,
+        }
+        found.setdefault(cell["workload"], []).append(RunData(facts, list(each.records)))
+    return found
 
 
 def _whole(row: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from bench.comparison import tables
 from bench.comparison.blocks import block_order, turn_order
 from bench.comparison.cells import FULL_CELLS, Cell, beyond, chain
 from bench.comparison.goals import goal_lines
-from bench.comparison.page import cell_runs, render
+from bench.comparison.page import cell_runs, render, sweeps
 from bench.comparison.tables import CellRun
 from bench.results.records import Outcome, RequestRecord
 from bench.results.slo import PRESETS
@@ -174,6 +174,16 @@ def test_the_page_is_made_of_the_raw_documents_alone() -> None:
     assert "| requests, answered | 2, 100% | 2, 50% |" in page
     assert "Not asked, since a lower rate was beyond it already: one server." in page
     assert "did not start: ChildError" in page
+
+
+def test_open_loads_become_runs_of_a_sweep_by_system_and_rate() -> None:
+    documents = raw_documents()
+    documents[0]["cells"] = [{"name": "chat@1", "workload": "chat", "rate_per_s": 1.0, "duration_s": 2.0}]
+    (workload,) = sweeps(documents).items()
+    assert workload[0] == "chat"
+    assert [each.facts["label"] for each in workload[1]] == ["Baton", "one server"]
+    assert [each.facts["plan"]["rate_per_s"] for each in workload[1]] == [1.0, 1.0]
+    assert [len(each.records) for each in workload[1]] == [2, 2]
 
 
 def test_a_raw_file_without_a_run_is_refused() -> None:

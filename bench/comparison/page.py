@@ -94,6 +94,7 @@ def cell_runs(documents: Sequence[Mapping[str, Any]]) -> list[CellRun]:
             span_s=cell["span_s"],
             cpu_s=cell["cpu_s"],
             facts=cell["plan"],
+            remarks=cell.get("remarks", ()),
         )
         for cell in documents
         if cell["document"] == "cell" and "skipped" not in cell
@@ -119,8 +120,8 @@ def sweeps(documents: Sequence[Mapping[str, Any]]) -> dict[str, list[RunData]]:
             "model": run["model"],
             "started_at": run["machine"]["at"],
             "worker_counts": None,
-            "valid": True,
-            "invalid_reasons": [],
+            "valid": not each.remarks,
+            "invalid_reasons": list(each.remarks),
             "slo_scale": 1.0,
         }
         found.setdefault(cell["workload"], []).append(RunData(facts, list(each.records)))

@@ -39,6 +39,8 @@ class CellRun:
     cpu_s: float
     """Of all processes of the system."""
     facts: Mapping[str, object] = field(default_factory=dict)
+    remarks: Sequence[str] = ()
+    """Why its figures deserve less trust: a late generator, a machine that others used."""
 
     @property
     def ok(self) -> list[RequestRecord]:

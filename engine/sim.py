@@ -114,6 +114,7 @@ class SimEngine:
         self._is_going = asyncio.Event()
         self._is_going.set()
         self._has_work = asyncio.Event()
+        self._pull_ended = asyncio.Event()
         self._orders = itertools.count()
         self._task: asyncio.Task[None] | None = None
 
@@ -331,8 +332,8 @@ class SimEngine:
         if self._core.stepping is None:
             self._core.begin(is_prefill=False)
         while self.scheduler.pulling_count:
-            self._has_work.clear()
-            await self._has_work.wait()  # said by each that ends, the last included
+            self._pull_ended.clear()
+            await self._pull_ended.wait()
         self.scheduler.start_pulled()
         return pull_count
 
@@ -426,8 +427,18 @@ class SimEngine:
             self._row.retime(_now(), self._core.speed())
             self._end_pause()
 
+    def _end_pull(self) -> None:
+        self._pull_ended.set()
+        if self._pace is None:
+            self._wake()  # with one, the step it is part of waits for it
+
+    def _blocks_freed(self) -> None:
+        if self.scheduler.waiting_count:
+            self._wake()
+
     def _wake(self) -> None:
         self._has_work.set()
+        self._pull_ended.set()  # the request may have left in the middle of it
         self._end_pause()
 
     def _ring(self, sequences: Sequence[sim_scheduler.Sequence]) -> None:
@@ -470,8 +481,12 @@ class SimEngine:
 
     def _leave(self, leg: _Leg) -> None:
         self._legs.pop(leg.sequence, None)
+        is_done = leg.sequence.state is State.DONE
         self.scheduler.remove(leg.sequence)
-        self._wake()  # blocks may have become free for another
+        if is_done:
+            self._blocks_freed()
+        else:
+            self._wake()
 
     async def _queue(self, leg: _Leg) -> None:
         await self._sleep(self.extra_delay_s.queue)
@@ -502,7 +517,7 @@ class SimEngine:
         except PullFailed as failure:
             ended_at = _now()
             recomputed_count = self.scheduler.pull_failed(sequence)
-            self._wake()
+            self._end_pull()
             return _Pulled(wait_s, ended_at - started_at, ended_at, 0, 0, recomputed_count, failure.reason)
         except PullGivenUp:
             raise ticket_refused(
@@ -513,7 +528,7 @@ class SimEngine:
         ended_at = _now()
         await self._sleep(self.extra_delay_s.decode_wait)
         self.scheduler.pulled(sequence, content)
-        self._wake()
+        self._end_pull()
         return _Pulled(wait_s, ended_at - started_at, ended_at, byte_count, block_count, 0)
 
     def _quarantine(self, sequence: sim_scheduler.Sequence, pull: SimulatedPull) -> None:
@@ -529,7 +544,7 @@ class SimEngine:
         if (timer := self._quarantined.pop(table, None)) is not None:
             timer.cancel()
             table.free()
-            self._wake()
+            self._blocks_freed()
 
     def _adopted_by_computing(self, leg: _Leg) -> KvAdopted:
         sequence = leg.sequence
@@ -584,7 +599,7 @@ class SimEngine:
         if held is not None:
             held.backstop.cancel()
             held.table.free()
-            self._wake()
+            self._blocks_freed()
 
     # Waiting: each of these ends with ENGINE_FAILED when the engine dies meanwhile.
 

@@ -120,8 +120,8 @@ _DEFINITIONS = """## What the words mean
 - **ITL** is between events in all three: `itl` of vLLM, `inter_chunk_latency` of aiperf. Aiperf's
   `inter_token_latency` is what the others call TPOT.
 - **TPOT** is (last token - first token) / (tokens - 1) of each request in all three, then averaged over requests.
-- Ours asks the server for the token count of every event (`continuous_usage_stats`), the others count events; here
-  one event is one token, and all three know the final count from the server.
+- All three send the same fields, also those that only ours would (`min_tokens`, and `continuous_usage_stats`, by
+  which it knows the tokens of every event; the others count events, and here one event is one token).
 - **Rates** are over the time from the first sending to the last token. (A report of ours gives rates of its steady
   window instead; here all requests count, as with the others.)
 - **p99** interpolates linearly between ranks in all three."""

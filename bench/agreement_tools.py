@@ -92,6 +92,12 @@ def command_of(tool: str, load: Load, directory: Path, aiperf: Path) -> list[str
             return [sys.executable, "-m", "bench.agreement_tools", str(spec), str(directory / "run")]
 
 
+def _as_ours(load: Load) -> dict[str, Any]:
+    """What ours sends and the others would not, sent by all: each of it is a little work of the server."""
+    usage = {"include_usage": True, "continuous_usage_stats": True}
+    return {"min_tokens": load.output_token_count, "stream_options": usage}
+
+
 def environment_of(tool: str) -> dict[str, str]:
     """Nothing leaves the machine. aiperf finds a tokenizer in a folder only while it is not told to be offline, and
     asks nobody then."""
@@ -128,6 +134,7 @@ def _vllm_command(load: Load, directory: Path) -> list[str]:
         "num-prompts": len(load.times_s),
         "seed": load.seed,
         "temperature": 0,
+        "extra-body": json.dumps(_as_ours(load)),
         "ready-check-timeout-sec": 0,  # or it would send one more request first
         "percentile-metrics": "ttft,tpot,itl,e2el",
         "metric-percentiles": "50,99",
@@ -151,7 +158,7 @@ def _aiperf_command(load: Load, directory: Path, aiperf: Path) -> list[str]:
                 "temperature": 0,
                 "ignore_eos": True,
                 "stream": True,
-                "stream_options": {"include_usage": True},
+                **_as_ours(load),
             }
             lines.write(json.dumps({"timestamp": request.at_s * 1e3, "payload": payload}) + "\n")
     options: dict[str, Any] = {

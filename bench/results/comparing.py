@@ -1,7 +1,7 @@
 """Two systems compared: metric by metric a ratio with its interval, and a verdict that can say "no difference".
 
 Pure. B is held against A: a ratio is B / A. Runs are paired in order, as an interleaved (ABBA) measurement gives
-them; both of a pair are judged over the window that both have. A verdict is a claim only with ``PAIRS_FOR_A_CLAIM``
+them; both of a pair are judged from the later end of warm-up on. A verdict is a claim only with ``PAIRS_FOR_A_CLAIM``
 pairs and nothing against the runs: what one pair shows may be the hour it was taken in.
 """
 
@@ -213,12 +213,12 @@ def _chosen(metrics: Sequence[str]) -> list[str]:
 
 def _pair(a: RunData, b: RunData) -> tuple[_Side, _Side]:
     own = [_own_window(data) for data in (a, b)]
-    start_s, end_s = max(window.start_s for window in own), min(window.end_s for window in own)
-    if start_s >= end_s:
+    start_s = max(window.start_s for window in own)
+    if start_s >= min(window.end_s for window in own):
         # Nothing in common, as of two bursts: each by its own.
         return _side(a, own[0]), _side(b, own[1])
-    window = Window(start_s, end_s)
-    return _side(a, window), _side(b, window)
+    # Only the start is shared: turns of sessions are due later where the turns before took longer, and count.
+    return _side(a, Window(start_s, own[0].end_s)), _side(b, Window(start_s, own[1].end_s))
 
 
 def _own_window(data: RunData) -> Window:

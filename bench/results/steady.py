@@ -4,8 +4,8 @@ Pure. Three rules, each of which can say "cannot tell":
 
 - Warm-up: MSER-5 on the TTFTs in order of intended time (White 1997; Franklin and White 2008), at most half the run,
   where the first requests are unlike the rest.
-- Window: requests count whose intended time lies between the end of warm-up and the end of the arrival schedule. What
-  ends after it (the drain) counts for requests that were due in it; what is due after it does not count.
+- Window: from the end of warm-up to the last intended time, or the end of the arrival schedule if that is later.
+  However late its answers end, they count; the time after it (the drain) counts for no rate.
 - Saturation: requests in flight *and* TTFT both grow over the window, each slope above 0 by a one-sided t margin of
   95%, and the growth matters; or the server turns requests away.
 """
@@ -130,6 +130,9 @@ class Window:
 
     start_s: float
     end_s: float
+    schedule_end_s: float | None = None
+    """Of the arrivals. Where turns of sessions are due after it, the load falls off from there on, which must not
+    hide that it grew before."""
 
     @property
     def length_s(self) -> float:
@@ -144,10 +147,12 @@ def find_window(records: Sequence[RequestRecord], warmup: Warmup, duration_s: fl
     """``duration_s``: length of the arrival schedule. A schedule without length (everything due at once, or unknown)
     lasts until the last end, since a rate needs a time."""
     last_intended_s = max((record.intended_at_s for record in records), default=0.0)
-    end_s = duration_s if duration_s is not None and duration_s > 0 else last_intended_s
+    schedule_s = duration_s if duration_s is not None and duration_s > 0 else None
+    # Turns of sessions are due after the schedule's end; left out, half of a workload would hide its failures.
+    end_s = max(last_intended_s, schedule_s or 0.0)
     if end_s <= warmup.cut_s:
         end_s = max((record.ended_at_s for record in records), default=0.0)
-    return Window(warmup.cut_s, max(end_s, warmup.cut_s))
+    return Window(warmup.cut_s, max(end_s, warmup.cut_s), schedule_s)
 
 
 def in_flight(records: Sequence[RequestRecord], times_s: Sequence[float] | Values) -> Values:
@@ -197,12 +202,13 @@ class Saturation:
 
 def find_saturation(records: Sequence[RequestRecord], warmup: Warmup, window: Window) -> Saturation:
     """``records``: all of the run. Judged is the time from the first lifetime of a request on (until then the server
-    fills, overloaded or not) and after a cold start, to the end of the window. A start cut for being *faster* than
+    fills, overloaded or not) and after a cold start, to the end of the schedule. A start cut for being *faster* than
     the rest is judged too: that is what growth looks like."""
-    due = sorted((r for r in records if r.intended_at_s <= window.end_s + 1e-6), key=lambda r: r.intended_at_s)
+    end_s = window.end_s if window.schedule_end_s is None else min(window.end_s, window.schedule_end_s)
+    due = sorted((r for r in records if r.intended_at_s <= end_s + 1e-6), key=lambda r: r.intended_at_s)
     lifetime_s = _lifetime_s(due)
     start_s = max(due[0].intended_at_s + lifetime_s if due else 0.0, warmup.cut_s if warmup.is_cold_start else 0.0)
-    span = Window(min(start_s, window.end_s), window.end_s)
+    span = Window(min(start_s, end_s), end_s)
     chosen = [r for r in due if span.holds(r.intended_at_s)]
     told = [(r.intended_at_s, first_s) for r in chosen if (first_s := r.ttft_s) is not None]
     away_count = sum(1 for r in chosen if r.outcome in (Outcome.REFUSED, Outcome.TIMEOUT))

@@ -80,7 +80,8 @@ def summarise(data: RunData, *, slo: Slo | None = None) -> Json:
     - ``schema``, ``label``, ``kind``, ``workload``
     - ``validity``: ``valid``, ``reasons`` (the generator's and ours)
     - ``window``: ``start_s``, ``end_s``, ``duration_s``, ``request_count``, ``before_count`` (warm-up),
-      ``after_count`` (due after the schedule's end). All below is of requests due in it, unless it says otherwise
+      ``after_schedule_count`` (of ``request_count``, turns of sessions due after the schedule's end). All below is of
+      requests due in it, unless it says otherwise
     - ``warmup``: ``verdict`` (none, cut, cannot tell), ``cut_s``, ``cut_request_count``, ``reason``
     - ``saturation``: ``verdict`` (saturated, steady, cannot tell), ``reason``, ``start_s`` and ``end_s`` of what was
       judged, ``in_flight`` and ``ttft``
@@ -134,7 +135,9 @@ def summarise(data: RunData, *, slo: Slo | None = None) -> Json:
             "duration_s": window.length_s,
             "request_count": len(chosen),
             "before_count": sum(1 for record in records if record.intended_at_s < window.start_s - 1e-6),
-            "after_count": sum(1 for record in records if record.intended_at_s > window.end_s + 1e-6),
+            "after_schedule_count": sum(
+                1 for r in chosen if r.intended_at_s > (window.schedule_end_s or window.end_s)
+            ),
         },
         "warmup": {
             "verdict": warmup.verdict.value,

@@ -101,11 +101,22 @@ def test_requests_without_a_token_are_cut_by_time_not_by_rule() -> None:
 # --- Window
 
 
-def test_the_window_is_from_the_cut_to_the_end_of_the_schedule() -> None:
-    records = [record(index, at_s=float(index)) for index in range(13)]
-    window = find_window(records, Warmup(WarmupVerdict.CUT, 2.0, 2, ""), duration_s=10.0)
+def test_the_window_is_from_the_cut_to_the_end_of_the_schedule_or_the_last_turn() -> None:
+    records = [record(index, at_s=float(index)) for index in range(9)]
+    warmup = Warmup(WarmupVerdict.CUT, 2.0, 2, "")
+    window = find_window(records, warmup, duration_s=10.0)
     assert (window.start_s, window.end_s) == (2.0, 10.0)
-    assert [r.index for r in records if window.holds(r.intended_at_s)] == [*range(2, 11)]
+    assert [r.index for r in records if window.holds(r.intended_at_s)] == [*range(2, 9)]
+    later = find_window([*records, failed(9, at_s=14.0)], warmup, duration_s=10.0)
+    assert (later.end_s, later.schedule_end_s) == (14.0, 10.0)
+
+
+def test_a_load_that_falls_off_after_the_schedule_does_not_hide_its_growth() -> None:
+    grown = queue(2, load=1.8)
+    tail = [record(1000 + index, at_s=60.0 + index, ttft_s=0.1) for index in range(100)]
+    found = saturation([*grown, *tail])
+    assert found.verdict is SaturationVerdict.SATURATED
+    assert found.span.end_s == 60.0
 
 
 def test_a_burst_has_the_length_of_its_answers() -> None:

@@ -45,7 +45,6 @@ def by_hand() -> RunData:
             attempt_count=1,
         ),
         failed(3, at_s=8.0, outcome=Outcome.REFUSED, group="long"),
-        record(4, at_s=11.0, ttft_s=0.1),
     ]
     return RunData(facts(worker_counts={"prefill": 2, "decode": 1}), records)
 
@@ -58,10 +57,10 @@ def test_the_window_is_printed_and_holds_what_was_due_in_it() -> None:
         "duration_s": 10.0,
         "request_count": 4,
         "before_count": 0,
-        "after_count": 1,
+        "after_schedule_count": 0,
     }
     assert found["warmup"]["verdict"] == "cannot tell"
-    assert found["requests"]["count"] == 5
+    assert found["requests"]["count"] == 4
     assert {name: share["count"] for name, share in found["requests"]["window_outcomes"].items()} == {
         "ok": 3,
         "refused": 1,
@@ -72,6 +71,15 @@ def test_the_window_is_printed_and_holds_what_was_due_in_it() -> None:
     }
     assert found["requests"]["window_outcomes"]["refused"]["share"] == 0.25
     assert found["requests"]["errors"] == {"no": 1}
+
+
+def test_failures_of_turns_due_after_the_schedule_are_in_the_denominator() -> None:
+    data = by_hand()
+    data.records += [record(4, at_s=11.0), failed(5, at_s=14.0)]
+    found = summarise(data)
+    assert (found["window"]["end_s"], found["window"]["after_schedule_count"]) == (14.0, 2)
+    assert found["requests"]["window_outcomes"]["error"]["count"] == 1
+    assert found["goodput"]["chatbot"]["total_count"] == 6
 
 
 def test_latencies_by_hand() -> None:
@@ -99,9 +107,9 @@ def test_gaps_between_messages_and_between_tokens_are_told_apart() -> None:
 
 def test_lag_and_rate_are_of_the_whole_run() -> None:
     found = summarise(by_hand())
-    assert found["lag_s"]["n"] == 5
+    assert found["lag_s"]["n"] == 4
     assert found["lag_s"]["max"] == pytest.approx(0.004)
-    assert found["rate"]["requested_per_s"] == pytest.approx(4 / 11)
+    assert found["rate"]["requested_per_s"] == pytest.approx(3 / 8)
     assert found["rate"]["achieved_share"] == 1.0
 
 
@@ -110,7 +118,7 @@ def test_throughput_counts_what_came_in_the_window() -> None:
     data = by_hand()
     data.records.append(late)
     found = summarise(data)["throughput"]
-    # Of the late one: two tokens by 9.99 s; its end after 10 s, as that of the one due at 11 s.
+    # Of the late one: two tokens by 9.99 s; its end after 10 s.
     assert found["output_tokens_per_s"] == pytest.approx((5 + 5 + 5 + 2) / 10)
     assert found["requests_per_s"] == pytest.approx(0.3)
     assert found["input_tokens_per_s"] == pytest.approx(40.0)
@@ -173,13 +181,12 @@ def test_what_servers_told() -> None:
 
 def test_demand_is_what_was_asked_for_by_window() -> None:
     found = summarise(by_hand())["demand"]
-    # The last request is due at 11 s: twenty windows of 0.55 s.
-    assert found["window_s"] == pytest.approx(0.55)
+    assert found["window_s"] == pytest.approx(0.5)
     assert len(found["windows"]) == 20
-    first, due_at_5_s = found["windows"][0], found["windows"][9]
-    assert first["prefill_tokens_per_s"] == pytest.approx(100 / 0.55)
+    first, due_at_5_s = found["windows"][0], found["windows"][10]
+    assert first["prefill_tokens_per_s"] == pytest.approx(100 / 0.5)
     assert first["prefill_to_decode"] == pytest.approx(20.0)
-    assert due_at_5_s["prefill_tokens_per_s"] == pytest.approx(60 / 0.55)
+    assert due_at_5_s["prefill_tokens_per_s"] == pytest.approx(60 / 0.5)
     assert found["windows"][1]["prefill_to_decode"] is None
 
 
@@ -276,7 +283,7 @@ def test_a_summary_accounts_for_every_request_and_knows_no_order(
         each.index = place
     found = summarise(RunData(facts(), records))
     window = found["window"]
-    assert window["before_count"] + window["request_count"] + window["after_count"] == len(records)
+    assert window["before_count"] + window["request_count"] == len(records)
     assert sum(share["count"] for share in found["requests"]["outcomes"].values()) == len(records)
     assert sum(group["request_count"] for group in found["groups"].values()) == window["request_count"]
     for latency in found["latency"].values():

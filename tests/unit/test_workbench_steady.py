@@ -133,6 +133,19 @@ def test_in_flight_counts_from_intended_time_to_end() -> None:
     assert in_flight(records, [-0.1, 0.0, 1.0, 1.5, 1.9, 2.1, 2.6]).tolist() == [0, 1, 1, 2, 2, 1, 0]
 
 
+def test_a_request_that_ended_before_it_was_due_was_never_in_flight() -> None:
+    # A turn whose former turn failed is recorded so.
+    assert in_flight([failed(at_s=5.0, ended_at_s=1.0)], [0.0, 2.0, 6.0]).tolist() == [0, 0, 0]
+
+
+def test_a_start_that_was_cut_for_being_faster_is_judged_for_growth() -> None:
+    records = queue(3, load=1.5)
+    faster = Warmup(WarmupVerdict.CUT, 25.0, 100, "", is_cold_start=False)
+    assert find_saturation(records, faster, find_window(records, faster, 60.0)).span.start_s < 2.0
+    colder = Warmup(WarmupVerdict.CUT, 25.0, 100, "", is_cold_start=True)
+    assert find_saturation(records, colder, find_window(records, colder, 60.0)).span.start_s == 25.0
+
+
 @pytest.mark.parametrize(
     ("load", "right", "wrong", "fewest_right", "most_wrong"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import random
 
 from bench.results.records import Outcome, RequestRecord, TimelineSample
@@ -72,11 +73,13 @@ def sample_run(
                 attempt_count=1,
             )
         )
+    starts = [record.intended_at_s for record in records]
+    ends = sorted(record.ended_at_s for record in records)
     samples = [
         TimelineSample(
             at_s=second / 2,
             source=worker,
-            running_count=float(sum(r.intended_at_s <= second / 2 < r.ended_at_s for r in records)),
+            running_count=float(bisect.bisect(starts, second / 2) - bisect.bisect(ends, second / 2)),
             waiting_count=float(rng.randint(0, 3)),
             kv_used_share=min(1.0, 0.2 + second / 400),
         )

@@ -42,6 +42,9 @@ MARGIN = 0.02
 SHARE_MARGIN = 0.02
 """The same of differences of shares."""
 PAIRS_FOR_A_CLAIM = 10
+FEWEST_REQUESTS_OF_GAPS = 20
+"""A percentile of gaps takes as many gaps as one of requests takes requests, and gaps of so many requests: the
+interval knows how they hang together, but not from a handful."""
 STATISTICS: Mapping[str, Mean | Percentile] = {
     "mean": Mean(),
     "p50": Percentile(50.0),
@@ -252,6 +255,7 @@ def _latency(
         return [[value] for record in side.records if (value := of_record(record)) is not None]
 
     both, counts = _joined([(units(a), units(b)) for a, b in pairs])
+    value_counts = [sum(len(unit) for pair in both for unit in pair[place]) for place in (0, 1)]
     drawn = draw(name, both, [STATISTICS[word] for word in words])
     results = []
     for place, word in enumerate(words):
@@ -259,8 +263,13 @@ def _latency(
         ratio = drawn.ratio(place)
         verdict, note = _of_ratio(ratio, margin, lower_is_better=True)
         needed = needed_for_percentile(0, percent=statistic.percent) if isinstance(statistic, Percentile) else 0
-        if min(counts) < needed and verdict is not Verdict.CANNOT_TELL:
-            verdict, note = Verdict.CANNOT_TELL, f"{min(counts)} requests are too few for a {word}: it takes {needed}"
+        short = f"{min(value_counts)} values are too few for a {word}: it takes {needed}" * (
+            min(value_counts) < needed
+        )
+        if name in GAP_METRICS and min(counts) < FEWEST_REQUESTS_OF_GAPS:
+            short = f"the gaps of {min(counts)} requests are too few: it takes {FEWEST_REQUESTS_OF_GAPS} requests"
+        if short and verdict is not Verdict.CANNOT_TELL:
+            verdict, note = Verdict.CANNOT_TELL, short
         results.append(_result(f"{name}.{word}", drawn.a[place], drawn.b[place], ratio, counts, verdict, note))
     return results
 

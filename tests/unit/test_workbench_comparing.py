@@ -120,9 +120,23 @@ def test_a_p99_of_too_few_requests_cannot_tell_and_says_how_many_it_takes() -> N
     comparison = compare(*pairs(0.1, count=2), metrics=["ttft_s", "e2e_s.p95"])
     found = result(comparison, "ttft_s.p99")
     assert found.verdict is Verdict.CANNOT_TELL
-    assert found.note == "100 requests are too few for a p99: it takes 459"
+    assert found.note == "100 values are too few for a p99: it takes 459"
     assert found.ratio is not None
     assert result(comparison, "e2e_s.p95").verdict is Verdict.B_BETTER
+
+
+def test_a_p99_of_gaps_takes_as_many_gaps_and_twenty_requests() -> None:
+    a, b = (
+        [run(noisy(seed, 0.2, count=count, gap_s=gap_s)) for seed in range(2)]
+        for count, gap_s in ((50, 0.02), (50, 0.04))
+    )
+    found = result(compare(a, b, metrics=["itl_message_s.p99"]), "itl_message_s.p99")
+    assert found.verdict is Verdict.A_BETTER  # 500 gaps of 100 requests each
+    found = result(compare(a[:1], b[:1], metrics=["itl_message_s.p99"]), "itl_message_s.p99")
+    assert found.note == "250 values are too few for a p99: it takes 459"
+    long = [[run([record(i, at_s=i * 5.0, gaps_s=(gap_s,) * 99) for i in range(19)])] for gap_s in (0.02, 0.04)]
+    found = result(compare(*long, metrics=["itl_message_s.p99"]), "itl_message_s.p99")
+    assert found.note == "the gaps of 19 requests are too few: it takes 20 requests"
 
 
 def test_gaps_are_compared_on_messages_and_on_tokens() -> None:

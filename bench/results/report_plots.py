@@ -264,6 +264,21 @@ def against_rate(
             }
             data.append({**shared, **medians, "mode": "lines", "line": stroke, "hoverinfo": "skip"})
             data.append({**shared, **at, "mode": "markers", "marker": marks, "showlegend": False})
+    if data and "range" not in (y_more or {}):
+        # An axis ends at its highest line, and what is written above that would be cut off.
+        data += [
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": "room",
+                "x": [reduce.short(max(view.offered_per_s for view in views))],
+                "y": [reduce.short(shape["y0"] * (1.3 if is_log else 1.1))],
+                "marker": {"opacity": 0, "size": 1},
+                "showlegend": False,
+                "hoverinfo": "skip",
+            }
+            for shape in shapes
+        ]
     if with_offered and data:
         top = max(view.offered_per_s for view in views)
         data.append(

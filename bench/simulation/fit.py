@@ -26,7 +26,9 @@ Floats = NDArray[np.float64]
 
 QUIET_SHARE = 0.15
 """Steps during which others used more of one core than this are left out, while enough others are left."""
+ENOUGH_QUIET = 15
 ENOUGH = 30
+"""For quantiles."""
 HELD_OUT = 5
 """One sample of so many."""
 NOISE_SHARES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0)
@@ -265,7 +267,7 @@ def _undisturbed(steps: Sequence[Step]) -> tuple[list[Step], dict[str, Any]]:
         "disturbed_steps": "left out",
     }
     for kind in ("prefill", "decode"):
-        if sum(step.kind == kind for step in quiet) < ENOUGH:
+        if sum(step.kind == kind for step in quiet) < ENOUGH_QUIET:
             facts["disturbed_steps"] = f"used: too few {kind} steps without others on the machine"
             return list(steps), facts
     return quiet, facts

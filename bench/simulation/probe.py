@@ -63,7 +63,7 @@ def effort(*, is_quick: bool, is_split: bool, seed: int, running_limit: int, tok
     rng = random.Random(f"calibrate/{seed}")  # noqa: S311 a reproducible choice of loads
     most = token_limit * 3 // 4
     if is_quick:
-        alone = [16, 64, 200, 512, 700, 1500] * 2
+        alone = [16, 64, 128, 200, 300, 512, 700] * 2 + [1500, 1500]
         waves = [_wave(rng, running_limit, 32, 400, (60, 140), most)]
     else:
         alone = [16, 16, 64, 64, 128, 200, 300, 400, 512, 512, 700, 1000, 1000, 1500, 2000, 2000, 3000, 4000]

@@ -142,7 +142,7 @@ def _run_block(
 
 @contextlib.contextmanager
 def ahead_of_the_servers() -> Iterator[None]:
-    """The generator shares two cores with engines that want both: let it send and stamp on time, where that is allowed.
+    """The generator shares two cores with engines that want both: let it send and stamp on time, if that is allowed.
 
     Nothing is started meanwhile, so no server inherits it. Without the right it stays where it is, and its lag tells.
     """

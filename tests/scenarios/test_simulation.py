@@ -338,6 +338,10 @@ def test_a_plan_that_differs_from_its_records_is_refused() -> None:
     with pytest.raises(ReplayError, match="request 3 has other lengths"):
         plan_of(run, PROMPTS)
     run = simulate(chat(), PROFILE, cluster())
+    run.records[5].intended_at_s += 0.002
+    with pytest.raises(ReplayError, match="request 5 has another time"):
+        plan_of(run, PROMPTS)
+    run = simulate(chat(), PROFILE, cluster())
     run.facts["plan"]["seed"] += 1
     with pytest.raises(ReplayError, match="in the plan made again"):
         plan_of(run, PROMPTS)

@@ -199,7 +199,7 @@ def _how(run: Mapping[str, Any]) -> str:
         f"{engine['kv_cache_bytes'] // 2**20} MiB of KV, context {engine['max_context_token_count']}, at most "
         f"{engine['max_running_count']} running; chunk and cores as the titles and docs/workbench/peers.md say.",
         f"- {_trace(run['trace'])}",
-        "- The load generator runs at a higher priority than the systems (nice -10), the same for all of them: it has "
+        "- The load generator runs at a higher priority than the systems (nice -10), the same for all: it has "
         "to send and stamp on time.",
         "- CPU is that of all processes of the system, the load generator not among them; both share the two cores.",
         f"- {packages}; Python {run['machine']['python']}.",

@@ -189,10 +189,11 @@ def test_a_bad_line_is_named_with_its_file_number_and_fix(
     assert caught.value.line == 2
 
 
-def test_a_line_that_is_no_json_is_named_unless_it_is_the_last_and_partial(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", ['{"index": 1,', "", "\x00\x00", "[]"])
+def test_a_line_that_is_no_record_is_named_unless_it_is_the_last_and_partial(tmp_path: Path, line: str) -> None:
     write_run(tmp_path, RunData({}, [record(0)]))
     path = tmp_path / "requests.jsonl"
-    path.write_text('{"index": 1,\n' + path.read_text())
+    path.write_text(f"{line}\n" + path.read_text())
     with pytest.raises(StoreError, match=r"requests\.jsonl, line 1"):
         read_run(tmp_path)
 

@@ -113,6 +113,16 @@ def test_lag_and_rate_are_of_the_whole_run() -> None:
     assert found["rate"]["achieved_share"] == 1.0
 
 
+def test_lag_and_outcomes_are_of_the_warmup_too() -> None:
+    records = [record(index, at_s=index * 0.1, ttft_s=3.0 if index < 20 else 0.1) for index in range(100)]
+    records[3].sent_at_s += 0.5
+    found = summarise(RunData(facts(), records))
+    assert found["window"]["before_count"] == 20
+    assert (found["lag_s"]["n"], found["lag_s"]["max"]) == (100, pytest.approx(0.5))
+    assert found["requests"]["outcomes"]["ok"]["count"] == 100
+    assert found["requests"]["window_outcomes"]["ok"]["count"] == 80
+
+
 def test_throughput_counts_what_came_in_the_window() -> None:
     late = record(5, at_s=9.9, ttft_s=0.05, gaps_s=(0.04, 0.04, 0.04))
     data = by_hand()

@@ -6,8 +6,9 @@ Runs in an environment of its own (``deploy/locks/peer-naive.txt``), so it impor
 OpenAI's completions as a load generator needs: text or token ids as prompt, ``max_tokens``, ``ignore_eos``, streaming
 as server-sent events with usage.
 
-One request at a time has the model, the others wait for its lock. Kinder than a first week's code in one thing: what
-nobody reads any more is not computed to its end.
+Requests compute side by side in threads, which is what FastAPI does with them, and here twice as fast at eight callers
+as a lock around the model (--one-at-a-time). Kinder than a first week's code in one thing: what nobody reads any more
+is not computed to its end.
 """
 
 from __future__ import annotations
@@ -226,12 +227,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--max-context-tokens", type=int, default=8192)
     parser.add_argument("--port", type=int, required=True, help="on 127.0.0.1")
-    parser.add_argument("--threads", action="store_true", help="let requests compute side by side, in threads")
+    parser.add_argument("--one-at-a-time", action="store_true", help="a lock around the model")
     options = parser.parse_args(arguments)
 
     import uvicorn
 
-    generator = TransformersGenerator(options.model, options.dtype, is_serial=not options.threads)
+    generator = TransformersGenerator(options.model, options.dtype, is_serial=options.one_at_a_time)
     service = application(generator, model_name=options.name, max_context_token_count=options.max_context_tokens)
     uvicorn.run(service, host="127.0.0.1", port=options.port, log_level="warning", access_log=False)
     return 0

@@ -1,4 +1,4 @@
-"""The naive peer as its callers see it: exact counts, one request at a time, and no work for who has left."""
+"""The naive peer as its callers see it: exact counts, and no work for who has left."""
 
 from __future__ import annotations
 

@@ -6,9 +6,9 @@ Runs in an environment of its own (``deploy/locks/peer-naive.txt``), so it impor
 OpenAI's completions as a load generator needs: text or token ids as prompt, ``max_tokens``, ``ignore_eos``, streaming
 as server-sent events with usage.
 
-Requests compute side by side in threads, which is what FastAPI does with them, and here twice as fast at eight callers
-as a lock around the model (--one-at-a-time). Kinder than a first week's code in one thing: what nobody reads any more
-is not computed to its end.
+Requests compute side by side in threads, which is what FastAPI does with them, and here twice as fast for eight
+callers as a lock around the model (--one-at-a-time). Kinder than a first week's code in one thing: what nobody reads
+any more is not computed to its end.
 """
 
 from __future__ import annotations

@@ -195,21 +195,7 @@ def test_the_command_writes_what_a_measured_run_writes_and_tells_its_speed(
 ) -> None:
     monkeypatch.setattr("bench.commands.simulate.prompt_maker", lambda _: PROMPTS)
     out = tmp_path / "run"
-    words = (
-        "--rate",
-        "2",
-        "--duration",
-        "12",
-        "--scale",
-        "0.2",
-        "--out",
-        str(out),
-        "--prefill",
-        "0",
-        "--decode",
-        "2",
-    )
-    assert ran(*words) == 0
+    assert ran(*SMALL, "--out", str(out), "--prefill", "0", "--decode", "2") == 0
     said = capsys.readouterr()
     assert "simulated 1" in said.err
     assert said.err.rstrip().endswith(" x")
@@ -217,8 +203,9 @@ def test_the_command_writes_what_a_measured_run_writes_and_tells_its_speed(
     assert found.facts["kind"] == "simulated"
     assert found.facts["worker_counts"] == {"prefill": 0, "decode": 2}
     assert {path.name for path in out.iterdir()} >= {"run.json", "requests.jsonl", "summary.json", "report.html"}
-    assert ran("--against", str(out)) == 0
-    assert "+0.0%" in capsys.readouterr().out
+    assert ran("--against", str(out), "--json") == 0
+    errors = json.loads(capsys.readouterr().out)["configurations"][0]["errors"]
+    assert errors["ttft_mean"] == pytest.approx(0.0, abs=1e-5)
 
 
 def test_a_measured_run_is_replayed_with_its_own_numbers_of_workers(

@@ -73,7 +73,8 @@ def mser(values: Sequence[float] | Values, *, batch_size: int = BATCH_SIZE) -> t
     for d in range(limit + 1):
         rest = means[d:]
         scores[d] = float(np.square(rest - rest.mean()).sum()) / rest.size**2
-    best = int(np.argmin(scores))
+    # The first of those that only rounding tells apart.
+    best = int(np.flatnonzero(scores <= scores.min() + 1e-12 * scores.max())[0])
     return best * batch_size, best < limit
 
 
@@ -109,7 +110,8 @@ def find_warmup(records: Sequence[RequestRecord]) -> Warmup:
     if len(told) < FEWEST_BATCHES * BATCH_SIZE:
         reason = f"{len(told)} requests with a first token; the rule needs {FEWEST_BATCHES * BATCH_SIZE}"
         return Warmup(WarmupVerdict.CANNOT_TELL, 0.0, 0, f"too short: {reason}")
-    ttfts = [ttft for _, ttft in told]
+    # Times are known to the microsecond; what is below it would be taken for a difference where all else is equal.
+    ttfts = [round(ttft, 6) for _, ttft in told]
     cut_count, settled = mser(ttfts)
     if cut_count == 0:
         return Warmup(WarmupVerdict.NONE, 0.0, 0, "MSER-5 finds none")

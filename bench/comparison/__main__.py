@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
-import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -33,6 +31,7 @@ from bench.comparison.cells import FULL_CELLS, QUICK_CELLS, CellPlans
 from bench.comparison.page import render, sweeps
 from bench.generator.baton_target import BatonTarget
 from bench.generator.openai_target import OpenAiTarget
+from bench.generator.priority import ahead_of_the_servers
 from bench.generator.target import Target
 from bench.machine import machine_facts, wait_until_quiet
 from bench.peers import SYSTEMS, RunningSystem, SystemSpec, start_system
@@ -42,7 +41,6 @@ from fleet.config import FleetConfig, check_model_directory, load_config
 FULL_SYSTEMS = ("baton", "vllm-2core", "stock-router-tuned", "baton-aggregated", "vllm-2core-chunk-128")
 ONCE_SYSTEMS = ("vllm-2x1core", "stock-router", "naive")
 """One turn each, between the passes of the others: what they are compared for is far from a tie."""
-GENERATOR_NICENESS = -10
 QUICK_SYSTEMS = ("baton", "vllm-2core", "stock-router-tuned")
 
 
@@ -138,21 +136,6 @@ def _run_block(
         system.stop()
     _write(raw, {**block, "facts": system.facts, "wall_s": round(time.monotonic() - started_at, 1), "error": failure})
     return failure is None
-
-
-@contextlib.contextmanager
-def ahead_of_the_servers() -> Iterator[None]:
-    """The generator shares two cores with engines that want both: let it send and stamp on time, if that is allowed.
-
-    Nothing is started meanwhile, so no server inherits it. Without the right it stays where it is, and its lag tells.
-    """
-    before = os.getpriority(os.PRIO_PROCESS, 0)
-    with contextlib.suppress(PermissionError):
-        os.setpriority(os.PRIO_PROCESS, 0, GENERATOR_NICENESS)
-    try:
-        yield
-    finally:
-        os.setpriority(os.PRIO_PROCESS, 0, before)
 
 
 def _target(system: RunningSystem, config: FleetConfig) -> Target:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.generator.environment import Watch, environment_facts
+from bench.generator.priority import ahead_of_the_servers
 from bench.generator.progress import Progress
 from bench.generator.sender import RunState, calm_collector, send_plan
 from bench.generator.target import Target
@@ -74,7 +75,8 @@ async def measure(plan: Plan, target: Target, directory: Path, measurement: Meas
         watch = Watch.start()
         is_interrupted = False
         try:
-            with calm_collector():
+            with calm_collector(), ahead_of_the_servers() as niceness:
+                writer.facts["generator_niceness"] = niceness
                 await send_plan(
                     plan,
                     target,

@@ -222,6 +222,47 @@ class _RoomWaiter:
         return RoomAsk(self.wanted_block_count, self.barred, self.place.refused)
 
 
+class Turn:
+    """A request's turn in line, from ``Admission.join`` to ``leave``.
+
+    Whoever joined leaves, however it ends: a task that is cancelled before its first step has not begun to wait.
+    """
+
+    def __init__(self, admission: Admission, waiter: _Waiter, joined_at: float) -> None:
+        self._admission = admission
+        self._waiter = waiter
+        self._joined_at = joined_at
+        self._is_taken = False
+        loop = asyncio.get_running_loop()
+        self._relax = loop.call_at(waiter.relaxed_at, admission.pump) if waiter.entry.excluded else None
+
+    async def place(self) -> Place:
+        """Waits for a place; it is then the caller's to close. Cancelled, ``leave`` gives up turn and place.
+
+        Raises NO_WORKER, before the deadline; QUEUE_FULL after ``max_wait_s``. Past the deadline it goes on
+        waiting: that is for the owner of the deadline to end.
+        """
+        given, loop = self._waiter.given, asyncio.get_running_loop()
+        for give_up_at, give_up in self._admission.ends_of_patience(self._waiter.entry, self._joined_at):
+            await asyncio.wait((given,), timeout=max(0.0, give_up_at - loop.time()))
+            if given.done():
+                break
+            give_up()
+        place = await given
+        self._is_taken = True
+        return place
+
+    def leave(self) -> None:
+        """Idempotent. A place that was given in this moment and not taken is not lost."""
+        if self._relax is not None:
+            self._relax.cancel()
+        given = self._waiter.given
+        if not self._is_taken and given.done() and not given.cancelled() and given.exception() is None:
+            self._is_taken = True
+            given.result().close()
+        self._admission.leave(self._waiter)
+
+
 class Admission:
     """One per router, on one loop. ``close`` turns everyone away."""
 
@@ -284,7 +325,7 @@ class Admission:
         self._is_draining = True
 
     def try_enter(self, entry: Entry) -> Place | None:
-        """A place at once, or None: then ``wait``. Raises QUEUE_FULL or DRAINING."""
+        """A place at once, or None: then ``join``, before anything else is awaited. Raises QUEUE_FULL or DRAINING."""
         chain = self._index.chain(entry.prompt_token_ids, entry.tenant)
         room = self._room(entry)
         match admit(room, self.limits, lambda: self._find(entry, chain), is_retry=entry.is_retry):
@@ -294,35 +335,18 @@ class Admission:
                 raise error
         return None
 
-    async def wait(self, entry: Entry) -> Place:
-        """Waits for a place. Cancelling gives up the turn and, if it had just come, the place.
-
-        Raises NO_WORKER, before the deadline; QUEUE_FULL after ``max_wait_s``. Past the deadline it goes on
-        waiting: that is for the owner of the deadline to end.
-        """
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+    def join(self, entry: Entry) -> Turn:
+        """Puts a request in line, at once: the next one at the door already counts it. The caller leaves the line."""
+        now = asyncio.get_running_loop().time()
         chain = self._index.chain(entry.prompt_token_ids, entry.tenant)
-        waiter = _Waiter(entry, chain, now + self.limits.exclusion_s, loop.create_future())
+        waiter = _Waiter(entry, chain, now + self.limits.exclusion_s, asyncio.get_running_loop().create_future())
         bisect.insort(self._waiters, (_rank(entry, next(self._orders)), waiter), key=_rank_of)
-        relax = loop.call_at(waiter.relaxed_at, self.pump) if entry.excluded else None
-        try:
-            for give_up_at, give_up in self._ends_of_patience(entry, now):
-                await asyncio.wait((waiter.given,), timeout=max(0.0, give_up_at - loop.time()))
-                if waiter.given.done():
-                    break
-                give_up()
-            return await waiter.given
-        except BaseException:
-            # Cancelled, or out of patience, in the moment the place was given: it is not lost.
-            if waiter.given.done() and not waiter.given.cancelled() and waiter.given.exception() is None:
-                waiter.given.result().close()
-            raise
-        finally:
-            if relax is not None:
-                relax.cancel()
-            self._waiters = [item for item in self._waiters if item[1] is not waiter]
-            self.pump()  # the next one may have waited for nothing but this one's turn
+        return Turn(self, waiter, now)
+
+    def leave(self, waiter: _Waiter) -> None:
+        """Out of the line; ``Turn.leave`` calls this."""
+        self._waiters = [item for item in self._waiters if item[1] is not waiter]
+        self.pump()  # the next one may have waited for nothing but this one's turn
 
     async def wait_for_room(
         self,
@@ -476,7 +500,7 @@ class Admission:
             is_draining=self._is_draining,
         )
 
-    def _ends_of_patience(self, entry: Entry, now: float) -> list[tuple[float, Callable[[], None]]]:
+    def ends_of_patience(self, entry: Entry, now: float) -> list[tuple[float, Callable[[], None]]]:
         """When to look whether waiting still makes sense, in order."""
         left_s = max(0.0, entry.deadline_at - now)
         margin_s = min(self.limits.reply_margin_s, left_s / 4)

@@ -20,7 +20,7 @@ from typing import Any
 from baton.errors import BatonError, Reason, StatusName, deadline_exceeded, draining, engine_failed, internal
 from baton.leg import DecodeDone, KvAdopted, Stepped
 from baton.request import FinishReason, Usage
-from router.admission import Admission, Entry
+from router.admission import Admission, Entry, Turn
 from router.admission import Place as GivenPlace
 from router.answering import Admitted, Answer, Completed, PhaseReport, Piece, RoutedRequest
 from router.cluster_view import WorkerIdentity
@@ -239,7 +239,10 @@ class Flight:
         except BatonError as error:
             return PlacementFailed(action.attempt, error)
         if place is None:
-            self._wait = self._task("place", self._wait_for_place(action.attempt, entry))
+            turn = self._admission.join(entry)
+            self._wait = self._task("place", self._wait_for_place(action.attempt, turn))
+            # Cancelled before its first step, the task runs nothing of itself.
+            self._wait.add_done_callback(lambda _: turn.leave())
             return None
         return self._placed(action.attempt, place)
 
@@ -280,9 +283,9 @@ class Flight:
 
     # The tasks: each says facts, and no more
 
-    async def _wait_for_place(self, attempt: int, entry: Entry) -> None:
+    async def _wait_for_place(self, attempt: int, turn: Turn) -> None:
         try:
-            place = await self._admission.wait(entry)
+            place = await turn.place()
         except BatonError as error:
             self._facts.put_now(PlacementFailed(attempt, error))
         except Exception as error:
@@ -290,6 +293,8 @@ class Flight:
             self._facts.put_now(PlacementFailed(attempt, internal(f"admission raised {type(error).__name__}")))
         else:
             self._facts.put_now(self._placed(attempt, place))
+        finally:
+            turn.leave()
 
     async def _wait_for_room(self, action: FindRoom) -> None:
         assert self._place is not None, "a decode was refused, so it was placed"

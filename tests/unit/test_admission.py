@@ -84,7 +84,14 @@ class House:
         return Entry(**values)
 
     async def enter(self, entry: Entry) -> Place:
-        return self.admission.try_enter(entry) or await self.admission.wait(entry)
+        return self.admission.try_enter(entry) or await self.wait(entry)
+
+    async def wait(self, entry: Entry) -> Place:
+        turn = self.admission.join(entry)
+        try:
+            return await turn.place()
+        finally:
+            turn.leave()
 
     def visitor(self, name: str, *, stay_s: float = 1.0, **changes: Any) -> asyncio.Task[None]:
         return asyncio.create_task(self._visit(name, stay_s, self.entry(**changes)), name=name)
@@ -153,6 +160,37 @@ async def test_a_retry_goes_before_everyone_and_is_never_turned_away() -> None:
 
 
 @in_virtual_time
+async def test_requests_of_one_moment_count_each_other() -> None:
+    async with house(limits=AdmissionLimits(queue_limit=2)) as it:
+        place = it.admission.try_enter(it.entry())
+        assert place is not None
+        turns = []
+        for _ in range(2):
+            assert it.admission.try_enter(it.entry()) is None
+            turns.append(it.admission.join(it.entry()))
+        with pytest.raises(BatonError) as caught:
+            it.admission.try_enter(it.entry())
+        assert caught.value.reason is Reason.QUEUE_FULL
+        for turn in turns:
+            turn.leave()
+            turn.leave()
+        place.close()
+        it.assert_empty()
+
+
+@in_virtual_time
+async def test_a_turn_left_before_its_place_was_taken_gives_the_place_back() -> None:
+    async with house() as it:
+        place = it.admission.try_enter(it.entry())
+        assert place is not None
+        turn = it.admission.join(it.entry())
+        place.close()
+        assert it.admission.in_flight_count == 1, "given to who is in line"
+        turn.leave()
+        it.assert_empty()
+
+
+@in_virtual_time
 async def test_no_new_request_overtakes_those_that_wait() -> None:
     async with house() as it:
         first = it.visitor("first")
@@ -188,7 +226,7 @@ async def test_a_waiter_cancelled_in_the_moment_its_turn_comes_passes_the_place_
     async with house() as it:
         place = it.admission.try_enter(it.entry())
         assert place is not None
-        leaver = asyncio.create_task(it.admission.wait(it.entry()))
+        leaver = asyncio.create_task(it.wait(it.entry()))
         patient = it.visitor("patient")
         await asyncio.sleep(0.01)
         place.close()  # gives the leaver its place, which it has not seen yet

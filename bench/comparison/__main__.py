@@ -36,6 +36,7 @@ from bench.generator.target import Target
 from bench.machine import machine_facts, wait_until_quiet
 from bench.peers import SYSTEMS, RunningSystem, SystemSpec, start_system
 from bench.results.report import render as render_plots
+from bench.traffic.prompts import PromptMaker
 from fleet.config import FleetConfig, check_model_directory, load_config
 
 FULL_SYSTEMS = ("baton", "vllm-2core", "stock-router-tuned", "baton-aggregated", "vllm-2core-chunk-128")
@@ -55,13 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _raise_exit)  # a terminated benchmark must still end its servers
     config = load_config(options.config)
     check_model_directory(config)
-    plans = CellPlans(config.model.directory, seed=options.seed, trace=options.trace)
+    plans = CellPlans(PromptMaker(config.model.directory), seed=options.seed, trace=options.trace)
     order = turn_order(
         [SYSTEMS[name] for name in options.systems], [SYSTEMS[name] for name in options.once], options.passes
     )
     cells = QUICK_CELLS if options.quick else FULL_CELLS
     for path in (options.out, options.page):
         path.parent.mkdir(parents=True, exist_ok=True)
+    for cell in cells:  # what cannot be asked is known before a server is started
+        for round_number in range(options.passes):
+            plans.plan(cell, round_number)
     with options.out.open("w") as raw:
         _write(
             raw,
@@ -106,7 +110,7 @@ def _run_block(
     plans: CellPlans,
     raw: TextIO,
 ) -> bool:
-    block: dict[str, Any] = {"document": "block", "block": number, "system": spec.name}
+    block: dict[str, Any] = {"document": "block", "block": number, "pass": round_number, "system": spec.name}
     block["busy_share_before"] = round(wait_until_quiet(options.wait_quiet_s), 3)
     _say(f"turn {number + 1}: {spec.title}: starting ({block['busy_share_before']:.0%} busy before)")
     started_at = time.monotonic()
@@ -190,6 +194,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     stem = "comparison-quick" if options.quick else "comparison"
     options.out = options.out or Path(f"docs/evidence/{stem}.jsonl")
+    stem = options.out.stem if options.page_from is None else options.page_from.stem
     options.page = options.page or Path(f"docs/benchmarks/{stem}.md")
     if options.once is not None and options.systems is None:
         parser.error("--once: name the others with --systems")

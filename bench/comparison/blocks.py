@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from bench.comparison.cells import Cell, CellPlans, beyond
-from bench.generator.sender import calm_collector, send_plan
+from bench.generator.sender import calm_collector, send_plan, was_sent
 from bench.generator.target import Target
 from bench.machine import MachineClock
 from bench.peers import RunningSystem
@@ -27,10 +27,12 @@ from bench.traffic.plan import Plan
 
 T = TypeVar("T")
 STEAL_LIMIT = 0.02
+OTHERS_LIMIT = 0.10
 LAG_LIMIT_S = 0.005
 CALM_DEADLINE_S = 60.0
 """Longest wait after a load for a system to be done with what it was left with."""
 CALM_FACTOR = 2.0
+PROBE_PAUSE_S = 0.2
 
 
 def block_order(systems: Sequence[T], pass_count: int) -> list[T]:
@@ -61,8 +63,6 @@ class Turn:
         self._block, self._round, self._write = block, round_number, write
         self._shares: dict[str, tuple[float, float]] = {}
         self._calm_s = 0.0
-        self.failure_count = 0
-        """Cells that could not be run. Requests that a system fails are figures, not failures."""
 
     async def run(self, cells: Sequence[Cell]) -> None:
         async with AsyncExitStack() as stack:
@@ -94,6 +94,7 @@ class Turn:
             is_calm = probe.e2e_s is not None and probe.e2e_s <= self._calm_s
             if is_calm or waited_s > CALM_DEADLINE_S:
                 return waited_s
+            await asyncio.sleep(PROBE_PAUSE_S)
         raise AssertionError
 
     async def _run_cell(self, cell: Cell, target: Target) -> None:
@@ -108,15 +109,18 @@ class Turn:
         answered = [record for record in records if record.outcome is Outcome.OK]
         if cell.rate_per_s is not None:
             self._shares[cell.workload] = (cell.rate_per_s, len(answered) / max(1, len(records)))
-        lags = [record.lag_s for record in records]
+        lags = [record.lag_s for record in records if was_sent(record)]
         lag_p99_s = percentile(lags, 99.0) if lags else 0.0
         remarks = []
         if lag_p99_s > LAG_LIMIT_S:
             remarks.append(f"schedule lag p99 {lag_p99_s * 1e3:.1f} ms")
         if use.steal_share > STEAL_LIMIT:
             remarks.append(f"steal {use.steal_share:.1%}")
+        if use.others_share > OTHERS_LIMIT:
+            remarks.append(f"others used {use.others_share:.0%} of the machine")
         self._cell(
             cell,
+            request_count=len(records),
             plan=plan.facts,
             cpu_s=round(spent.total_s, 2),
             generator_cpu_s=round(own_s, 2),
@@ -135,7 +139,12 @@ class Turn:
             return await send_plan(plan, target, timeout_s=timeout_s)
 
     def _names(self, cell: Cell) -> dict[str, Any]:
-        return {"system": self._system.spec.name, "block": self._block, "cell": cell.name}
+        return {
+            "system": self._system.spec.name,
+            "block": self._block,
+            "pass": self._round,
+            "cell": cell.name,
+        }
 
     def _cell(self, cell: Cell, **facts: Any) -> None:
         self._write({"document": "cell", **self._names(cell), "group_name": cell.group, **facts})

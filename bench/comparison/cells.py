@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bench.traffic.draft import Draft
 from bench.traffic.lengths import Fixed, LogNormal, Uniform
-from bench.traffic.pacers import Gamma, Poisson
+from bench.traffic.pacers import Gamma, Pacer, Poisson
 from bench.traffic.plan import Plan, PlannedRequest
 from bench.traffic.prompts import PromptMaker
 from bench.traffic.traces import Trace, plan_from_trace, read_trace
@@ -52,6 +53,8 @@ BURSTS = {
     "burst_size": 2,
     "burst_every_s": 7.0,
 }
+SEED_LIMIT = 200
+CONTEXT_TOKEN_COUNT = 8192
 CODE_SCALE = 0.2
 CODE_LIKENESS_CV = 4.0
 
@@ -134,8 +137,8 @@ class CellPlans:
     ``trace``: the code trace to replay; without it, requests of like lengths and burstiness. Raises ``TraceError``.
     """
 
-    def __init__(self, model_directory: Path, *, seed: int, trace: Path | None) -> None:
-        self._prompts = PromptMaker(model_directory)
+    def __init__(self, prompts: PromptMaker, *, seed: int, trace: Path | None) -> None:
+        self._prompts = prompts
         self._seed = seed
         self._trace: Trace | None = None if trace is None else read_trace(trace)
 
@@ -175,41 +178,27 @@ class CellPlans:
                 return self._open_loop(cell, seed, round_number)
 
     def _open_loop(self, cell: Cell, seed: int, round_number: int) -> Plan:
+        """The first seed whose arrivals are about as many as the rate says: in so short a load they may be none."""
         assert cell.rate_per_s is not None
-        rate, duration_s, prompts = cell.rate_per_s, cell.duration_s, self._prompts
-        poisson = Poisson(rate)
-        match cell.workload:
-            case "chat":
+        if cell.workload == "code" and self._trace is not None:
+            return self._code_of_trace(self._trace, cell, seed, round_number)
+        expected = cell.rate_per_s * cell.duration_s
+        name, pacer, scale, parameters = _open_loop_of(cell.workload, cell.rate_per_s)
+        for tried in range(seed, seed + SEED_LIMIT):
+            draft = Draft(seed=tried, prompts=self._prompts, scale=scale, context_token_count=CONTEXT_TOKEN_COUNT)
+            arrival_count = len(pacer.times_s(cell.duration_s, draft.rng("pacer")))  # as the plan will draw them
+            if abs(arrival_count - expected) <= max(1.0, 0.2 * expected):
                 return make_plan(
-                    "chat", pacer=poisson, duration_s=duration_s, seed=seed, prompts=prompts, parameters=CHAT
+                    name,
+                    pacer=pacer,
+                    duration_s=cell.duration_s,
+                    seed=tried,
+                    prompts=self._prompts,
+                    scale=scale,
+                    context_token_count=CONTEXT_TOKEN_COUNT,
+                    parameters=parameters,
                 )
-            case "agent":
-                return make_plan(
-                    "agent",
-                    pacer=poisson,
-                    duration_s=duration_s,
-                    seed=seed,
-                    prompts=prompts,
-                    scale=AGENT_SCALE,
-                    parameters=AGENT,
-                )
-            case "bursts":
-                return make_plan(
-                    "chat-bursts", pacer=poisson, duration_s=duration_s, seed=seed, prompts=prompts, parameters=BURSTS
-                )
-            case "code" if self._trace is not None:
-                return self._code_of_trace(self._trace, cell, seed, round_number)
-            case "code":
-                return make_plan(
-                    "code",
-                    pacer=Gamma(rate, CODE_LIKENESS_CV),
-                    duration_s=duration_s,
-                    seed=seed,
-                    prompts=prompts,
-                    scale=CODE_SCALE,
-                )
-            case _:
-                raise ValueError(f"no load is called {cell.workload!r}")
+        raise ValueError(f"{cell.name}: no seed gives about {expected:g} arrivals")
 
     def _code_of_trace(self, trace: Trace, cell: Cell, seed: int, round_number: int) -> Plan:
         """As many rows in sequence as the cell asks requests, their times brought to its duration.
@@ -272,3 +261,18 @@ class CellPlans:
     def _listed(self, name: str, requests: Sequence[PlannedRequest], facts: dict[str, object]) -> Plan:
         duration_s = max(request.at_s for request in requests)
         return Plan(name=name, requests=tuple(requests), duration_s=duration_s, facts={"workload": name, **facts})
+
+
+def _open_loop_of(workload: str, rate_per_s: float) -> tuple[str, Pacer, float, Mapping[str, object]]:
+    """Name, pacer, scale and parameters of a workload of ``bench.traffic``."""
+    match workload:
+        case "chat":
+            return "chat", Poisson(rate_per_s), 1.0, CHAT
+        case "agent":
+            return "agent", Poisson(rate_per_s), AGENT_SCALE, AGENT
+        case "bursts":
+            return "chat-bursts", Poisson(rate_per_s), 1.0, BURSTS
+        case "code":
+            return "code", Gamma(rate_per_s, CODE_LIKENESS_CV), CODE_SCALE, {}
+        case _:
+            raise ValueError(f"no load is called {workload!r}")

@@ -23,7 +23,8 @@ class GoalLine:
 
 
 def goal_lines(runs: Sequence[CellRun], titles: Mapping[str, str], seed: int) -> list[GoalLine]:
-    """Every goal, in order; one whose system was not asked says so."""
+    """Every goal, in order; one whose system was not asked says so. Loads with remarks decide nothing."""
+    runs = [run for run in runs if not run.remarks]
     streams = [run for run in runs if run.group == "streams"]
     alone = [run for run in runs if run.group == "alone"]
     lines = [_gap(streams)]
@@ -38,7 +39,7 @@ def goal_lines(runs: Sequence[CellRun], titles: Mapping[str, str], seed: int) ->
         )
     crowd = [run for run in runs if run.group == "crowd"]
     lines += _against_naive(crowd, titles)
-    lines.append(_loss(streams, titles, seed))
+    lines.append(_loss(streams, titles))
     return lines
 
 
@@ -46,7 +47,7 @@ def _gap(runs: Sequence[CellRun]) -> GoalLine:
     what, goal = "Baton 1P+1D: gap p99 of the streams", f"at most {GAP_GOAL_S * 1e3:.0f} ms"
     found = tables.value(runs, BASE, tables.STREAM_GAP_P99)
     if found is None:
-        return GoalLine(what, "—", goal, "not asked")
+        return GoalLine(what, "—", goal, "no valid load")
     return GoalLine(what, f"{found * 1e3:.0f} ms", goal, "met" if found <= GAP_GOAL_S else "missed")
 
 
@@ -60,15 +61,23 @@ def _at_least(
     seed: int,
 ) -> GoalLine:
     line = f"{what}: {titles.get(system, system)} / Baton"
+    pairs = tables.shared_runs(runs, system)
     found = tables.ratio(runs, system, measure, seed)
     goal = f"at least {least:g}x"
     if found is None:
-        return GoalLine(line, "—", goal, "not asked")
+        return GoalLine(line, "—", goal, "no valid load that both were asked")
+    missing = tables.unanswered_count(base for base, _ in pairs)
+    if missing:
+        return GoalLine(line, str(found), goal, f"withheld: Baton left {missing} unanswered")
+    bound = "≥ " if tables.unanswered_count(peer for _, peer in pairs) else ""
     if found.value < least:
-        return GoalLine(line, str(found), goal, "missed")
-    # Met by the figure alone is said as such: the interval decides what may be claimed.
-    sure = found.low is not None and found.low >= least
-    return GoalLine(line, str(found), goal, "met" if sure else "met, but the interval reaches below")
+        return GoalLine(line, f"{bound}{found}", goal, "missed")
+    if found.low is None:
+        verdict = "met by too few for an interval"
+    else:
+        # Met by the figure alone is said as such: the interval decides what may be claimed.
+        verdict = "met" if found.low >= least else "met, but the interval reaches below"
+    return GoalLine(line, f"{bound}{found}", goal, verdict)
 
 
 def _against_naive(runs: Sequence[CellRun], titles: Mapping[str, str]) -> list[GoalLine]:
@@ -80,9 +89,10 @@ def _against_naive(runs: Sequence[CellRun], titles: Mapping[str, str]) -> list[G
         (f"goodput ({chat.name} SLO)", lambda runs, system: tables.good_rate(runs, system, chat)),
     ):
         line, goal = f"{what}, eight callers: Baton / {name}", "at least 10x"
-        mine, theirs = of(runs, BASE), of(runs, "naive")
+        shared = [run for pair in tables.shared_runs(runs, "naive") for run in pair]
+        mine, theirs = of(shared, BASE), of(shared, "naive")
         if math.isnan(mine) or math.isnan(theirs):
-            lines.append(GoalLine(line, "—", goal, "not asked"))
+            lines.append(GoalLine(line, "—", goal, "no valid load that both were asked"))
         elif theirs == 0:
             lines.append(
                 GoalLine(line, f"{mine:.2f} against none", goal, "met" if mine > 0 else "no ratio of nothing")
@@ -93,15 +103,19 @@ def _against_naive(runs: Sequence[CellRun], titles: Mapping[str, str]) -> list[G
     return lines
 
 
-def _loss(runs: Sequence[CellRun], titles: Mapping[str, str], seed: int) -> GoalLine:
+def _loss(runs: Sequence[CellRun], titles: Mapping[str, str]) -> GoalLine:
     """Not a goal but a debt: one core prefills where the one server uses two."""
     what = f"TTFT of long prompts beside streams: Baton / {titles.get('vllm-2core', 'vllm-2core')}"
-    mine = tables.value(runs, BASE, tables.LONG_TTFT)
-    theirs = tables.value(runs, "vllm-2core", tables.LONG_TTFT)
+    pairs = tables.shared_runs(runs, "vllm-2core")
+    shared = [run for pair in pairs for run in pair]
+    mine = tables.value(shared, BASE, tables.LONG_TTFT)
+    theirs = tables.value(shared, "vllm-2core", tables.LONG_TTFT)
     if mine is None or theirs is None:
-        return GoalLine(what, "—", "the price: up to 2x", "not asked")
+        return GoalLine(what, "—", "the price: up to 2x", "no valid load that both were asked")
     price = mine / theirs
     measured = f"{mine:.2f} s / {theirs:.2f} s = {price:.2f}x"
+    if missing := tables.unanswered_count(base for base, _ in pairs):
+        return GoalLine(what, measured, "the price: up to 2x", f"more: Baton left {missing} unanswered")
     return GoalLine(what, measured, "the price: up to 2x", "within it" if price <= 2.0 else "more than it")
 
 

@@ -33,7 +33,7 @@ MEANT = {
 }
 
 
-_NOT_OF_THE_RECORD = ("document", "system", "block", "cell")
+_NOT_OF_THE_RECORD = ("document", "system", "block", "pass", "cell")
 
 
 def render(documents: Sequence[Mapping[str, Any]]) -> str:
@@ -76,18 +76,25 @@ def render(documents: Sequence[Mapping[str, Any]]) -> str:
 
 
 def cell_runs(documents: Sequence[Mapping[str, Any]]) -> list[CellRun]:
-    """The cells that were run, with their requests, in the order of the file."""
+    """The cells that were run, with their requests, in the order of the file. ``ValueError`` where requests lack."""
     records: dict[tuple[int, str], list[Any]] = {}
     for document in documents:
         if document["document"] == "request":
-            row = {
-                key: value for key, value in document.items() if key not in ("document", "system", "block", "cell")
-            }
+            row = {key: each for key, each in document.items() if key not in _NOT_OF_THE_RECORD}
             records.setdefault((document["block"], document["cell"]), []).append(request_from_json(_whole(row)))
+    for cell in documents:
+        if cell["document"] == "cell" and "skipped" not in cell:
+            found = len(records.get((cell["block"], cell["cell"]), ()))
+            if found != cell["request_count"]:
+                raise ValueError(
+                    f"turn {cell['block'] + 1}, {cell['cell']}: {found} of {cell['request_count']} requests are in "
+                    "the raw file: it was cut off"
+                )
     return [
         CellRun(
             system=cell["system"],
             block=cell["block"],
+            pass_number=cell["pass"],
             cell=cell["cell"],
             group=cell["group_name"],
             records=records.get((cell["block"], cell["cell"]), []),
@@ -162,14 +169,19 @@ def _introduction(run: Mapping[str, Any], runs: Sequence[CellRun], titles: Mappi
         f"{machine['core_count']} cores of {machine['cpu_model']}, {machine['memory_gib']} GiB, Linux "
         f"{machine['kernel']}; {run['model']}; commit {machine['commit']}, {machine['at']}. {len(titles)} systems, "
         f"{sum(len(each.records) for each in runs):,} requests. On such a machine only the ratios mean anything: "
-        "**peer / Baton 1P+1D, above 1 Baton is the faster**, with a 95% bootstrap interval; “no claim” where it "
-        "includes 1. All latencies count from the intended send time. A p99 of fewer than 100 values is near their "
-        "maximum."
+        "**peer / Baton 1P+1D, above 1 Baton is the faster**, over the passes and loads that both were asked, with a "
+        "95% bootstrap interval; “no claim” where it includes 1. With two passes an interval is an indication; by "
+        "our own rule a claim takes ten pairs. All latencies count from the intended send time. ≥: some were given "
+        "up or cut off, and count with what they had waited by then. A p99 of fewer than 100 values is near "
+        "their maximum. Answers, tokens and goodput a second have no intervals."
     )
 
 
 def _turns(blocks: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> str:
-    lines = ["| turn | system | start | whole turn | remarks |", "|---:|---|---:|---:|---|"]
+    lines = [
+        "| turn | system | pass | busy before | start | whole turn | others, worst load | lag p99, worst | remarks |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
     for block in blocks:
         mine = [cell for cell in cells if cell["block"] == block["block"]]
         remarks = [f"{cell['cell']}: {remark}" for cell in mine for remark in cell.get("remarks", ())]
@@ -179,9 +191,12 @@ def _turns(blocks: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any
         if block.get("error"):
             remarks.insert(0, block["error"])
         facts = block.get("facts", {})
+        others = max((cell["machine"]["others_share"] for cell in mine if "machine" in cell), default=0.0)
+        lag_ms = max((cell["lag_p99_ms"] for cell in mine if "lag_p99_ms" in cell), default=0.0)
         lines.append(
-            f"| {block['block'] + 1} | {titles[block['system']]} | {facts.get('start_s', '—')} s | "
-            f"{block.get('wall_s', '—')} s | {'; '.join(remarks)} |"
+            f"| {block['block'] + 1} | {titles[block['system']]} | {block['pass'] + 1} | "
+            f"{block['busy_share_before']:.0%} | {facts.get('start_s', '—')} s | {block.get('wall_s', '—')} s | "
+            f"{others:.0%} | {lag_ms:.1f} ms | {'; '.join(remarks)} |"
         )
     return "\n".join(lines)
 

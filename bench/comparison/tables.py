@@ -1,26 +1,30 @@
 """From the records of all systems to the tables of the comparison: markdown out. Pure.
 
-A ratio is peer / Baton 1P+1D: above 1, Baton is the faster. Its 95% interval comes from resampling turns in pairs,
-and in them stretches of neighbouring requests (of the streams: whole runs): neither the gaps of one request are
-independent, nor requests that queue, nor streams that share an engine step. A system that had fewer turns than Baton
-is resampled by requests within its turns, which is too narrow where they queue. A percentile of fewer values than it
-needs is near their maximum: the counts stand beside.
+A ratio is peer / Baton 1P+1D: above 1, Baton is the faster. Compared are the passes and loads that both were asked,
+and each such load of both is a pair. The 95% interval comes from resampling the pairs, and in them stretches of
+neighbouring requests (of the streams: whole runs): neither the gaps of one request are independent, nor requests that
+queue, nor streams that share an engine step. One pair can only resample its stretches, and knows nothing of what the
+next run would give; a claim by our own rule takes ten pairs.
+
+A request that was given up without a token counts with the time that it had waited, and an answer that was cut off
+with the gap that was still open: both are lower bounds, marked with "≥". Who answers only the easy half of a load
+does not look fast.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from bench.generator.sender import was_sent
 from bench.results.records import Outcome, RequestRecord
 from bench.results.slo import PRESETS, Slo, meets
-from bench.results.statistics import Ratio, bootstrap_ratio, mean, p50, p99, paired_ratio, pooled
+from bench.results.statistics import Ratio, draw_pairs, mean, p50, p99, stretches
 
 BASE = "baton"
-Units = dict[int, list[list[float]]]
-"""By block: one list of values for each independent unit."""
 Statistic = Callable[[Sequence[float]], float]
 
 
@@ -30,6 +34,8 @@ class CellRun:
 
     system: str
     block: int
+    pass_number: int
+    """Loads of one pass and name have the same requests."""
     cell: str
     group: str
     """The cell without its repetition."""
@@ -59,6 +65,27 @@ class Measure:
     digits: int = 0
 
 
+def _waits(record: RequestRecord) -> float | None:
+    """TTFT, or how long it was waited for in vain; None for a turn that was never sent."""
+    if not was_sent(record):
+        return None
+    return record.ended_at_s - record.intended_at_s if record.ttft_s is None else record.ttft_s
+
+
+def _end_to_end(record: RequestRecord) -> float | None:
+    if not was_sent(record):
+        return None
+    return record.ended_at_s - record.intended_at_s if record.e2e_s is None else record.e2e_s
+
+
+def _gaps_of(record: RequestRecord) -> list[tuple[float, float]]:
+    """(end, length) of each gap between messages; of an answer that was cut off, the one still open, too."""
+    times = list(record.message_at_s)
+    if times and record.outcome in (Outcome.TIMEOUT, Outcome.INCOMPLETE, Outcome.ERROR):
+        times.append(record.ended_at_s)
+    return [(later, later - earlier) for earlier, later in itertools.pairwise(times)]
+
+
 def _by_request(value: Callable[[RequestRecord], float | None]) -> Callable[[CellRun], list[list[float]]]:
     def values(run: CellRun) -> list[list[float]]:
         return [[found] for record in run.records if (found := value(record)) is not None]
@@ -67,8 +94,8 @@ def _by_request(value: Callable[[RequestRecord], float | None]) -> Callable[[Cel
 
 
 def _gaps(run: CellRun) -> list[list[float]]:
-    """Of every answer, those cut short among them: a stall counts whether or not the end came."""
-    return [gaps for record in run.records if (gaps := record.message_gaps_s)]
+    """Of every answer, those cut short among them."""
+    return [[gap for _, gap in gaps] for record in run.records if (gaps := _gaps_of(record))]
 
 
 def held_up_gaps(run: CellRun) -> list[list[float]]:
@@ -76,23 +103,25 @@ def held_up_gaps(run: CellRun) -> list[list[float]]:
     arrivals = [record.intended_at_s for record in run.records if record.group == "arrival"]
     if not arrivals:
         return []
-    gaps: list[float] = []
-    for record in run.records:
-        if record.group == "stream":
-            ends = record.message_at_s[1:]
-            gaps += [gap for gap, end in zip(record.message_gaps_s, ends, strict=True) if end > min(arrivals)]
+    gaps = [
+        gap
+        for record in run.records
+        if record.group == "stream"
+        for end, gap in _gaps_of(record)
+        if end > min(arrivals)
+    ]
     return [gaps] if gaps else []
 
 
 def _ttft_of(group: str) -> Callable[[CellRun], list[list[float]]]:
-    return _by_request(lambda record: record.ttft_s if record.group == group else None)
+    return _by_request(lambda record: _waits(record) if record.group == group else None)
 
 
-TTFT_P50 = Measure("TTFT p50", _by_request(lambda r: r.ttft_s), p50)
-TTFT_P99 = Measure("TTFT p99", _by_request(lambda r: r.ttft_s), p99)
+TTFT_P50 = Measure("TTFT p50", _by_request(_waits), p50)
+TTFT_P99 = Measure("TTFT p99", _by_request(_waits), p99)
 ITL_P50 = Measure("ITL p50", _gaps, p50, digits=1)
 ITL_P99 = Measure("ITL p99", _gaps, p99, digits=1)
-E2E_P50 = Measure("end to end p50", _by_request(lambda r: r.e2e_s), p50)
+E2E_P50 = Measure("end to end p50", _by_request(_end_to_end), p50)
 OPEN_LOOP = (TTFT_P50, TTFT_P99, ITL_P50, ITL_P99, E2E_P50)
 STREAM_GAP_P99 = Measure("streams: gap p99", held_up_gaps, p99)
 STREAM_GAP_MAX = Measure("streams: longest gap", held_up_gaps, max)
@@ -106,30 +135,36 @@ def alone_measures(lengths: Sequence[int]) -> tuple[Measure, ...]:
 
 
 def _ttft_at(length: int) -> Callable[[RequestRecord], float | None]:
-    return lambda record: record.ttft_s if record.prompt_token_count == length else None
+    return lambda record: _waits(record) if record.prompt_token_count == length else None
 
 
-def units(runs: Sequence[CellRun], measure: Measure) -> Units:
-    blocks: Units = {}
-    for run in runs:
-        found = measure.values(run)
-        if found:
-            blocks.setdefault(run.block, []).extend(found)
-    return blocks
+def shared_runs(runs: Sequence[CellRun], system: str, base: str = BASE) -> list[tuple[CellRun, CellRun]]:
+    """(base's, system's) of each pass and load that both were asked."""
+    bases = {(run.pass_number, run.cell): run for run in runs if run.system == base}
+    return [
+        (bases[key], run) for run in runs if run.system == system and (key := (run.pass_number, run.cell)) in bases
+    ]
+
+
+def unanswered_count(runs: Iterable[CellRun]) -> int:
+    return sum(len(run.records) - len(run.ok) for run in runs)
 
 
 def ratio(runs: Sequence[CellRun], system: str, measure: Measure, seed: int, base: str = BASE) -> Ratio | None:
-    """``system`` / ``base``; None where one of them has no value."""
-    mine = units([run for run in runs if run.system == system], measure)
-    theirs = units([run for run in runs if run.system == base], measure)
-    if not pooled(mine) or not pooled(theirs) or measure.statistic(pooled(theirs)) == 0:
+    """``system`` / ``base`` over what both were asked; None where one of them has no value."""
+    pairs = []
+    for theirs, mine in shared_runs(runs, system, base):
+        pair = measure.values(theirs), measure.values(mine)
+        if all(pair):
+            pairs.append((stretches(pair[0]), stretches(pair[1])))
+    if not pairs:
         return None
-    resampled = paired_ratio if len(mine) == len(theirs) > 1 else bootstrap_ratio
-    return resampled(mine, theirs, measure.statistic, random.Random(seed))  # noqa: S311 resampling, no secret
+    found = draw_pairs(pairs, [measure.statistic], random.Random(seed)).ratio(0)  # noqa: S311 resampling, no secret
+    return found if math.isfinite(found.value) else None
 
 
-def value(runs: Sequence[CellRun], system: str, measure: Measure) -> float | None:
-    found = pooled(units([run for run in runs if run.system == system], measure))
+def value(runs: Iterable[CellRun], system: str, measure: Measure) -> float | None:
+    found = [each for run in runs if run.system == system for unit in measure.values(run) for each in unit]
     return measure.statistic(found) if found else None
 
 
@@ -146,6 +181,7 @@ def table(runs: Sequence[CellRun], titles: Mapping[str, str], measures: Sequence
         row(measure.title, lambda name, measure=measure: _cell(runs, name, measure, seed))  # type: ignore[misc]
     row("answers a second", lambda name: f"{_rate(runs, name, lambda run: len(run.ok)):.2f}")
     row("tokens a second", lambda name: f"{_rate(runs, name, _token_count):.0f}")
+    row("last answer after the last arrival", lambda name: _drain(runs, name))
     row("CPU per answer", lambda name: _cpu(runs, name))
     return "\n".join(lines)
 
@@ -154,7 +190,8 @@ def _cell(runs: Sequence[CellRun], name: str, measure: Measure, seed: int) -> st
     found = value(runs, name, measure)
     if found is None:
         return "—"
-    text = f"{found * measure.scale:,.{measure.digits}f} {measure.unit}"
+    bound = "≥ " if unanswered_count(_of(runs, name)) else ""
+    text = f"{bound}{found * measure.scale:,.{measure.digits}f} {measure.unit}"
     if name == BASE:
         return text
     against = ratio(runs, name, measure, seed)
@@ -186,10 +223,32 @@ def answer_rate(runs: Sequence[CellRun], name: str) -> float:
     return _rate(runs, name, lambda run: len(run.ok))
 
 
+def _drain(runs: Sequence[CellRun], name: str) -> str:
+    """How long a system still works when nothing more comes: what grows with the rate is a queue."""
+    drains_s = [
+        max(record.ended_at_s for record in run.records) - max(record.intended_at_s for record in run.records)
+        for run in _of(runs, name)
+        if run.records
+    ]
+    return f"{mean(drains_s):.1f} s" if drains_s else "—"
+
+
+def cpu_per_answer_s(runs: Iterable[CellRun]) -> float | None:
+    listed = list(runs)
+    answered = sum(len(run.ok) for run in listed)
+    return sum(run.cpu_s for run in listed) / answered if answered else None
+
+
 def _cpu(runs: Sequence[CellRun], name: str) -> str:
-    mine = _of(runs, name)
-    answered = sum(len(run.ok) for run in mine)
-    return f"{sum(run.cpu_s for run in mine) / answered:.2f} s" if answered else "—"
+    """With its ratio to Baton's over what both were asked; there are too few loads for an interval."""
+    mine = cpu_per_answer_s(_of(runs, name))
+    if mine is None:
+        return "—"
+    pairs = shared_runs(runs, name)
+    theirs, same = cpu_per_answer_s(base for base, _ in pairs), cpu_per_answer_s(run for _, run in pairs)
+    if name == BASE or theirs is None or same is None:
+        return f"{mine:.2f} s"
+    return f"{mine:.2f} s; {same / theirs:.2f}x"
 
 
 def good_share(runs: Sequence[CellRun], name: str, slo: Slo) -> float | None:

@@ -47,7 +47,11 @@ def vllm_command(
     if not spec.as_shipped:
         options["distributed-executor-backend"] = UNIPROC
     if kv_role is not None:
-        options["kv-transfer-config"] = json.dumps({"kv_connector": "NixlConnector", "kv_role": kv_role})
+        transfer: dict[str, Any] = {"kv_connector": "NixlConnector", "kv_role": kv_role}
+        if not spec.as_shipped:
+            # Fewer of the library's threads that spin; no option ends all of them.
+            transfer["kv_connector_extra_config"] = {"num_threads": 0}
+        options["kv-transfer-config"] = json.dumps(transfer)
     for key, value in options.items():
         command += [f"--{key}", str(value)]
     command += ["--enable-prefix-caching" if engine.enable_prefix_caching else "--no-enable-prefix-caching"]

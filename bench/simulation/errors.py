@@ -7,17 +7,20 @@ is within it; what misses stays in the table, and its claim is withheld.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 
-from bench.results.records import RequestRecord
+from bench.results.records import Outcome, RequestRecord
 from bench.results.run_data import RunData
 from bench.results.slo import PRESETS, meets
 from bench.results.steady import find_warmup, find_window
 
 SCHEMA = 1
+FEWEST_CONFIGURATIONS = 12
+"""Valid ones that a claim needs."""
 GOODPUT_SLO = "chatbot"
 GOALS = {"ttft_mean": 0.05, "ttft_p99": 0.10, "itl_mean": 0.02, "e2e_mean": 0.03}
 TITLES = {
@@ -30,12 +33,13 @@ TITLES = {
 }
 
 
-def metrics_of(records: Sequence[RequestRecord], slo_scale: float) -> dict[str, float | None]:
-    """Seconds, and a share; None where there is nothing to take it of."""
+def metrics_of(records: Sequence[RequestRecord], slo_scale: float, compared: Set[int]) -> dict[str, float | None]:
+    """Seconds, of the requests ``compared``, and a share of all; None where there is nothing to take it of."""
     slo = PRESETS[GOODPUT_SLO].scaled(slo_scale)
-    ttfts = [value for record in records if (value := record.ttft_s) is not None]
-    gaps = [gap for record in records for gap in record.token_gaps_s]
-    e2es = [value for record in records if (value := record.e2e_s) is not None]
+    chosen = [record for record in records if record.index in compared]
+    ttfts = [value for record in chosen if (value := record.ttft_s) is not None]
+    gaps = [gap for record in chosen for gap in record.token_gaps_s]
+    e2es = [value for record in chosen if (value := record.e2e_s) is not None]
     return {
         "ttft_mean": _mean(ttfts),
         "ttft_p99": float(np.percentile(ttfts, 99)) if ttfts else None,
@@ -76,8 +80,12 @@ def errors_of(pairs: Sequence[tuple[str, RunData, RunData]]) -> dict[str, Any]:
     for name, measured, simulated in pairs:
         indices = steady_indices(measured)
         chosen = [[record for record in run.records if record.index in indices] for run in (measured, simulated)]
+        # Latencies of the answers that both completed: those of one alone are of other requests. Outcomes that differ
+        # are in goodput, and stand below the table.
+        complete = [{record.index for record in records if record.outcome is Outcome.OK} for records in chosen]
+        both = complete[0] & complete[1]
         slo_scale = float(measured.facts.get("slo_scale") or 1.0)
-        real, ours = (metrics_of(records, slo_scale) for records in chosen)
+        real, ours = (metrics_of(records, slo_scale, both) for records in chosen)
         rows.append(
             {
                 "name": name,
@@ -101,7 +109,9 @@ def errors_of(pairs: Sequence[tuple[str, RunData, RunData]]) -> dict[str, Any]:
 
 
 def _badness(row: Mapping[str, Any]) -> float:
-    return max((abs(row["errors"][metric] or 0.0) / goal for metric, goal in GOALS.items()), default=0.0)
+    """The worst is one without an error to tell: it could not be compared."""
+    errors = [(row["errors"][metric], goal) for metric, goal in GOALS.items()]
+    return max(math.inf if error is None else abs(error) / goal for error, goal in errors)
 
 
 def _summary(metric: str, rows: Sequence[Mapping[str, Any]], *, may_claim: bool = True) -> dict[str, Any]:
@@ -114,6 +124,10 @@ def _summary(metric: str, rows: Sequence[Mapping[str, Any]], *, may_claim: bool 
     claim = "no goal"
     if goal is not None:
         claim = "met on the mean" if mape <= goal else "withheld: missed"
+        if claim.startswith("met") and len(known) < len(rows):
+            claim = f"withheld: {len(rows) - len(known)} valid runs do not have it"
+        elif claim.startswith("met") and len(known) < FEWEST_CONFIGURATIONS:
+            claim = f"withheld: {len(known)} configurations, {FEWEST_CONFIGURATIONS} are needed"
     if not may_claim:
         claim = "none"
     return {

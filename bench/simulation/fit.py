@@ -348,9 +348,7 @@ def fit_overheads(observed: Sequence[Observed], steps: StepsFitted, rng: random.
     if len(samples["admit"]) < ENOUGH_BESIDE:  # as for steps; ``disturbed_steps`` says it
         samples = _overhead_samples(travelled, steps, math.inf)
     ways_s = [
-        at - step.ended_at
-        for each in travelled
-        for step, at in zip(each.with_tokens, each.answer.token_at, strict=True)
+        at - step.until for each in travelled for step, at in zip(each.with_tokens, each.answer.token_at, strict=True)
     ]
     congested_share = sum(way_s > CONGESTED_S for way_s in ways_s) / max(1, len(ways_s))
     lines: dict[str, Line] = {}
@@ -392,7 +390,8 @@ def _overhead_samples(
         made = journey.with_tokens
         if all(step.others_share <= quiet_share for step in made):
             for index, (step, at) in enumerate(zip(made, answer.token_at, strict=True)):
-                way_s = at - step.ended_at
+                # From where the simulated step ends: what lies between two steps is in the step's time already.
+                way_s = at - step.until
                 if way_s > CONGESTED_S or step.pull_count:
                     continue
                 if index:
@@ -410,7 +409,7 @@ def _overhead_samples(
             if len(journey.legs) > 1:
                 step, part = journey.legs[1][0]
                 if part.queued_at is not None:
-                    samples["handoff"].append((answer.prompt_token_count, part.queued_at - made[0].ended_at))
+                    samples["handoff"].append((answer.prompt_token_count, part.queued_at - made[0].until))
                 longer_s = step.duration_s - predicted_s(step, steps.cost, steps.contention)
                 samples["pulled_step"].append((1.0, longer_s))
     return samples

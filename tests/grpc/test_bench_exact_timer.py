@@ -92,5 +92,5 @@ def test_what_happened_meanwhile_is_measured() -> None:
     assert total
     assert during["generator_cpu_s"] > 0
     assert 0 <= during["steal_share"] <= 1
-    assert 0 <= during["busy_share"] <= 1
+    assert 0 <= during["busy_share"] <= 1.001  # sums of rounded clock ticks
     assert during["context_switch_count"] > 0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.comparison import tables
 from bench.comparison.blocks import block_order, turn_order
-from bench.comparison.cells import FULL_CELLS, Cell, beyond, chain
+from bench.comparison.cells import FULL_CELLS, Cell, CellPlans, beyond, chain
 from bench.comparison.goals import goal_lines
 from bench.comparison.page import cell_runs, render, sweeps
 from bench.comparison.tables import CellRun
@@ -16,6 +18,7 @@ from bench.results.records import Outcome, RequestRecord
 from bench.results.slo import PRESETS
 from bench.results.store import request_as_json
 from bench.traffic.plan import PlannedRequest
+from bench.traffic.prompts import PromptMaker
 
 TITLES = {"baton": "Baton", "vllm-2core": "one server", "vllm-2core-chunk-128": "small chunks", "naive": "naive"}
 
@@ -53,6 +56,7 @@ def run(system: str, *records: RequestRecord, group: str = "chat@1", block: int 
         **{
             "system": system,
             "block": block,
+            "pass_number": block,
             "cell": group,
             "group": group,
             "records": records,
@@ -75,9 +79,29 @@ def test_only_gaps_that_end_after_the_first_long_prompt_was_due_count_as_held_up
     assert unit == pytest.approx([0.25, 0.25])
 
 
-def test_all_streams_of_a_run_are_one_unit_of_the_bootstrap() -> None:
-    runs = [streams("baton", 0.05, 1.0, block) for block in range(2)]
-    assert [len(found) for found in tables.units(runs, tables.STREAM_GAP_P99).values()] == [1, 1]
+def test_a_system_is_compared_over_the_passes_and_loads_that_both_were_asked() -> None:
+    runs = [run("baton", record(ttft_s=0.1)), run("baton", record(ttft_s=0.9), block=1)]
+    runs += [run("baton", record(ttft_s=5.0), cell="chat@9"), run("vllm-2core", record(ttft_s=0.2))]
+    assert [(base.block, peer.system) for base, peer in tables.shared_runs(runs, "vllm-2core")] == [(0, "vllm-2core")]
+    found = tables.ratio(runs, "vllm-2core", tables.TTFT_P50, seed=1)
+    assert found is not None
+    assert found.value == pytest.approx(2.0)
+    assert found.low is None
+
+
+def test_who_gives_requests_up_does_not_look_fast() -> None:
+    given_up = record(1, ttft_s=0.0, gaps_s=(), outcome=Outcome.TIMEOUT)
+    given_up.message_at_s, given_up.message_token_counts, given_up.ended_at_s = [], [], 30.0
+    asked = run("baton", record(0, ttft_s=0.1, gaps_s=()), given_up)
+    assert tables.TTFT_P99.values(asked) == [[pytest.approx(0.1)], [pytest.approx(30.0)]]
+    assert "| TTFT p50 | ≥ 15,050 ms |" in tables.table([asked], TITLES, [tables.TTFT_P50], 1)
+
+
+def test_a_turn_that_was_never_sent_has_waited_for_nobody() -> None:
+    unsent = record(1, gaps_s=(), outcome=Outcome.ERROR)
+    unsent.message_at_s, unsent.message_token_counts = [], []
+    unsent.error = "not sent: the turn before failed"
+    assert tables.TTFT_P50.values(run("baton", unsent)) == []
 
 
 def test_a_ratio_is_the_peer_over_baton() -> None:
@@ -90,10 +114,11 @@ def test_a_ratio_is_the_peer_over_baton() -> None:
     assert (found.value, found.low, found.high) == pytest.approx((3.0, 3.0, 3.0))
 
 
-def test_an_answer_that_was_cut_off_counts_its_gaps_and_no_end_to_end_time() -> None:
-    cut = run("baton", record(gaps_s=(0.5,), outcome=Outcome.TIMEOUT))
-    assert tables.ITL_P99.values(cut) == [[pytest.approx(0.5)]]
-    assert tables.E2E_P50.values(cut) == []
+def test_an_answer_that_was_cut_off_counts_its_open_gap_and_the_time_until_then() -> None:
+    cut = record(gaps_s=(0.5,), outcome=Outcome.TIMEOUT)
+    cut.ended_at_s = 9.0
+    assert tables.ITL_P99.values(run("baton", cut)) == [[pytest.approx(0.5), pytest.approx(8.4)]]
+    assert tables.E2E_P50.values(run("baton", cut)) == [[pytest.approx(9.0)]]
 
 
 def test_goodput_has_every_request_in_its_denominator() -> None:
@@ -112,10 +137,30 @@ def test_goals_are_met_missed_or_not_asked() -> None:
     assert by_name["Baton 1P+1D: gap p99 of the streams"].verdict == "met"
     assert by_name["gap p99 of the streams: one server / Baton"].verdict == "met"
     assert by_name["gap p99 of the streams: small chunks / Baton"].verdict == "missed"
-    assert by_name["idle ITL p50: stock-router / Baton"].verdict == "not asked"
+    assert by_name["idle ITL p50: stock-router / Baton"].verdict == "no valid load that both were asked"
     price = by_name["TTFT of long prompts beside streams: Baton / one server"]
     assert price.measured == "4.00 s / 3.00 s = 1.33x"
     assert price.verdict == "within it"
+
+
+def test_a_load_with_a_remark_decides_no_goal() -> None:
+    runs = [streams("baton", 0.05, 4.0), dataclasses.replace(streams("vllm-2core", 2.0, 3.0), remarks=("late",))]
+    by_name = {line.what: line for line in goal_lines(runs, TITLES, 1)}
+    assert by_name["gap p99 of the streams: one server / Baton"].verdict == "no valid load that both were asked"
+
+
+def test_no_goal_is_met_by_the_requests_that_were_answered_alone() -> None:
+    short = streams("baton", 0.05, 4.0)
+    short.records[1].outcome = Outcome.TIMEOUT
+    by_name = {line.what: line for line in goal_lines([short, streams("vllm-2core", 2.0, 3.0)], TITLES, 1)}
+    line = by_name["gap p99 of the streams: one server / Baton"]
+    assert line.verdict == "withheld: Baton left 1 unanswered"
+
+
+def test_a_goal_met_without_an_interval_says_so() -> None:
+    runs = [streams("baton", 0.05, 4.0), streams("vllm-2core", 2.0, 3.0)]
+    by_name = {line.what: line for line in goal_lines(runs, TITLES, 1)}
+    assert by_name["gap p99 of the streams: one server / Baton"].verdict == "met by too few for an interval"
 
 
 def test_ten_times_the_naive_server_is_a_rate_of_answers_and_of_good_ones() -> None:
@@ -186,6 +231,51 @@ def test_open_loads_become_runs_of_a_sweep_by_system_and_rate() -> None:
     assert [len(each.records) for each in workload[1]] == [2, 2]
 
 
+def test_a_raw_file_that_was_cut_off_is_refused() -> None:
+    documents = raw_documents()
+    documents.remove(next(document for document in documents if document["document"] == "request"))
+    with pytest.raises(ValueError, match="1 of 2 requests"):
+        cell_runs(documents)
+
+
+@pytest.mark.parametrize("cell", FULL_CELLS, ids=lambda cell: cell.name)
+def test_every_load_can_be_planned_in_every_pass_with_about_as_many_requests_as_its_rate_says(cell: Cell) -> None:
+    plans = CellPlans(PromptMaker.without_tokenizer(5000), seed=4, trace=None)
+    for round_number in range(3):
+        plan = plans.plan(cell, round_number)
+        assert plan == plans.plan(cell, round_number)
+        assert len({request.prompt_token_ids for request in plan.requests}) == len(plan.requests)
+        if cell.rate_per_s is not None:
+            arrivals = sum(request.after is None and request.group != "arrival" for request in plan.requests)
+            expected = cell.rate_per_s * cell.duration_s
+            assert abs(arrivals - expected) <= max(1.0, 0.2 * expected)
+
+
+def test_passes_and_loads_have_prompts_of_their_own() -> None:
+    plans = CellPlans(PromptMaker.without_tokenizer(5000), seed=4, trace=None)
+    prompts = [
+        request.prompt_token_ids[:64]
+        for cell in (Cell(workload="streams"), Cell(workload="streams", repetition=1), Cell(workload="crowd"))
+        for round_number in range(2)
+        for request in plans.plan(cell, round_number).requests
+    ]
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_a_code_trace_is_replayed_in_sequence_from_another_place_in_each_pass(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    rows = [f"2023-11-16 18:{i // 60:02d}:{i % 60:02d}.0000000,{1000 + i},{20 + i}" for i in range(300)]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]) + "\n")
+    plans = CellPlans(PromptMaker.without_tokenizer(5000), seed=4, trace=trace)
+    cell = Cell(workload="code", rate_per_s=1.0, duration_s=10.0)
+    first, second = (plans.plan(cell, round_number) for round_number in range(2))
+    assert len(first.requests) == len(second.requests) == 10
+    lengths = [[len(request.prompt_token_ids) for request in plan.requests] for plan in (first, second)]
+    assert lengths[0] == sorted(lengths[0])
+    assert lengths[0] != lengths[1]
+    assert plans.trace_facts["row_count"] == 300
+
+
 def test_a_raw_file_without_a_run_is_refused() -> None:
     with pytest.raises(ValueError, match="no record of a run"):
         render([])
@@ -209,8 +299,9 @@ def raw_documents() -> list[dict[str, Any]]:
         }
     ]
     for block, system in enumerate(systems):
-        names = {"system": system, "block": block, "cell": "chat@1"}
-        told = {"plan": {}, "cpu_s": 1.0, "span_s": 2.0, "remarks": [], "calm_wait_s": 0.1}
+        names = {"system": system, "block": block, "pass": 0, "cell": "chat@1"}
+        told = {"plan": {}, "cpu_s": 1.0, "span_s": 2.0, "remarks": [], "calm_wait_s": 0.1, "request_count": 2}
+        told |= {"machine": {"others_share": 0.01}, "lag_p99_ms": 0.4}
         documents.append({"document": "cell", **names, "group_name": "chat@1", **told})
         outcomes = (Outcome.OK, Outcome.OK if system == "baton" else Outcome.TIMEOUT)
         for index, outcome in enumerate(outcomes):
@@ -218,18 +309,19 @@ def raw_documents() -> list[dict[str, Any]]:
             documents.append(
                 {"document": "request", **names, **{k: v for k, v in row.items() if v not in (None, "")}}
             )
-        documents.append(
-            {"document": "block", "block": block, "system": system, "facts": {"start_s": 9}, "wall_s": 30}
-        )
+        ended = {"facts": {"start_s": 9}, "wall_s": 30, "busy_share_before": 0.0}
+        documents.append({"document": "block", "block": block, "pass": 0, "system": system, **ended})
     documents.append(
         {
             "document": "cell",
             "system": "vllm-2core",
             "block": 1,
+            "pass": 0,
             "cell": "chat@3",
             "group_name": "chat@3",
             "skipped": "beyond",
         }
     )
-    documents.append({"document": "block", "block": 2, "system": "baton", "error": "did not start: ChildError"})
+    failed = {"error": "did not start: ChildError", "busy_share_before": 0.0}
+    documents.append({"document": "block", "block": 2, "pass": 1, "system": "baton", **failed})
     return documents

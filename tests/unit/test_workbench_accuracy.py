@@ -46,8 +46,8 @@ def run(ttft_s: float, gap_s: float, **facts: Any) -> RunData:
     return RunData(facts=known, records=[record(index, ttft_s, gap_s) for index in range(30)])
 
 
-def test_metrics_are_of_the_requests_given() -> None:
-    found = metrics_of([record(0, 0.1, 0.02), record(1, 0.3, 0.04)], 1.0)
+def test_latencies_are_of_the_requests_compared_and_goodput_of_all() -> None:
+    found = metrics_of([record(0, 0.1, 0.02), record(1, 0.3, 0.04), record(2, 0.1, 0.02)], 1.0, {0, 1})
     assert found["ttft_mean"] == pytest.approx(0.2)
     assert found["ttft_p99"] == pytest.approx(0.298)
     assert found["itl_mean"] == pytest.approx(0.03)
@@ -76,8 +76,20 @@ def test_a_goal_is_claimed_when_the_mean_of_absolute_errors_is_within_it() -> No
     opposite = errors_of([("up", run(1.0, 0.1), run(1.06, 0.1)), ("down", run(1.0, 0.1), run(0.94, 0.1))])
     assert opposite["metrics"]["ttft_mean"]["bias"] == pytest.approx(0.0, abs=1e-9)
     assert opposite["metrics"]["ttft_mean"]["claim"] == "withheld: missed"
-    within = errors_of([("up", run(1.0, 0.1), run(1.04, 0.1))])
-    assert within["metrics"]["ttft_mean"]["claim"] == "met on the mean"
+    near = ("up", run(1.0, 0.1), run(1.04, 0.1))
+    assert errors_of([near] * 12)["metrics"]["ttft_mean"]["claim"] == "met on the mean"
+
+
+def test_a_claim_takes_twelve_configurations_that_can_all_be_compared() -> None:
+    near = ("near", run(1.0, 0.1), run(1.0, 0.1))
+    few = errors_of([near] * 11)["metrics"]["ttft_mean"]
+    assert few["claim"] == "withheld: 11 configurations, 12 are needed"
+    refused = run(1.0, 0.1)
+    for each in refused.records:
+        each.outcome = Outcome.REFUSED
+    result = errors_of([*[near] * 12, ("refused", run(1.0, 0.1), refused)])
+    assert result["metrics"]["ttft_mean"]["claim"] == "withheld: 1 valid runs do not have it"
+    assert result["configurations"][0]["name"] == "refused", "the worst is what could not be compared"
 
 
 def test_goodput_errors_are_differences_of_shares() -> None:

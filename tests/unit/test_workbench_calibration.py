@@ -173,8 +173,8 @@ def observed_alone() -> Observed:
         sent_at = now
         queued_at = sent_at + OVERHEADS.admit.at(length)
         first = step("prefill-0", queued_at, [Part(f"g{number}.1.0-x", length, 0, True, queued_at)], (0.0, 0.0))
-        token_at = [first.ended_at + OVERHEADS.first_token.at(length)]
-        queued_at = first.ended_at + OVERHEADS.handoff.at(length)
+        token_at = [first.until + OVERHEADS.first_token.at(length)]
+        queued_at = first.until + OVERHEADS.handoff.at(length)
         kv_bytes = 23_040 * 128 * (length // 128 + 1)
         steps.append(first)
         begins_at = queued_at + LINK.transfer_s(kv_bytes)
@@ -183,7 +183,7 @@ def observed_alone() -> Observed:
             made = step("decode-0", begins_at, [part], (0.0, 0.0))
             made = dataclasses.replace(made, entered_at=queued_at if not index else begins_at, pull_count=not index)
             steps.append(made)
-            token_at.append(made.ended_at + OVERHEADS.token.at(1))
+            token_at.append(made.until + OVERHEADS.token.at(1))
             begins_at = made.until
         answers.append(
             Answered(

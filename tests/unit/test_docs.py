@@ -18,6 +18,8 @@ PAGES = [
     *(ROOT / "README.md", ROOT / "ARCHITECTURE.md"),
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "docs" / "decisions").glob("*.md")),
+    *sorted((ROOT / "docs" / "workbench").glob("*.md")),
+    *sorted((ROOT / "docs" / "benchmarks").glob("*.md")),
 ]
 ROOMS = ("baton", "kvtransfer", "engine", "prefill_worker", "decode_worker", "router", "fleet", "bench", "deploy")
 MADE_LATER = (".venv", ".baton", "~", "$")

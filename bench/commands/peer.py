@@ -73,10 +73,11 @@ def _list() -> int:
 
 
 def _install(name: str | None) -> int:
-    from bench.comparison.environments import NEEDED_BYTES, prepared
+    from bench.comparison.environments import prepared
     from bench.comparison.specs import SYSTEMS
 
-    wanted = list(NEEDED_BYTES) if name is None else SYSTEMS[name].environments
+    specs = SYSTEMS.values() if name is None else [SYSTEMS[name]]
+    wanted = list(dict.fromkeys(environment for spec in specs for environment in spec.environments))
     for environment in wanted:
         print(f"{environment}: {prepared(environment).path}")
     if not wanted:

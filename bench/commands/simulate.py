@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,7 +154,7 @@ def _against(arguments: argparse.Namespace) -> int:
     prompts = prompt_maker(arguments)
     profile = _profile(arguments)
     pairs = []
-    for directory in arguments.against:
+    for directory in _runs_among(arguments.against):
         measured = read_run(directory)
         config = _cluster(arguments, measured.facts.get("worker_counts"))
         simulated = replay(measured, profile, config, prompts, seed=arguments.chance, trace_path=arguments.trace)
@@ -161,6 +162,20 @@ def _against(arguments: argparse.Namespace) -> int:
     result = errors_of(pairs)
     print(json.dumps(result) if arguments.json else render_errors(result))
     return exits.OK
+
+
+def _runs_among(directories: Sequence[Path]) -> list[Path]:
+    """Those with a run in them, the others being named on stderr: bench-runs/* has sweeps and reports among it. All
+    of them where none has, so that reading says what is wrong."""
+    from bench.results.store import RUN
+
+    found = [directory for directory in directories if (directory / RUN).exists()]
+    if not found:
+        return list(directories)
+    for directory in directories:
+        if directory not in found:
+            print(f"left out: {directory} has no {RUN}", file=sys.stderr)
+    return found
 
 
 def _cluster(arguments: argparse.Namespace, measured_counts: Any = None) -> FleetConfig:

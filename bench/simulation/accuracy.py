@@ -86,8 +86,10 @@ def compare(
     durations: set[float] = set()
     for name, directory in named:
         measured = read_run(directory)
-        counts = measured.facts.get("worker_counts") or {}
-        cluster = with_counts(config, prefill=counts.get("prefill", 0), decode=counts.get("decode"))
+        counts = measured.facts.get("worker_counts")
+        if not counts:
+            raise ReplayError(f"{directory} does not say how many workers it had: measure it through a Baton target")
+        cluster = with_counts(config, prefill=counts.get("prefill", 0), decode=counts.get("decode", 0))
         simulated = replayed(measured, profile, cluster, prompts)
         simulated_s += simulated.facts["simulation"]["simulated_s"]
         cpu_s += simulated.facts["simulation"]["cpu_s"]

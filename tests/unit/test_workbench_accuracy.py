@@ -14,11 +14,14 @@ from bench.commands.simulate import add_command
 from bench.results.records import Outcome, RequestRecord
 from bench.results.run_data import RunData
 from bench.results.store import read_run, write_run
+from bench.simulation import accuracy
 from bench.simulation.errors import errors_of, metrics_of, render_errors
 from bench.simulation.held_out import CONFIGURATIONS, QUICK
-from bench.simulation.observe import plan_of, reprompted
+from bench.simulation.observe import ReplayError, plan_of, reprompted
+from bench.simulation.profile import Profile
 from bench.traffic.prompts import PromptMaker
 from engine.sim_pace import Machine, Row
+from fleet.config import load_config
 
 PROMPTS = PromptMaker.without_tokenizer(40_000, first_token_id=100)
 
@@ -218,6 +221,30 @@ def test_the_command_writes_what_a_measured_run_writes_and_tells_its_speed(
     assert ran("--against", str(out), "--json") == 0
     errors = json.loads(capsys.readouterr().out)["configurations"][0]["errors"]
     assert errors["ttft_mean"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_accuracy_refuses_a_run_that_does_not_say_its_workers(tmp_path: Path) -> None:
+    write_run(tmp_path / "unknown", run(0.1, 0.01))
+    config = load_config(Path(__file__).resolve().parents[2] / "deploy" / "baton.toml")
+
+    def replayed(*_: Any) -> RunData:
+        raise AssertionError("it was simulated as a guess")
+
+    with pytest.raises(ReplayError, match="how many workers"):
+        accuracy.compare([("unknown", tmp_path / "unknown")], [], Profile(), config, PROMPTS, replayed=replayed)
+
+
+def test_what_has_no_run_among_those_to_replay_is_left_out_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bench.commands.simulate.prompt_maker", lambda _: PROMPTS)
+    assert ran(*SMALL, "--out", str(tmp_path / "one")) == 0
+    (tmp_path / "a-sweep").mkdir()
+    capsys.readouterr()
+    assert ran("--against", str(tmp_path / "a-sweep"), str(tmp_path / "one"), "--json") == 0
+    said = capsys.readouterr()
+    assert said.err == f"left out: {tmp_path / 'a-sweep'} has no run.json\n"
+    assert [row["name"] for row in json.loads(said.out)["configurations"]] == ["one"]
 
 
 def test_a_measured_run_is_replayed_with_its_own_numbers_of_workers(

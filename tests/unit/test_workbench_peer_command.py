@@ -114,7 +114,22 @@ def test_installing_says_where_and_a_failure_says_what_to_do(
     assert "Baton's own environment" in capsys.readouterr().out
     assert peer.run(parsed("--install")) == 1
     assert "plug it in" in capsys.readouterr().err
-    assert asked == ["peer-naive", "peer-naive", "peer-router"]
+    assert asked[0] == "peer-naive"
+    assert asked[-1] == "peer-router", "it ends at the first that fails"
+
+
+def test_installing_all_installs_what_systems_need_once_and_nothing_else(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def prepared(name: str) -> Environment:
+        asked.append(name)
+        return Environment(home / name)
+
+    monkeypatch.setattr(environments, "prepared", prepared)
+    assert peer.run(parsed("--install")) == 0
+    assert sorted(asked) == ["peer-haproxy", "peer-naive", "peer-router"], "a load generator is no peer"
 
 
 @pytest.mark.parametrize(("kind", "scheme"), [("openai", ""), ("baton", "baton://")])

@@ -16,11 +16,11 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from bench.comparison.cells import Cell, CellPlans, beyond
-from bench.generator.sender import calm_collector, send_plan, was_sent
+from bench.generator.sender import calm_collector, send_plan
 from bench.generator.target import Target
 from bench.machine import MachineClock
 from bench.peers import RunningSystem
-from bench.results.records import Outcome, RequestRecord
+from bench.results.records import Outcome, RequestRecord, was_sent
 from bench.results.statistics import percentile
 from bench.results.store import request_as_json
 from bench.traffic.plan import Plan

@@ -19,8 +19,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from bench.generator.sender import was_sent
-from bench.results.records import Outcome, RequestRecord
+from bench.results.records import Outcome, RequestRecord, was_sent
 from bench.results.slo import PRESETS, Slo, meets
 from bench.results.statistics import Ratio, draw_pairs, mean, p50, p99, stretches
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from bench.generator.sender import RunState, was_sent
-from bench.results.records import Outcome, RequestRecord
+from bench.generator.sender import RunState
+from bench.results.records import Outcome, RequestRecord, was_sent
 from bench.results.slo import Slo, meets
 
 LIVE_INTERVAL_S = 1.0

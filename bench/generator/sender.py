@@ -20,21 +20,14 @@ from typing import Protocol, runtime_checkable
 
 from bench.generator.exact_timer import ExactTimer
 from bench.generator.target import Target, TargetError, Tokens
-from bench.results.records import Outcome, RequestRecord
+from bench.results.records import NOT_SENT, NOT_SENT_LEFT, Outcome, RequestRecord
 from bench.traffic.plan import Plan, PlannedRequest
 
 LEAD_S = 0.05
 """From the start of the run's clock to the first possible send: the loop comes to rest first."""
-NOT_SENT = "not sent: the turn before failed"
-NOT_SENT_LEFT = "not sent: the caller left at the turn before"
 INTERRUPTED = "interrupted"
 TIMED_OUT = "the generator's deadline passed"
 LEFT = "the caller left, as planned"
-
-
-def was_sent(record: RequestRecord) -> bool:
-    """Whether the request was sent at all; turns after a failed one were not."""
-    return record.error not in (NOT_SENT, NOT_SENT_LEFT)
 
 
 @runtime_checkable

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.generator.sender import was_sent
-from bench.results.records import Outcome, RequestRecord
+from bench.results.records import Outcome, RequestRecord, was_sent
 
 MAX_LAG_P99_S = 5e-3
 MIN_ACHIEVED_SHARE = 0.99

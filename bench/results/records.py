@@ -10,6 +10,9 @@ import enum
 import itertools
 from dataclasses import dataclass, field
 
+NOT_SENT = "not sent: the turn before failed"
+NOT_SENT_LEFT = "not sent: the caller left at the turn before"
+
 
 class Outcome(enum.StrEnum):
     """How a request ended. Every one of them counts in every denominator."""
@@ -99,6 +102,12 @@ class RequestRecord:
         if self.outcome is not Outcome.OK or self.output_token_count < 2:
             return None
         return (self.message_at_s[-1] - self.message_at_s[0]) / (self.output_token_count - 1)
+
+
+def was_sent(record: RequestRecord) -> bool:
+    """Whether the request was sent at all; turns after a failed one were not. Their times are made up: they count
+    as failures, and say nothing of the schedule."""
+    return record.error not in (NOT_SENT, NOT_SENT_LEFT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from bench.results import report_data as reduce
-from bench.results.records import Outcome, RequestRecord
+from bench.results.records import Outcome, RequestRecord, was_sent
 from bench.results.report_view import LAG_LIMIT_MS, RunView
 from bench.results.summary import REQUEST_METRICS
 
@@ -549,7 +549,7 @@ def timeline(view: RunView, *, point_limit: int) -> Plot:
 
 def schedule_lag(view: RunView, style: Style, *, point_limit: int) -> Plot:
     """How late the generator itself was."""
-    lags = np.asarray([record.lag_s for record in view.records]) * 1000.0
+    lags = np.asarray([record.lag_s for record in view.records if was_sent(record)]) * 1000.0
     x, y = reduce.cdf(lags, total_count=len(lags), point_limit=point_limit)
     p99 = float(np.percentile(lags, 99)) if len(lags) else 0.0
     bound = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.results.records import Outcome, RequestRecord
+from bench.results.records import Outcome, RequestRecord, was_sent
 from bench.results.run_data import RunData
 from bench.results.slo import PRESETS, Goodput, Slo, goodput
 from bench.results.statistics import (
@@ -90,8 +90,9 @@ def summarise(data: RunData, *, slo: Slo | None = None) -> Json:
     - ``requests``: ``planned_count``, ``count``, ``outcomes`` by outcome (``count``, ``share``, ``low``, ``high``:
       Clopper-Pearson 95%), of the whole run; ``window_outcomes`` the same of the window; ``errors``: the ten
       most frequent words of targets, with counts
-    - ``rate``: ``requested_per_s``, ``achieved_per_s`` (by real send times), ``achieved_share``, of the whole run
-    - ``lag_s``: distribution of the schedule lag of the whole run, ``limit_s``
+    - ``rate``: ``requested_per_s``, ``achieved_per_s`` (by real send times), ``achieved_share``, of the whole run's
+      requests that were sent
+    - ``lag_s``: distribution of the schedule lag of the same, ``limit_s``
     - ``throughput``: ``requests_per_s`` (OK, ended in the window), ``input_tokens_per_s`` (prompts whose first token
       came in it), ``output_tokens_per_s`` (tokens that came in it, of any request); ``per_worker`` (null when worker
       counts are unknown): ``worker_count``, the three per worker, ``roles``: for each role ``worker_count`` and what
@@ -121,7 +122,7 @@ def summarise(data: RunData, *, slo: Slo | None = None) -> Json:
     chosen = [record for record in records if window.holds(record.intended_at_s)]
     scale = _positive(facts.get("slo_scale")) or 1.0
     slos = [*([slo] if slo else []), *(preset.scaled(scale) for preset in PRESETS.values())]
-    lag = distribution([record.lag_s for record in records], by_request=True)
+    lag = distribution(_lags(records), by_request=True)
     rate = _rate(records)
     return {
         "schema": SCHEMA,
@@ -236,8 +237,15 @@ def _outcomes(records: Sequence[RequestRecord]) -> Json:
     return found
 
 
-def _rate(records: Sequence[RequestRecord]) -> Json:
-    """Between the first and the last request, intended and sent: n requests have n - 1 intervals."""
+def _lags(records: Iterable[RequestRecord]) -> list[float]:
+    """Of what was sent: a turn that never was has no lag, and the 0 in its record would hide that of others."""
+    return [record.lag_s for record in records if was_sent(record)]
+
+
+def _rate(records: Iterable[RequestRecord]) -> Json:
+    """Between the first and the last request that was sent, intended and sent: n requests have n - 1 intervals.
+    ``records`` by intended time."""
+    records = [record for record in records if was_sent(record)]
     nothing: Json = {"requested_per_s": None, "achieved_per_s": None, "achieved_share": None}
     if len(records) < 2:
         return nothing
@@ -415,7 +423,7 @@ def validity(data: RunData) -> Json:
 
 def _against_the_schedule(records: Sequence[RequestRecord]) -> list[str]:
     reasons = []
-    lag_s = distribution([record.lag_s for record in records], by_request=True)["p99"]
+    lag_s = distribution(_lags(records), by_request=True)["p99"]
     if lag_s is not None and lag_s > LAG_LIMIT_S:
         reasons.append(f"schedule lag p99 {lag_s * 1e3:.2f} ms, limit {LAG_LIMIT_S * 1e3:.0f} ms")
     share = _rate(sorted(records, key=lambda record: record.intended_at_s))["achieved_share"]

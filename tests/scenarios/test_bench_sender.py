@@ -13,16 +13,13 @@ from bench.generator.sender import (
     INTERRUPTED,
     LEAD_S,
     LEFT,
-    NOT_SENT,
-    NOT_SENT_LEFT,
     TIMED_OUT,
     RunState,
     _Places,
     send_plan,
-    was_sent,
 )
 from bench.generator.target import ServerFacts, TargetError, TargetEvent, Tokens
-from bench.results.records import Outcome, RequestRecord
+from bench.results.records import NOT_SENT, NOT_SENT_LEFT, Outcome, RequestRecord, was_sent
 from bench.traffic.plan import Plan, PlannedRequest
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from baton.testing import in_virtual_time
 from bench.generator.progress import Figures, Progress, line_of, milliseconds, table_of
-from bench.generator.sender import NOT_SENT, RunState
+from bench.generator.sender import RunState
 from bench.generator.timeline import gauges
-from bench.results.records import Outcome, RequestRecord
+from bench.results.records import NOT_SENT, Outcome, RequestRecord
 from bench.results.slo import PRESETS
 
 VLLM_PAGE = """

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bench.generator.sender import NOT_SENT
 from bench.generator.validity import Schedule, reasons_against, schedule_of
-from bench.results.records import Outcome, RequestRecord
+from bench.results.records import NOT_SENT, Outcome, RequestRecord
 
 
 def record(

@@ -15,10 +15,10 @@ from sample_runs import HOSTILE, sample_run, sample_sweep
 
 from bench.commands.report import find_runs, main
 from bench.results import report_data
-from bench.results.records import Outcome, RequestRecord
+from bench.results.records import NOT_SENT, Outcome, RequestRecord
 from bench.results.report import figure, percent, render
 from bench.results.report_page import policy, pretty
-from bench.results.report_plots import SYSTEM_COLOURS, Plot, Style, against_rate, pareto, waterfall
+from bench.results.report_plots import SYSTEM_COLOURS, Plot, Style, against_rate, pareto, schedule_lag, waterfall
 from bench.results.report_view import RunView
 from bench.results.run_data import RunData
 from bench.results.store import write_run
@@ -71,6 +71,18 @@ def elements(page: str) -> Elements:
 
 def views_of(runs: list[RunData]) -> list[RunView]:
     return [RunView.of(place + 1, run, shows_workload=False) for place, run in enumerate(runs)]
+
+
+def test_the_lag_plot_is_of_what_was_sent() -> None:
+    run = sample_run("a", 2.0)
+    for each in run.records[10:]:
+        each.outcome, each.error, each.sent_at_s = Outcome.ERROR, NOT_SENT, each.intended_at_s
+    for each in run.records[:10]:
+        each.sent_at_s = each.intended_at_s + 0.25
+    (view,) = views_of([run])
+    plot = schedule_lag(view, Style([view.system]), point_limit=100)
+    assert "p99 250 ms" in plot.caption
+    assert set(plot.data[0]["x"]) == {250.0}
 
 
 def record(index: int, at_s: float, *, prompt: int = 100, **phases_s: float) -> RequestRecord:

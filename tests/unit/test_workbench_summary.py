@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from workbench_records import failed, queue, record
 
-from bench.results.records import Outcome, RequestRecord
+from bench.results.records import NOT_SENT, NOT_SENT_LEFT, Outcome, RequestRecord
 from bench.results.run_data import RunData
 from bench.results.slo import PRESETS, Slo
 from bench.results.summary import distribution, summarise, validity
@@ -111,6 +111,21 @@ def test_lag_and_rate_are_of_the_whole_run() -> None:
     assert found["lag_s"]["max"] == pytest.approx(0.004)
     assert found["rate"]["requested_per_s"] == pytest.approx(3 / 8)
     assert found["rate"]["achieved_share"] == 1.0
+
+
+def test_what_was_never_sent_has_no_lag_and_no_part_in_the_rate() -> None:
+    sent = [record(index, at_s=float(index), sent_at_s=index + 0.02) for index in range(3)]
+    never = [
+        failed(3 + place, at_s=2.0 + place, error=error)
+        for place, error in enumerate((NOT_SENT, NOT_SENT_LEFT) * 150)
+    ]
+    found = summarise(RunData(facts(), [*sent, *never]))
+    assert (found["lag_s"]["n"], found["lag_s"]["p50"]) == (3, pytest.approx(0.02))
+    assert found["rate"]["requested_per_s"] == found["rate"]["achieved_per_s"] == pytest.approx(1.0)
+    assert found["requests"]["outcomes"]["error"]["count"] == 300, "they failed all the same"
+    # 300 lags of 0 would hide three of 20 ms from the p99.
+    unjudged = {"label": "baton", "plan": {"duration_s": 302.0}}
+    assert validity(RunData(unjudged, [*sent, *never]))["reasons"] == ["schedule lag p99 20.00 ms, limit 5 ms"]
 
 
 def test_lag_and_outcomes_are_of_the_warmup_too() -> None:

@@ -23,7 +23,7 @@ VERBS = {
     "calibrate": "fit the cost model to an engine",
     "simulate": "a workload on the real router and simulated engines, in virtual time",
 }
-EXTRA = ("aiohttp", "plotly", "pyarrow", "scipy")
+EXTRA = ("aiohttp", "numpy", "plotly", "pyarrow", "scipy")
 """What the extra ``bench`` of the package brings."""
 
 

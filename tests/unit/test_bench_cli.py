@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,6 +72,13 @@ def test_without_the_extra_it_names_the_extra(
     monkeypatch.setattr(builtins, "__import__", without_pyarrow)
     assert command.main(["bench", "run"]) == 2
     assert "baton bench run needs pyarrow: pip install 'baton-serve[bench]'" in capsys.readouterr().err
+
+
+def test_what_the_extra_brings_is_what_pyproject_says() -> None:
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    wanted = tomllib.loads(text)["project"]["optional-dependencies"]["bench"]
+    assert [re.split(r"[<>=]", one)[0] for one in wanted] == list(cli.EXTRA)
+    assert "numpy" in cli.EXTRA, "the workbench imports it itself"
 
 
 def test_a_missing_module_of_our_own_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,8 @@ class OpenAiTarget:
                     for event in stream.end():
                         if count := answer.token_count_of(event):
                             yield Tokens(at_s, count)
+                    if count := answer.end():
+                        yield Tokens(at_s, count)
         except TimeoutError:
             raise TargetError(Outcome.TIMEOUT, "the deadline passed") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
@@ -213,7 +215,7 @@ class _Answer:
             self.is_done = True
             return self._surplus()
         event = _decode(data.decode())
-        if not isinstance(event, dict) or "error" in event:
+        if not isinstance(event, dict) or event.get("error"):
             where = "after tokens had come" if self.seen_count else "before any token"
             raise TargetError(Outcome.ERROR, f"the server sent an error event {where}")
         usage, choices = event.get("usage"), event.get("choices")
@@ -235,6 +237,10 @@ class _Answer:
             raise TargetError(Outcome.ERROR, "the server's count of tokens went backwards")
         self.seen_count += count
         return count
+
+    def end(self) -> int:
+        """Tokens that are still to be counted when the response has ended, for a server that sends no ``[DONE]``."""
+        return 0 if self.is_done else self._surplus()
 
     @property
     def counting(self) -> str:

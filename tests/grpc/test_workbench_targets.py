@@ -393,3 +393,20 @@ async def test_no_baton_at_the_address_is_an_error_and_not_a_refusal() -> None:
         assert str(error).endswith("(connection)")
     finally:
         await target.close()
+
+
+async def test_final_usage_counts_where_the_server_ends_without_done() -> None:
+    async with fake_server() as server, openai_target(server, dialect="tgi") as target:
+        server.pieces = [event("a"), event("b c"), event("d", finish="length"), event(total=4)]
+        counts, facts, error = await taken(target.generate(request(), timeout_s=20))
+        assert (counts, error, target.counting) == ([1, 1, 1, 1], None, "final usage")
+        assert facts is not None
+
+
+async def test_an_error_of_null_is_none() -> None:
+    async with fake_server() as server, openai_target(server) as target:
+        tokens = [event("x", total=i + 1).replace(b'"id": "x"', b'"error": null') for i in range(4)]
+        assert b'"error": null' in tokens[0]
+        server.pieces = [*tokens, DONE]
+        counts, _, error = await taken(target.generate(request(), timeout_s=20))
+        assert (counts, error) == ([1, 1, 1, 1], None)

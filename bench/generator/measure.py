@@ -1,6 +1,7 @@
 """One run from plan to directory: sends the plan, watches machine and servers meanwhile, judges it, writes it down.
 
-What ``baton bench run`` and the comparison share. Owns the run's writer, timeline and progress; the target is the
+What ``baton bench run`` does with each plan; the comparison has several systems side by side and calls ``send_plan``
+itself. Owns the run's writer, timeline and progress; the target is the
 caller's.
 """
 

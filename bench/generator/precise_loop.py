@@ -1,4 +1,4 @@
-"""An event loop whose timers fire within some ten microseconds: for the generator, and for the server that judges it.
+"""An event loop whose timers fire within some ten microseconds: for the golden server, which judges generators.
 
 asyncio waits in epoll, whose timeout counts whole milliseconds, and uvloop's timers do as well: either is up to a
 millisecond late before anything was measured. An epoll descriptor can itself be waited for with ``select``, whose

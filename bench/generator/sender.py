@@ -67,6 +67,7 @@ async def send_plan(
     ``timeout_s``: the deadline of each request, from its intended time. ``on_record`` gets every record as its
     request ends; ``observer`` gets the state of the run once, before the first is sent. ``max_in_flight`` closes the
     loop at so many: what is due beyond waits its turn, first come first served, and the wait is lag in its record.
+    One that ends without a place was never sent; its ``sent_at_s`` is its end.
 
     Cancelled, it cancels every request, hands their records (and those only: what was not due yet has none) to
     ``on_record`` and raises ``CancelledError``.
@@ -217,11 +218,13 @@ class _Sender:
         finally:
             if has_place and self._places is not None:
                 self._places.give_back()
-            self._end(request, record)
+            self._end(request, record, had_place=has_place or self._places is None)
 
-    def _end(self, request: PlannedRequest, record: RequestRecord) -> None:
+    def _end(self, request: PlannedRequest, record: RequestRecord, *, had_place: bool) -> None:
         now = self._loop.time()
         record.ended_at_s = now - self._zero_at
+        if not had_place:
+            record.sent_at_s = record.ended_at_s  # never sent: all of its wait is lag
         if not record.message_at_s:
             record.sent_at_s = min(record.sent_at_s, record.ended_at_s)
         self.state.in_flight.pop(request.index, None)

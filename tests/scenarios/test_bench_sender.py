@@ -225,6 +225,18 @@ async def test_who_waits_for_a_place_too_long_times_out_and_gives_none_away() ->
     assert [index for index, _, _ in target.sent] == [0, 1, 3]
     assert [record.ended_at_s for record in records] == pytest.approx([4.0, 5.0, 5.0, 9.5])
     assert records[3].lag_s == pytest.approx(0.0, abs=1e-9)
+    assert records[2].sent_at_s == records[2].ended_at_s, "never sent: its whole wait is lag"
+    assert [record.lag_s for record in records[:3]] == pytest.approx([0.0, 4.0, 5.0], abs=1e-9)
+
+
+@in_virtual_time
+async def test_who_leaves_before_it_got_a_place_has_waited_all_the_time() -> None:
+    target = ScriptedTarget(ttft_s=4.0, gap_s=0.0)
+    requests = [request(0, 0.0), request(1, 0.0, cancel_after_s=1.5)]
+    records = await send_plan(plan(*requests), target, timeout_s=5.0, max_in_flight=1)
+    assert records[1].outcome is Outcome.CANCELLED
+    assert records[1].sent_at_s == records[1].ended_at_s
+    assert records[1].lag_s == pytest.approx(1.5)
 
 
 def test_interrupted_it_leaves_nothing_open_and_hands_over_what_it_sent() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from bench.generator.sender import RunState
@@ -63,7 +64,7 @@ class Progress:
     async def _lines(self, figures: Figures) -> None:
         while True:
             await asyncio.sleep(LINE_INTERVAL_S)
-            self._console.print(line_of(figures), highlight=False, soft_wrap=True)
+            self._console.print(line_of(figures), highlight=False, markup=False, soft_wrap=True)
 
 
 class Figures:
@@ -173,7 +174,7 @@ def line_of(figures: Figures) -> str:
 
 def table_of(figures: Figures, title: str) -> Table:
     figures.refresh()
-    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table = Table(title=escape(title), title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
     table.add_column()
     table.add_row("elapsed", f"{figures.elapsed_s:.0f} of {figures.state.duration_s:.0f} s (then the last answers)")

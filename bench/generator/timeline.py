@@ -2,7 +2,8 @@
 
 Baton is asked through its admin service, worker by worker; vLLM and SGLang through their Prometheus page. A server
 that has neither gives no samples, and ``said`` says so: a report without a timeline must not look like one of an idle
-server. Looking costs the target a little; once a second, its cost is below what a run can show.
+server. A contract of numbers has no word for unknown: a page that lacks one of the three gauges gives no sample.
+Looking costs the target a little; once a second, its cost is below what a run can show.
 """
 
 from __future__ import annotations
@@ -114,20 +115,31 @@ class Timeline:
                 async with session.get(url) as response:
                     if response.status != 200:
                         raise Unwatchable(f"HTTP {response.status}")
-                    page = (await response.content.read(MAX_PAGE_BYTES)).decode(errors="replace")
+                    page = await _whole_page(response.content)
                 at_s = loop.time() - zero_at_s
                 found = gauges(page)
                 if "running" not in found:
                     raise Unwatchable("none of the metrics of vLLM or SGLang")
-                yield TimelineSample(
-                    at_s=at_s,
-                    source="server",
-                    running_count=found["running"],
-                    waiting_count=found.get("waiting", 0.0),
-                    kv_used_share=found.get("kv", 0.0),
-                )
+                if len(found) == len(_NAMES):  # else one would be made up: left out
+                    yield TimelineSample(
+                        at_s=at_s,
+                        source="server",
+                        running_count=found["running"],
+                        waiting_count=found["waiting"],
+                        kv_used_share=found["kv"],
+                    )
                 due_at = max(due_at + self._interval_s, loop.time())
                 await asyncio.sleep(due_at - loop.time())
+
+
+async def _whole_page(content: aiohttp.StreamReader) -> str:
+    """Raises ``Unwatchable`` beyond ``MAX_PAGE_BYTES``: a line cut in its middle would read as another number."""
+    page = bytearray()
+    async for piece in content.iter_any():  # a read returns what has arrived, not the page
+        page += piece
+        if len(page) > MAX_PAGE_BYTES:
+            raise Unwatchable(f"a page of more than {MAX_PAGE_BYTES} bytes")
+    return page.decode(errors="replace")
 
 
 def gauges(page: str) -> dict[str, float]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import io
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
+from aiohttp import web
+from rich.console import Console
 
 from baton.testing import in_virtual_time
+from bench.generator import timeline as timeline_module
 from bench.generator.progress import Figures, Progress, line_of, milliseconds, table_of
 from bench.generator.sender import RunState
-from bench.generator.timeline import gauges
-from bench.results.records import NOT_SENT, Outcome, RequestRecord
+from bench.generator.timeline import Timeline, gauges
+from bench.results.records import NOT_SENT, Outcome, RequestRecord, TimelineSample
 from bench.results.slo import PRESETS
 
 VLLM_PAGE = """
@@ -137,3 +142,81 @@ async def test_quiet_prints_nothing() -> None:
     await asyncio.sleep(60)
     await progress.close()
     assert stream.getvalue() == ""
+
+
+@asynccontextmanager
+async def page_in_pieces(*pages: tuple[str, ...]) -> AsyncIterator[tuple[str, asyncio.Event]]:
+    """The address of a page that changes with every look, each written piece by piece; set after the last."""
+    looks = 0
+    all_seen = asyncio.Event()
+
+    async def answer(http: web.Request) -> web.StreamResponse:
+        nonlocal looks
+        pieces = pages[min(looks, len(pages) - 1)]
+        looks += 1
+        if looks > len(pages):
+            all_seen.set()
+        response = web.StreamResponse()
+        await response.prepare(http)
+        for piece in pieces:
+            await response.write(piece.encode())
+            await asyncio.sleep(0.02)  # so that the pieces arrive one by one
+        return response
+
+    app = web.Application()
+    app.router.add_get("/metrics", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}/metrics", all_seen
+    finally:
+        await runner.cleanup()
+
+
+async def samples_of(*pages: tuple[str, ...]) -> tuple[list[TimelineSample], str]:
+    samples: list[TimelineSample] = []
+    async with page_in_pieces(*pages) as (url, all_seen):
+        timeline = Timeline(metrics_url=url, interval_s=0.01, on_sample=samples.append)
+        timeline.start(asyncio.get_running_loop().time())
+        watching = timeline._task
+        assert watching is not None
+        async with asyncio.timeout(20):
+            seen = asyncio.create_task(all_seen.wait())
+            await asyncio.wait([seen, watching], return_when=asyncio.FIRST_COMPLETED)
+            seen.cancel()
+        await timeline.close()
+    return samples, timeline.said
+
+
+async def test_a_page_that_arrives_in_pieces_is_read_to_its_end() -> None:
+    lines = VLLM_PAGE.splitlines(keepends=True)
+    samples, _ = await samples_of(("".join(lines[:4]), "".join(lines[4:])))
+    assert samples
+    assert (samples[0].running_count, samples[0].waiting_count, samples[0].kv_used_share) == (5.0, 7.0, 0.375)
+
+
+async def test_a_page_without_one_of_the_gauges_gives_no_sample() -> None:
+    samples, _ = await samples_of(("vllm:num_requests_running 3\nvllm:num_requests_waiting 0\n",), (VLLM_PAGE,))
+    assert samples
+    assert {sample.kv_used_share for sample in samples} == {0.375}
+
+
+async def test_a_server_that_never_tells_its_memory_is_said_to_give_no_sample() -> None:
+    samples, said = await samples_of(("vllm:num_requests_running 3\nvllm:num_requests_waiting 0\n",))
+    assert samples == []
+    assert said.startswith("off: no sample came from metrics of http://127.0.0.1:")
+
+
+async def test_a_page_without_end_ends_the_timeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timeline_module, "MAX_PAGE_BYTES", 100)
+    samples, said = await samples_of((VLLM_PAGE,))
+    assert samples == []
+    assert said.endswith("a page of more than 100 bytes")
+
+
+def test_a_label_is_no_markup_in_the_progress() -> None:
+    console = Console(file=io.StringIO(), width=120)
+    with console.capture() as shown:
+        console.print(table_of(figures_of(), "[red]peer[/] [/x]: chat"))
+    assert "[red]peer[/] [/x]: chat" in shown.get()

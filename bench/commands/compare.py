@@ -113,12 +113,15 @@ def _print(comparison: Comparison) -> None:
 
 def table(comparison: Comparison) -> Table:
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     from bench.results.comparing import Verdict
 
     found = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, title=f"B = {comparison.b_label} against A = {comparison.a_label}"
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title=escape(f"B = {comparison.b_label} against A = {comparison.a_label}"),
     )
     for title in ("metric", "A", "B", "B / A", "95% interval", "verdict"):
         found.add_column(title, justify="left" if title in ("metric", "verdict") else "right", no_wrap=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from baton.cli import exits
-from bench.commands.target_options import CannotRun, add_target_options, reach
+from bench.commands.target_options import CannotRun, add_target_options, check_target_options, reach
 from bench.commands.traffic_options import (
     UsageError,
     add_traffic_options,
@@ -75,7 +77,10 @@ def run(arguments: argparse.Namespace) -> int:
         print_workloads()
         return exits.OK
     directory = arguments.out or Path("bench-runs") / datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    ended: list[RunData] = []
+    plans: list[Plan] = []
     try:
+        check_target_options(arguments)
         rates = _rates(arguments)
         slo = _slo(arguments)
         prompts = prompt_maker(arguments)
@@ -86,8 +91,9 @@ def run(arguments: argparse.Namespace) -> int:
             make_plan_of(arguments, prompts, pacer=pacer_spelling(arguments.pacer, rate_per_s), seed=seed + place)
             for place, rate_per_s in enumerate(rates)
         ]
+        _check_directories(directory, plans)
         with event_loop.runner() as runner:
-            outcome = runner.run(_run(arguments, directory, plans, slo, prompts))
+            outcome = runner.run(_run(arguments, directory, plans, slo, prompts, ended))
     except UsageError as error:
         return _failed(str(error), exits.USAGE)
     except CannotRun as error:
@@ -95,13 +101,45 @@ def run(arguments: argparse.Namespace) -> int:
     except StoreError as error:
         return _failed(str(error), exits.FAILED)
     except KeyboardInterrupt:
-        return _failed(f"interrupted; what was measured by then is in {directory}, marked invalid", exits.INTERRUPTED)
+        return _failed(_interrupted(directory, len(ended), len(plans)), exits.INTERRUPTED)
     return outcome
 
 
 def _failed(message: str, code: int) -> int:
     print(f"baton bench run: {message}", file=sys.stderr)
     return code
+
+
+def _interrupted(directory: Path, ended_count: int, planned_count: int) -> str:
+    if ended_count:
+        return (
+            f"interrupted after {ended_count} of {planned_count} rates, which are reported in "
+            f"{directory / 'report.html'}; what was measured of the next is in {directory} as well, marked invalid"
+        )
+    if not directory.exists():
+        return "interrupted before anything was measured"
+    return f"interrupted; what was measured by then is in {directory}, marked invalid"
+
+
+def _directory_of(directory: Path, plan: Plan, plan_count: int) -> Path:
+    return directory if plan_count == 1 else directory / f"rate-{plan.facts['rate_per_s']:g}"
+
+
+def _check_directories(directory: Path, plans: Sequence[Plan]) -> None:
+    """All of them before the first run starts. Raises ``StoreError`` where one has a run, ``UsageError`` where none
+    could be written. Leaves nothing behind: a run that cannot start makes no directory."""
+    from bench.results.store import RUN, StoreError
+
+    try:
+        for plan in plans:
+            kept = _directory_of(directory, plan, len(plans)) / RUN
+            if kept.exists():
+                raise StoreError(kept, "there is a run here already", "Give another directory")
+        there = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=there):  # permissions alone do not tell of a read-only disk
+            pass
+    except OSError as error:
+        raise UsageError(f"--out {directory} cannot be written: {error.strerror}") from None
 
 
 def _rates(arguments: argparse.Namespace) -> list[float | None]:
@@ -133,8 +171,14 @@ def _slo(arguments: argparse.Namespace) -> Slo:
 
 
 async def _run(
-    arguments: argparse.Namespace, directory: Path, plans: Sequence[Plan], slo: Slo, prompts: PromptMaker
+    arguments: argparse.Namespace,
+    directory: Path,
+    plans: Sequence[Plan],
+    slo: Slo,
+    prompts: PromptMaker,
+    runs: list[RunData],
 ) -> int:
+    """``runs`` gets each as it ends. Cancelled, it reports those before it raises ``CancelledError``."""
     from bench.generator.measure import Measurement, measure
     from bench.results.steady import SaturationVerdict
     from bench.results.summary import summarise
@@ -153,17 +197,20 @@ async def _run(
         metrics_url=reached.metrics_url,
         is_quiet=arguments.quiet,
     )
-    runs: list[RunData] = []
     summaries: list[dict[str, Any]] = []
     try:
         for plan in plans:
-            where = directory if len(plans) == 1 else directory / f"rate-{plan.facts['rate_per_s']:g}"
+            where = _directory_of(directory, plan, len(plans))
             data = await measure(plan, reached.target, where, measurement)
             runs.append(data)
             summaries.append(summarise(data))
             _show(arguments, summaries[-1], data.facts, where)
             if arguments.until_saturated and summaries[-1]["saturation"]["verdict"] == SaturationVerdict.SATURATED:
                 break
+    except asyncio.CancelledError:
+        if runs:
+            _finish(arguments, directory, runs, summaries, slo)
+        raise
     finally:
         await reached.target.close()
     _finish(arguments, directory, runs, summaries, slo)
@@ -180,7 +227,7 @@ def _show(arguments: argparse.Namespace, summary: Mapping[str, Any], facts: Mapp
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(run_table(summary, facts))
-    console.print(f"kept          {where}", highlight=False, soft_wrap=True)
+    console.print(f"kept          {where}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _finish(
@@ -199,4 +246,4 @@ def _finish(
     console = Console(width=None if sys.stdout.isatty() else 140)
     if len(runs) > 1:
         console.print(sweep_table(summaries, slo.name))
-    console.print(f"report        {page}", highlight=False, soft_wrap=True)
+    console.print(f"report        {page}", highlight=False, markup=False, soft_wrap=True)

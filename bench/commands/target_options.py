@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,6 +66,23 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     target.add_argument(
         "--max-in-flight", type=int, metavar="N", help="close the loop at N requests; the wait counts as lag"
     )
+
+
+def check_target_options(arguments: argparse.Namespace) -> None:
+    """Raises ``UsageError`` for what no target could be asked with."""
+    for option, url in (("--target", arguments.target), ("--metrics-url", arguments.metrics_url or "")):
+        if "@" in url.rpartition("://")[2].partition("/")[0]:
+            # Addresses go into facts and reports: what is in them must not be a secret. Nor does this repeat it.
+            raise UsageError(
+                f"{option} has a user or a password in it, and the run's facts and report would show them: "
+                "put a key into an environment variable and name that with --api-key-env"
+            )
+    if not 0 < arguments.timeout < math.inf:
+        raise UsageError(f"--timeout {arguments.timeout:g}: seconds above 0 are expected")
+    if arguments.channels < 1:
+        raise UsageError(f"--channels {arguments.channels}: at least one connection is needed")
+    if arguments.max_in_flight is not None and arguments.max_in_flight < 1:
+        raise UsageError(f"--max-in-flight {arguments.max_in_flight}: at least one request must be allowed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

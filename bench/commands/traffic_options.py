@@ -155,6 +155,8 @@ def make_plan_of(arguments: argparse.Namespace, prompts: PromptMaker, *, pacer: 
     from bench.traffic.traces import plan_from_trace, read_trace
     from bench.traffic.workloads import make_plan
 
+    if arguments.requests is not None and arguments.requests < 1:
+        raise UsageError(f"--requests {arguments.requests}: at least one arrival is expected")
     parameters = {}
     for one in arguments.set:
         name, equals, value = one.partition("=")

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -26,11 +27,17 @@ _PERCENTS = ("p50", "p90", "p95", "p99", "max")
 
 def run_table(summary: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> RenderableType:
     """Latencies, what became of the requests, throughput, goodput, and whether the run may be believed. ``facts`` of
-    the run add the machine."""
+    the run add its seed, pacer and trace, and the machine."""
     parts: list[RenderableType] = [_latencies(summary)]
     if summary["phases"]:
         parts.append(_phases(summary["phases"]))
-    parts += [_goodput(summary["goodput"]), *_lines(summary), *_machine(facts or {}), _verdict(summary["validity"])]
+    parts += [
+        _goodput(summary["goodput"]),
+        *_lines(summary),
+        *_origin(facts or {}),
+        *_machine(facts or {}),
+        _verdict(summary["validity"]),
+    ]
     return Group(*parts)
 
 
@@ -58,7 +65,7 @@ def sweep_table(summaries: Sequence[Mapping[str, Any]], slo_name: str | None) ->
 
 def _latencies(summary: Mapping[str, Any]) -> Table:
     title = f"{summary['label']}: {summary['workload']}, times from the intended send time"
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, title=escape(title), title_justify="left", pad_edge=False)
     table.add_column("")
     for name in (*_PERCENTS, "mean", "n"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -76,7 +83,7 @@ def _phases(phases: Mapping[str, Any]) -> Table:
     for name in (*_PERCENTS, "mean"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, values in phases.items():
-        table.add_row(name, *(milliseconds(values[key]) for key in (*_PERCENTS, "mean")))
+        table.add_row(escape(name), *(milliseconds(values[key]) for key in (*_PERCENTS, "mean")))
     return table
 
 
@@ -86,7 +93,7 @@ def _goodput(goodput: Mapping[str, Any]) -> Table:
         table.add_column(name, justify="left" if name in ("SLO", "failed most by") else "right", no_wrap=True)
     for name, values in goodput.items():
         table.add_row(
-            name,
+            escape(name),
             milliseconds(values["ttft_s"]),
             milliseconds(values["tpot_s"]),
             milliseconds(values["tail_itl_s"]),
@@ -127,12 +134,24 @@ def _lines(summary: Mapping[str, Any]) -> list[Text]:
     return [Text(line) for line in lines]
 
 
+def _origin(facts: Mapping[str, Any]) -> list[Text]:
+    """What makes the same plan again: two runs of other traffic are not to be held against each other."""
+    plan = facts.get("plan", {})
+    lines = []
+    if "seed" in plan:
+        lines.append(f"seed          {plan['seed']}")
+    if pacer := plan.get("pacer"):
+        lines.append(f"pacer         {pacer['spelling']}")
+    if trace := plan.get("trace"):
+        lines.append(f"trace         {trace['name']}, sha256 {trace['sha256']}")
+    return [Text(line) for line in lines]
+
+
 def _machine(facts: Mapping[str, Any]) -> list[Text]:
     during = facts.get("machine", {}).get("during")
     if not during:
         return []
     lines = [
-        f"seed          {facts['plan'].get('seed')}",
         f"machine       {_share(during['busy_share'])} busy, {_share(during['steal_share'])} stolen; "
         f"the generator used {during['generator_cpu_s']:.1f} s of CPU",
         f"timeline      {facts['timeline']['said']} ({facts['timeline']['sample_count']} samples)",

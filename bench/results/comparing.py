@@ -42,6 +42,8 @@ MARGIN = 0.02
 SHARE_MARGIN = 0.02
 """The same of differences of shares."""
 PAIRS_FOR_A_CLAIM = 10
+NO_WIDTH = 1e-9
+"""Of an interval: what rounding leaves where every resample gives the same."""
 FEWEST_REQUESTS_OF_GAPS = 20
 """A percentile of gaps takes as many gaps as one of requests takes requests, and gaps of so many requests: the
 interval knows how they hang together, but not from a handful."""
@@ -302,6 +304,9 @@ def _throughput(name: str, pairs: Sequence[tuple[_Side, _Side]], draw: Draw, mar
     drawn = draw(name, both, [Mean()])
     ratio = drawn.ratio(0)
     verdict, note = _of_ratio(ratio, margin, lower_is_better=False)
+    if len(pairs) == 1 and ratio.low is not None and ratio.high is not None and ratio.high - ratio.low < NO_WIDTH:
+        # All requests were worth the same: resampling them knows nothing of what the next run would give.
+        verdict, note = Verdict.CANNOT_TELL, "the interval of one pair has no width: it takes more pairs"
     return _result(name, drawn.a[0], drawn.b[0], ratio, counts, verdict, note)
 
 
@@ -408,6 +413,9 @@ def _warnings(a: Sequence[RunData], b: Sequence[RunData], pairs: Sequence[tuple[
             found_of = validity(data)
             if not found_of["valid"]:
                 found.append(f"run {place} of {side} is invalid: {'; '.join(found_of['reasons'])}")
+        apart = list(dict.fromkeys(name for data in runs[1:] for name in _differing(runs[0], data, "plan")))
+        if apart := [name for name in apart if name not in OF_THE_SEED]:
+            found.append(f"the runs of {side} are of different plans, and no repetitions: {', '.join(apart)} differ")
     for place, (one, other) in enumerate(zip(a, b, strict=True), start=1):
         where = f"pair {place}: " if len(a) > 1 else ""
         for title, differing in (
@@ -429,6 +437,13 @@ def _warnings(a: Sequence[RunData], b: Sequence[RunData], pairs: Sequence[tuple[
     return list(dict.fromkeys(found))
 
 
+OF_THE_SEED = frozenset(
+    (
+        *("seed", "request_count", "session_count", "arrival_count", "groups", "cut"),
+        "prefix_hit_share_infinite_cache",
+    )
+)
+"""Facts of a plan that another seed changes: repetitions may differ in them."""
 MACHINE_FACTS = ("cpu_model", "core_count", "memory_gib", "kernel", "gpu")
 """What makes two machines two; load and time of day always differ."""
 

@@ -97,6 +97,32 @@ def test_an_interval_within_the_margin_is_no_difference_even_where_it_excludes_o
     assert result(compare(a, b, metrics=["ttft_s.mean"], margin=0.001), "ttft_s.mean").verdict is Verdict.A_BETTER
 
 
+def test_one_pair_whose_interval_has_no_width_cannot_tell_a_throughput() -> None:
+    # Equal requests: every resample of them is the same, whatever the next run would give.
+    a = run([record(i, at_s=i * 1.0) for i in range(100)])
+    b = run([record(i, at_s=i * 1.0, ttft_s=3.0) for i in range(100)], label="b")
+    names = ["requests_per_s", "output_tokens_per_s", "input_tokens_per_s"]
+    for comparison in (compare([a], [b], metrics=names), compare([a], [a], metrics=names)):
+        for found in comparison.results:
+            assert found.verdict is Verdict.CANNOT_TELL
+            assert "no width" in found.note
+    assert {found.verdict for found in compare([a] * 10, [b] * 10, metrics=names).results} == {Verdict.A_BETTER}
+
+
+def test_runs_of_one_side_differ_in_their_seed_alone_else_they_are_no_repetitions() -> None:
+    def plan(seed: int, rate_per_s: float) -> dict[str, Any]:
+        derived = {"arrival_count": seed, "session_count": seed, "groups": {"all": seed}}
+        return {"workload": "chat", "duration_s": 100.0, "seed": seed, "rate_per_s": rate_per_s, **derived}
+
+    repeated = [run(noisy(seed, 0.2), plan=plan(seed, 1.0)) for seed in (1, 2)]
+    assert compare(repeated, repeated, metrics=["success"]).warnings == []
+    sweep = [run(noisy(seed, 0.2), plan=plan(seed, float(seed))) for seed in (1, 2)]
+    comparison = compare(sweep, sweep, metrics=["success"])
+    said = "are of different plans, and no repetitions: rate_per_s differ"
+    assert list(comparison.warnings) == [f"the runs of A {said}", f"the runs of B {said}"]
+    assert not comparison.is_claim
+
+
 def test_a_wide_interval_around_one_cannot_tell() -> None:
     a = [run(queue(seed, load=0.8)) for seed in range(3)]
     b = [run(queue(100 + seed, load=0.8)) for seed in range(3)]
@@ -170,7 +196,7 @@ def test_equal_shares_of_many_requests_are_no_difference() -> None:
 def test_throughput_counts_the_drain_and_failures() -> None:
     a = run([record(index, at_s=index * 1.0, gaps_s=(0.02,) * 9) for index in range(100)])
     b = run([record(index, at_s=index * 1.0, ttft_s=0.1 + index, gaps_s=(0.02,) * 9) for index in range(100)])
-    found = result(compare([a], [b], metrics=["output_tokens_per_s"]), "output_tokens_per_s")
+    found = result(compare([a] * 2, [b] * 2, metrics=["output_tokens_per_s"]), "output_tokens_per_s")
     assert found.a == pytest.approx(1000 / 100, rel=0.01)
     assert found.b == pytest.approx(1000 / 198.28, rel=0.01)
     assert found.verdict is Verdict.A_BETTER

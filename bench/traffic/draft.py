@@ -68,6 +68,10 @@ class Draft:
         """Of a piece of prompt; of this seed only."""
         return "/".join(map(str, (self.seed, *name)))
 
+    def session_id(self, kind: str, number: int) -> str:
+        """Of this seed only: a router remembers where the sessions of the last run went."""
+        return f"{kind}-{self.seed}-{number}"
+
     def shared(self, name: tuple[object, ...], count: int) -> tuple[int, ...]:
         """A piece that other prompts have, too."""
         return self.prompts.shared(self.key(*name), count)

@@ -92,7 +92,8 @@ class Chat:
                 pause_s = _exponential(rng, self.pause_mean_s)
                 prompt += draft.unique(("chat", number, turn, "message"), message_count)
                 if turn == 0:
-                    draft.start(at_s, prompt, output_count, session_id=f"chat-{number}" if turn_count > 1 else "")
+                    session_id = draft.session_id("chat", number) if turn_count > 1 else ""
+                    draft.start(at_s, prompt, output_count, session_id=session_id)
                 elif draft.fits(len(prompt), output_count):
                     draft.follow(pause_s, prompt, output_count)
                 else:
@@ -161,7 +162,7 @@ class Agent:
                 result_count = self.result_tokens.draw(rng, draft.scale)
                 pause_s = _exponential(rng, self.pause_mean_s)
                 if turn == 0:
-                    draft.start(at_s, prompt, output_count, session_id=f"agent-{number}")
+                    draft.start(at_s, prompt, output_count, session_id=draft.session_id("agent", number))
                 elif draft.fits(len(prompt), output_count):
                     draft.follow(pause_s, prompt, output_count)
                 else:

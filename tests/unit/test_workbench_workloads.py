@@ -157,6 +157,13 @@ def test_an_agents_session_ends_before_it_would_break_the_context_and_that_is_co
         assert [r.prompt_token_ids for r in session[1:]] == [r.prompt_token_ids for r in whole[1 : len(session)]]
 
 
+@pytest.mark.parametrize("name", ["agent", "chat-sessions"])
+def test_sessions_of_another_seed_have_other_names(name: str) -> None:
+    ids = [{request.session_id for request in plan_of(name, seed=seed).requests} for seed in (1, 2, 1)]
+    assert ids[0] == ids[2]
+    assert not ids[0] & ids[1], "a router that remembers a session would know those of the run before"
+
+
 def test_chat_is_one_turn_under_a_shared_system_prompt_and_sessions_are_several() -> None:
     plan = plan_of("chat")
     assert all(request.after is None and request.session_id == "" for request in plan.requests)

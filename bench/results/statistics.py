@@ -70,21 +70,6 @@ p99 = Percentile(99.0)
 mean = Mean()
 
 
-def cdf_points(values: Sequence[float] | Values, *, point_limit: int = 400) -> list[tuple[float, float]]:
-    """(value, share of values at most that) of the empirical distribution, rising; at most ``point_limit`` points,
-    evenly spread over the ranks, with the lowest and the highest always among them."""
-    if point_limit < 2:
-        raise ValueError("a distribution needs two points or more")
-    ranked = np.sort(np.asarray(values, dtype=np.float64))
-    if ranked.size == 0:
-        return []
-    ranks = np.unique(np.linspace(0, ranked.size - 1, min(point_limit, ranked.size)).round().astype(int))
-    # Of equal values the last counts: all of them are at most that value.
-    shares = np.searchsorted(ranked, ranked[ranks], side="right") / ranked.size
-    points = dict(zip(ranked[ranks].tolist(), shares.tolist(), strict=True))
-    return list(points.items())
-
-
 @dataclass(frozen=True, slots=True)
 class Interval:
     """Of ``CONFIDENCE`` unless said otherwise. None: the data do not bound it on that side."""
@@ -165,14 +150,6 @@ def share_difference_interval(
         max(-1.0, difference - math.hypot(b_share - b.low, a.high - a_share)),
         min(1.0, difference + math.hypot(b.high - b_share, a_share - a.low)),
     )
-
-
-def zero_failure_bound(total: int, *, confidence: float = CONFIDENCE) -> float:
-    """Upper bound of a failure share when none of ``total`` failed: 1 - (1 - confidence)^(1/total); at 95% about
-    3/total ("rule of three", Hanley and Lippman-Hand 1983). 1 for no trials."""
-    _check_count(0, total)
-    _check_share(confidence, "confidence")
-    return 1.0 if total == 0 else 1.0 - (1.0 - confidence) ** (1.0 / total)
 
 
 def needed_for_percentile(violation_count: int, *, percent: float = 99.0, confidence: float = 0.99) -> int:
@@ -275,18 +252,6 @@ class _Ranked:
             else:
                 found.append(statistic(np.repeat(self.values, weights[self._owners]).tolist()))
         return found
-
-
-def bootstrap_interval(
-    blocks: Blocks, statistic: Statistic, rng: random.Random, *, confidence: float = CONFIDENCE
-) -> Interval:
-    """Percentile interval of a statistic of the pooled values, resampling units within blocks."""
-    ranked = _Ranked(list(blocks.values()))
-    if ranked.unit_count < FEWEST_UNITS:
-        return Interval(None, None)
-    generator = np.random.default_rng(rng.getrandbits(64))
-    drawn = [ranked.of([statistic], ranked.draw(generator, None))[0] for _ in range(_resample_count(ranked))]
-    return _interval(np.array(drawn), confidence)
 
 
 def bootstrap_ratio(peer: Blocks, base: Blocks, statistic: Statistic, rng: random.Random) -> Ratio:

@@ -15,9 +15,7 @@ from bench.results.statistics import (
     Interval,
     Mean,
     Percentile,
-    bootstrap_interval,
     bootstrap_ratio,
-    cdf_points,
     clopper_pearson_interval,
     draw_pairs,
     expanded_confidence,
@@ -33,7 +31,6 @@ from bench.results.statistics import (
     slope,
     stretches,
     wilson_interval,
-    zero_failure_bound,
 )
 
 finite = st.floats(-1e6, 1e6)
@@ -86,24 +83,6 @@ def test_nothing_has_no_percentile_and_no_mean() -> None:
 
 def test_a_mean_is_summed_exactly() -> None:
     assert mean([1e16, 1.0, -1e16]) == pytest.approx(1 / 3)
-
-
-@given(samples)
-def test_a_distribution_rises_to_one_and_is_that_of_scipy(values: list[float]) -> None:
-    points = cdf_points(values)
-    assert points[-1] == (max(values), 1.0)
-    assert [value for value, _ in points] == sorted({value for value, _ in points})
-    cdf = scipy.stats.ecdf(values).cdf
-    for value, share in points:
-        assert share == pytest.approx(float(cdf.evaluate(value)))
-
-
-def test_a_long_distribution_is_thinned_but_keeps_its_ends() -> None:
-    points = cdf_points(list(range(100_000)), point_limit=50)
-    assert len(points) == 50
-    assert points[0] == (0.0, 1e-5)
-    assert points[-1] == (99_999.0, 1.0)
-    assert cdf_points([]) == []
 
 
 @pytest.mark.parametrize("percent", [50.0, 90.0, 99.0])
@@ -169,16 +148,6 @@ def test_intervals_of_shares_hold_the_share_and_are_mirrored(count: int, rest: i
         assert mirrored.low == pytest.approx(1.0 - found.high, abs=1e-12)
 
 
-def test_no_failure_in_n_bounds_the_share_by_three_over_n() -> None:
-    assert zero_failure_bound(300_000) == pytest.approx(1e-5, rel=0.002)
-    assert zero_failure_bound(100) == pytest.approx(1 - 0.05 ** (1 / 100))
-    assert zero_failure_bound(0) == 1.0
-    # It is the one-sided exact bound.
-    assert zero_failure_bound(50) == pytest.approx(
-        scipy.stats.binomtest(0, 50, alternative="less").proportion_ci(0.95).high
-    )
-
-
 def test_a_difference_of_shares_is_that_of_newcombe() -> None:
     # Newcombe (1998), table II, method 10, contrasts (a) 56/70 - 48/80 and (f) 10/10 - 0/10 reversed.
     found = share_difference_interval(48, 80, 56, 70)
@@ -208,10 +177,13 @@ def test_the_number_needed_is_the_smallest(count: int, percent: float) -> None:
 
 # --- Bootstrap
 
+ONE = {0: [[1.0]] * 3}
+"""A ratio to it is the statistic itself."""
+
 
 def test_a_bootstrap_agrees_with_scipy() -> None:
     values = np.random.default_rng(5).exponential(size=80)
-    found = bootstrap_interval({0: [[value] for value in values.tolist()]}, mean, random.Random(1))
+    found = bootstrap_ratio({0: [[value] for value in values.tolist()]}, ONE, mean, random.Random(1))
     theirs = scipy.stats.bootstrap(
         (values,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(2)
     ).confidence_interval
@@ -265,7 +237,7 @@ def test_gaps_of_one_request_are_drawn_together() -> None:
 def test_units_are_drawn_within_their_block() -> None:
     # Two blocks of constant values: mixing units across blocks would give the mean a width.
     blocks = {0: [[1.0]] * 10, 1: [[3.0]] * 10}
-    found = bootstrap_interval(blocks, mean, random.Random(1))
+    found = bootstrap_ratio(blocks, ONE, mean, random.Random(1))
     assert (found.low, found.high) == (2.0, 2.0)
 
 
@@ -321,7 +293,6 @@ def test_few_pairs_hold_the_truth_as_often_as_they_say() -> None:
 
 def test_two_units_are_too_few_for_an_interval() -> None:
     assert bootstrap_ratio({0: [[1.0], [2.0]]}, {0: [[1.0]] * 3}, p50, random.Random(1)).low is None
-    assert bootstrap_interval({0: [[1.0], [2.0]]}, p50, random.Random(1)) == Interval(None, None)
     drawn = draw_pairs([([[1.0]], [[2.0]])], [mean], random.Random(1))
     assert drawn.ratio(0).value == 2.0
     assert drawn.ratio(0).low is None
@@ -339,7 +310,7 @@ def test_a_ratio_to_nothing_or_to_zero_says_so() -> None:
 
 def test_a_seed_gives_the_same_interval_again() -> None:
     units = {0: [[math.sqrt(value)] for value in range(30)]}
-    one, other, third = (bootstrap_interval(units, mean, random.Random(seed)) for seed in (1, 1, 2))
+    one, other, third = (bootstrap_ratio(units, ONE, mean, random.Random(seed)) for seed in (1, 1, 2))
     assert one == other
     assert one != third
 

@@ -327,11 +327,11 @@ CURVES = (
 
 def _distributions(views: Sequence[RunView], style: Style, point_limit: int) -> Section:
     groups: dict[tuple[str, float], list[RunView]] = {}
-    for view in sorted(views, key=lambda view: (view.workload, view.offered_per_s)):
-        groups.setdefault((view.workload, view.offered_per_s), []).append(view)
+    for view in sorted(views, key=lambda view: (view.workload, view.rate_key)):
+        groups.setdefault((view.workload, view.rate_key), []).append(view)
     panels = []
-    for (workload, rate), members in groups.items():
-        name = f"{rate:.4g} requests/s" + (f", {workload}" if members[0].shows_workload else "")
+    for (workload, _), members in groups.items():
+        name = members[0].rate_name + (f", {workload}" if members[0].shows_workload else "")
 
         def cdf(title: str, of: str, caption: str, members: Sequence[RunView] = members) -> Plot:
             return plots.distribution(members, style, title=title, caption=caption, of=of, point_limit=point_limit)

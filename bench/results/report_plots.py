@@ -233,9 +233,9 @@ def against_rate(
             points = [(view, value) for view, value in points if value is not None]
             if not points:
                 continue
-            by_rate: dict[float, list[float]] = {}
+            by_rate: dict[float, list[tuple[float, float]]] = {}
             for view, value in points:
-                by_rate.setdefault(view.offered_per_s, []).append(value)
+                by_rate.setdefault(view.rate_key, []).append((view.offered_per_s, value))
             colour = style.colour(line.system)
             dashes = ("dash", "dashdot") if points[0][0].is_simulated else ("solid", "dot")
             shared: Trace = {
@@ -258,9 +258,10 @@ def against_rate(
             if len(by_rate) == len(points):
                 data.append({**shared, **at, "mode": "lines+markers", "line": stroke, "marker": marks})
                 continue
+            middle = [np.median(at_rate, axis=0).tolist() for at_rate in by_rate.values()]
             medians = {
-                "x": reduce.shorts(by_rate),
-                "y": reduce.shorts(float(np.median(values)) for values in by_rate.values()),
+                "x": reduce.shorts(offered for offered, _ in middle),
+                "y": reduce.shorts(value for _, value in middle),
             }
             data.append({**shared, **medians, "mode": "lines", "line": stroke, "hoverinfo": "skip"})
             data.append({**shared, **at, "mode": "markers", "marker": marks, "showlegend": False})

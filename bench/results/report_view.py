@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.results.records import RequestRecord, TimelineSample
+from bench.results.records import RequestRecord, TimelineSample, was_sent
 from bench.results.run_data import RunData
 from bench.results.steady import Window
 from bench.results.summary import LAG_LIMIT_S, summarise
@@ -73,7 +73,7 @@ class RunView:
     @property
     def name(self) -> str:
         """The run, as a curve among others."""
-        return f"{self.line_name} @ {self.offered_per_s:.4g}/s"
+        return f"{self.line_name} @ {self.rate_name.replace(' requests', '')}"
 
     @property
     def duration_s(self) -> float:
@@ -84,11 +84,45 @@ class RunView:
 
     @property
     def offered_per_s(self) -> float:
-        """Requests/s: the planned rate; for a plan without one (a trace, sessions), what fell due over its length."""
-        stated = number(self.plan.get("rate_per_s"))
-        if stated is not None:
+        """Requests/s: the planned rate; where there is none (a trace), or where it is one of sessions, streams or
+        bursts, the requests that fell due in the schedule, over its length. Turns never sent were never due."""
+        stated = self._pacer_rate_per_s
+        if stated is not None and self._is_request_an_arrival:
             return stated
-        return float(f"{len(self.records) / self.duration_s:.4g}") if self.duration_s > 0 else 0.0
+        if self.duration_s <= 0:
+            return 0.0
+        due = sum(1 for record in self.records if record.intended_at_s <= self.duration_s and was_sent(record))
+        return float(f"{due / self.duration_s:.4g}")
+
+    @property
+    def rate_key(self) -> float:
+        """Runs of one workload with the same one had the same load; sessions may offer different requests/s then."""
+        stated = self._pacer_rate_per_s
+        return self.offered_per_s if stated is None else stated
+
+    @property
+    def rate_name(self) -> str:
+        """``rate_key`` with its unit: "2 requests/s", "0.5 sessions/s"."""
+        if self._pacer_rate_per_s is None or self._is_request_an_arrival:
+            return f"{self.rate_key:.4g} requests/s"
+        what = self._arrivals.split()[0].rstrip(";")
+        return f"{self.rate_key:.4g} {'arrivals' if what == 'requests' else what}/s"
+
+    @property
+    def _pacer_rate_per_s(self) -> float | None:
+        return number(self.plan.get("rate_per_s"))
+
+    @property
+    def _arrivals(self) -> str:
+        return str(self.plan.get("arrivals") or "requests")
+
+    @property
+    def _is_request_an_arrival(self) -> bool:
+        """Whether the pacer's rate is one of requests: sessions of one turn are, requests with bursts are not."""
+        arrivals, requests = self.plan.get("arrival_count"), self.plan.get("request_count")
+        if isinstance(arrivals, int) and isinstance(requests, int):
+            return arrivals == requests
+        return self._arrivals == "requests"
 
     @property
     def window(self) -> tuple[float, float]:

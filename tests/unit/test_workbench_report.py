@@ -225,6 +225,32 @@ def test_repeated_runs_at_one_rate_are_joined_at_their_median() -> None:
     assert (marks["mode"], marks["y"]) == ("markers", [1.0, 2.0, 3.0, 4.0])
 
 
+@pytest.mark.parametrize(
+    ("arrivals", "arrival_count", "offered_per_s", "name"),
+    [
+        ("requests", None, 0.5, "0.5 requests/s"),
+        ("sessions of one or more turns", 60, 0.5, "0.5 requests/s"),
+        ("sessions of several turns", 20, 2.0, "0.5 sessions/s"),
+        ("sessions of several turns", None, 2.0, "0.5 sessions/s"),
+        ("streams of chat; bursts come by their own parameters", 20, 2.0, "0.5 streams/s"),
+        ("requests; some arrivals are bursts of several at one instant", 50, 2.0, "0.5 arrivals/s"),
+    ],
+)
+def test_the_offered_rate_is_of_requests_and_a_pacers_rate_of_what_arrives(
+    arrivals: str, arrival_count: int | None, offered_per_s: float, name: str
+) -> None:
+    # 40 due in 20 s, ten turns after the schedule, and ten that were never sent.
+    records = [record(index, index / 2) for index in range(40)] + [record(40 + index, 30.0) for index in range(10)]
+    records += [record(50 + index, 10.0) for index in range(10)]
+    for unsent in records[50:]:
+        unsent.outcome, unsent.error = Outcome.ERROR, NOT_SENT
+    plan = {"workload": "w", "duration_s": 20.0, "rate_per_s": 0.5, "arrivals": arrivals, "request_count": 60}
+    counted = {} if arrival_count is None else {"arrival_count": arrival_count}
+    (view,) = views_of([RunData({"label": "a", "valid": True, "plan": plan | counted}, records)])
+    assert (view.offered_per_s, view.rate_key, view.rate_name) == (offered_per_s, 0.5, name)
+    assert view.name == f"a @ {name.replace(' requests', '')}"
+
+
 def test_invalid_and_simulated_runs_are_not_on_the_pareto_front() -> None:
     views = views_of(
         [

@@ -1,7 +1,7 @@
 """The comparison: Baton beside its peers, on the same cores, with the same requests, in one run.
 
     python -m bench.comparison --quick              # three systems, a few loads, about five minutes
-    python -m bench.comparison                      # all systems, most of them twice, within an hour
+    python -m bench.comparison                      # all systems, three of them twice, within an hour
     python -m bench.comparison --trace FILE         # the code trace from a file; else its statistical likeness
 
 Every request goes to the raw file as its load ends (JSON lines: "run", "block", "cell", "request"); the page is made
@@ -39,9 +39,9 @@ from bench.results.report import render as render_plots
 from bench.traffic.prompts import PromptMaker
 from fleet.config import FleetConfig, check_model_directory, load_config
 
-FULL_SYSTEMS = ("baton", "vllm-2core", "stock-router-tuned", "baton-aggregated", "vllm-2core-chunk-128")
-ONCE_SYSTEMS = ("vllm-2x1core", "stock-router", "naive")
-"""One turn each, between the passes of the others: what they are compared for is far from a tie."""
+FULL_SYSTEMS = ("baton", "vllm-2core", "stock-router-tuned")
+ONCE_SYSTEMS = ("baton-aggregated", "vllm-2core-chunk-128", "vllm-2x1core", "stock-router", "naive")
+"""One turn each, between the passes of the others: a turn takes four to eight minutes, and an hour has sixty."""
 QUICK_SYSTEMS = ("baton", "vllm-2core", "stock-router-tuned")
 
 

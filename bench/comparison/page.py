@@ -70,6 +70,7 @@ def render(documents: Sequence[Mapping[str, Any]]) -> str:
         tables.goodput_table(runs, groups, titles, SLO_FACTORS),
         "## How it was run",
         _turns(blocks, cells, titles),
+        *_cut_off(run, blocks, cells, titles),
         _how(run),
     ]
     return "\n\n".join(parts) + "\n"
@@ -199,6 +200,25 @@ def _turns(blocks: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any
             f"{others:.0%} | {lag_ms:.1f} ms | {'; '.join(remarks)} |"
         )
     return "\n".join(lines)
+
+
+def _cut_off(
+    run: Mapping[str, Any],
+    blocks: Sequence[Mapping[str, Any]],
+    cells: Sequence[Mapping[str, Any]],
+    titles: Mapping[str, str],
+) -> list[str]:
+    """What a run that did not go to its end lacks; nothing for one that did."""
+    ended = {block["block"] for block in blocks}
+    begun = {cell["block"]: cell for cell in cells if cell["block"] not in ended}
+    missing = [name for number, name in enumerate(run["order"]) if number not in ended and number not in begun]
+    told = [
+        f"Turn {number + 1}, {titles[cell['system']]}, was cut off: only its loads above were run."
+        for number, cell in begun.items()
+    ]
+    if missing:
+        told.append(f"Turns that were planned and not run: {', '.join(titles[name] for name in missing)}.")
+    return [" ".join(told)] if told else []
 
 
 def _how(run: Mapping[str, Any]) -> str:

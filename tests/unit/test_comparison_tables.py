@@ -276,6 +276,16 @@ def test_a_code_trace_is_replayed_in_sequence_from_another_place_in_each_pass(tm
     assert plans.trace_facts["row_count"] == 300
 
 
+def test_a_run_that_was_cut_off_says_what_it_lacks() -> None:
+    documents = raw_documents()
+    documents[0]["order"] = ["baton", "vllm-2core", "baton", "vllm-2core"]
+    documents = [each for each in documents if each["document"] != "block" or each["block"] != 1]
+    page = render(documents)
+    assert "Turn 2, one server, was cut off: only its loads above were run." in page
+    assert "Turns that were planned and not run: one server." in page
+    assert "cut off" not in render(raw_documents()).partition("## How it was run")[2]
+
+
 def test_a_raw_file_without_a_run_is_refused() -> None:
     with pytest.raises(ValueError, match="no record of a run"):
         render([])

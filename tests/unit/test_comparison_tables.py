@@ -283,7 +283,7 @@ def test_a_run_that_was_cut_off_says_what_it_lacks() -> None:
     page = render(documents)
     assert "Turn 2, one server, was cut off: only its loads above were run." in page
     assert "Turns that were planned and not run: one server." in page
-    assert "cut off" not in render(raw_documents()).partition("## How it was run")[2]
+    assert "was cut off:" not in render(raw_documents()).partition("## How it was run")[2]
 
 
 def test_a_raw_file_without_a_run_is_refused() -> None:

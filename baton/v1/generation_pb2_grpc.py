@@ -27,6 +27,9 @@ if _version_not_supported:
 
 class GenerationServiceStub(object):
     """Generates text with a served model.
+
+    Where the server asks for API keys, every call carries the metadata
+    `authorization: Bearer KEY`.
     """
 
     def __init__(self, channel):
@@ -40,22 +43,60 @@ class GenerationServiceStub(object):
                 request_serializer=baton_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.ResumeGenerate = channel.unary_stream(
+                '/baton.v1.GenerationService/ResumeGenerate',
+                request_serializer=baton_dot_v1_dot_generation__pb2.ResumeGenerateRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_generation__pb2.ResumeGenerateResponse.FromString,
+                _registered_method=True)
+        self.CancelGeneration = channel.unary_unary(
+                '/baton.v1.GenerationService/CancelGeneration',
+                request_serializer=baton_dot_v1_dot_generation__pb2.CancelGenerationRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_generation__pb2.CancelGenerationResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServiceServicer(object):
     """Generates text with a served model.
+
+    Where the server asks for API keys, every call carries the metadata
+    `authorization: Bearer KEY`.
     """
 
     def Generate(self, request, context):
-        """Generates one answer to one prompt and streams it.
+        """Generates one answer (or several samples) to one prompt and streams it.
 
-        The stream has the grammar `Started Chunk* Finished`, then status OK. A
-        stream that ends without `Finished` failed, and its status says why
-        (baton.v1.ErrorReason in a google.rpc.ErrorInfo). `Started` is sent after
-        the request was admitted, so a call that was refused is safe to retry.
+        The stream has the grammar `Started Prompt* Chunk* Finished`, then status
+        OK; `Prompt` only where OutputOptions asks for it. A stream that ends
+        without `Finished` failed, and its status says why (baton.v1.ErrorReason in
+        a google.rpc.ErrorInfo). `Started` is sent after the request was admitted,
+        so a call that was refused is safe to retry.
 
         Set a deadline: the server clamps it to its own maximum and enforces it in
-        every phase. Cancelling the call frees everything it held.
+        every phase. Cancelling the call frees everything it held, unless the
+        request asked to be resumable: then the generation goes on without a reader
+        for its grace, and CancelGeneration ends it at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeGenerate(self, request, context):
+        """Attaches to a generation whose stream was cut, and goes on where the caller
+        left off: no token is missing and none comes twice.
+
+        The stream has the grammar of Generate, without what the caller has
+        already. Where the router that ran the generation is gone, any router of
+        the same cluster computes on from the request's `continuation`. Fails with
+        RESUME_UNKNOWN, RESUME_TOO_LATE (both only without a continuation) or
+        RESUME_DENIED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelGeneration(self, request, context):
+        """Ends a resumable generation now, attached or not, and frees what it held.
+        Idempotent: one that is not there is no error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -69,6 +110,16 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     request_deserializer=baton_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
                     response_serializer=baton_dot_v1_dot_generation__pb2.GenerateResponse.SerializeToString,
             ),
+            'ResumeGenerate': grpc.unary_stream_rpc_method_handler(
+                    servicer.ResumeGenerate,
+                    request_deserializer=baton_dot_v1_dot_generation__pb2.ResumeGenerateRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_generation__pb2.ResumeGenerateResponse.SerializeToString,
+            ),
+            'CancelGeneration': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelGeneration,
+                    request_deserializer=baton_dot_v1_dot_generation__pb2.CancelGenerationRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_generation__pb2.CancelGenerationResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'baton.v1.GenerationService', rpc_method_handlers)
@@ -79,6 +130,9 @@ def add_GenerationServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class GenerationService(object):
     """Generates text with a served model.
+
+    Where the server asks for API keys, every call carries the metadata
+    `authorization: Bearer KEY`.
     """
 
     @staticmethod
@@ -98,6 +152,60 @@ class GenerationService(object):
             '/baton.v1.GenerationService/Generate',
             baton_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
             baton_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeGenerate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/baton.v1.GenerationService/ResumeGenerate',
+            baton_dot_v1_dot_generation__pb2.ResumeGenerateRequest.SerializeToString,
+            baton_dot_v1_dot_generation__pb2.ResumeGenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.GenerationService/CancelGeneration',
+            baton_dot_v1_dot_generation__pb2.CancelGenerationRequest.SerializeToString,
+            baton_dot_v1_dot_generation__pb2.CancelGenerationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,6 +27,13 @@ class Reason(enum.Enum):
     ENGINE_FAILED = "ENGINE_FAILED"
     NO_ROOM = "NO_ROOM"
     UNAUTHENTICATED = "UNAUTHENTICATED"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
+    RESUME_UNKNOWN = "RESUME_UNKNOWN"
+    RESUME_DENIED = "RESUME_DENIED"
+    RESUME_TOO_LATE = "RESUME_TOO_LATE"
+    ATTACHED_ELSEWHERE = "ATTACHED_ELSEWHERE"
+    TOO_MANY_RESUMABLE = "TOO_MANY_RESUMABLE"
+    STALLED = "STALLED"
     INTERNAL = "INTERNAL"
 
 
@@ -40,6 +47,8 @@ class StatusName(enum.Enum):
     ABORTED = "ABORTED"
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     FAILED_PRECONDITION = "FAILED_PRECONDITION"
+    OUT_OF_RANGE = "OUT_OF_RANGE"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
     UNAUTHENTICATED = "UNAUTHENTICATED"
     INTERNAL = "INTERNAL"
 
@@ -219,6 +228,76 @@ def unauthenticated() -> BatonError:
         Reason.UNAUTHENTICATED,
         StatusName.UNAUTHENTICATED,
         "this method is internal: present the cluster's secret",
+    )
+
+
+def no_api_key() -> BatonError:
+    return BatonError(
+        Reason.UNAUTHENTICATED,
+        StatusName.UNAUTHENTICATED,
+        "this server asks for an API key: send the metadata `authorization: Bearer KEY` with a key it knows",
+    )
+
+
+def permission_denied(detail: str) -> BatonError:
+    return BatonError(Reason.PERMISSION_DENIED, StatusName.PERMISSION_DENIED, detail)
+
+
+def resume_unknown() -> BatonError:
+    return BatonError(
+        Reason.RESUME_UNKNOWN,
+        StatusName.NOT_FOUND,
+        "no generation of this resume token is here: its grace is over, it was cancelled, or its router is gone; "
+        "send the continuation along, or start over",
+    )
+
+
+def resume_denied() -> BatonError:
+    """One text for every cause: it must not tell a stranger which tokens exist."""
+    return BatonError(
+        Reason.RESUME_DENIED,
+        StatusName.PERMISSION_DENIED,
+        "the resume token is not valid for this caller; use it with the API key, tenant and request it was made for",
+    )
+
+
+def resume_too_late(next_token_index: int, first_token_index: int) -> BatonError:
+    return BatonError(
+        Reason.RESUME_TOO_LATE,
+        StatusName.OUT_OF_RANGE,
+        f"token {next_token_index} has left the replay window, which begins at {first_token_index}; send the "
+        "continuation along, or start over",
+        metadata={"next_token_index": str(next_token_index), "first_token_index": str(first_token_index)},
+    )
+
+
+def attached_elsewhere() -> BatonError:
+    return BatonError(
+        Reason.ATTACHED_ELSEWHERE,
+        StatusName.ABORTED,
+        "another call attached to this generation and reads it now; a generation has one reader",
+    )
+
+
+def too_many_resumable(kept_count: int, limit: int, retry_after_s: float) -> BatonError:
+    return BatonError(
+        Reason.TOO_MANY_RESUMABLE,
+        StatusName.RESOURCE_EXHAUSTED,
+        f"{kept_count} resumable generations are kept already (limit {limit}); retry in about {retry_after_s:.1f} s, "
+        "or leave `resume` out",
+        metadata={"kept_count": str(kept_count), "limit": str(limit)},
+        retry_after_s=retry_after_s,
+    )
+
+
+def stalled(phase: str, gap_s: float, emitted_token_count: int) -> BatonError:
+    is_untouched = emitted_token_count == 0
+    return BatonError(
+        Reason.STALLED,
+        StatusName.UNAVAILABLE if is_untouched else StatusName.ABORTED,
+        f"no progress in phase {phase} for {gap_s:g} s, after {emitted_token_count} tokens; "
+        f"{'retry' if is_untouched else 'start over'}",
+        metadata={"phase": phase, "gap_s": f"{gap_s:g}", "emitted_token_count": str(emitted_token_count)},
     )
 
 

@@ -23,6 +23,7 @@ MAX_STRUCTURE_BYTES = 64 * 1024
 """Of a schema, expression or grammar, or of all choices together, in UTF-8."""
 MAX_CHOICE_COUNT = 256
 MAX_TENANT_BYTES = 128
+MAX_SAMPLE_COUNT = 16
 
 
 class FinishReason(enum.Enum):
@@ -32,6 +33,8 @@ class FinishReason(enum.Enum):
     """End-of-sequence token, stop token or stop sequence."""
     MAX_OUTPUT_TOKENS = "max_output_tokens"
     CONTEXT_FULL = "context_full"
+    TOOL_CALLS = "tool_calls"
+    """The model called tools, and waits for what they say."""
 
 
 class LegFinish(enum.Enum):
@@ -125,9 +128,55 @@ class EngineStop:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the model made. ``arguments_json``: a JSON object, as the model wrote it."""
+
+    id: str
+    name: str
+    arguments_json: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of one call; the pieces of a call, joined in order, are the call. ``id`` and ``name`` come in its first
+    piece."""
+
+    index: int
+    """Which of the answer's calls, from 0."""
+    id: str = ""
+    name: str = ""
+    arguments_json: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class ChatMessage:
     role: str
-    content: str
+    content: str = field(default="", repr=False)
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    """Which call a message of role "tool" answers."""
+    reasoning: str = field(default="", repr=False)
+    """The thinking before an assistant's message, for templates that take it."""
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call. ``parameters_json_schema``: a JSON object, or empty for no arguments."""
+
+    name: str
+    description: str = field(default="", repr=False)
+    parameters_json_schema: str = field(default="", repr=False)
+
+
+class ToolChoice(enum.Enum):
+    """Whether the model may or must call tools."""
+
+    AUTO = "auto"
+    NONE = "none"
+    """Tools are shown, calls are left as text."""
+    REQUIRED = "required"
+    """At least one call; the answer is held to the tools' schemas."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +192,13 @@ class TokenPrompt:
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
     messages: tuple[ChatMessage, ...] = field(repr=False)
+    tools: tuple[Tool, ...] = field(default=(), repr=False)
+    tool_choice: ToolChoice = ToolChoice.AUTO
+    tool_name: str = ""
+    """With REQUIRED: the one tool that must be called. Empty: any."""
+    template_arguments_json: str = field(default="", repr=False)
+    """A JSON object of values that the template takes besides the messages; only names that the server allows."""
+    keep_reasoning_in_text: bool = False
 
 
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
@@ -167,6 +223,17 @@ class OutputOptions:
     max_chunk_token_count: int = 64
     top_logprob_count: int | None = None
     """None: no logprobs. 0: of the tokens drawn. More: also of so many likeliest."""
+    echo_prompt: bool = False
+    """Send the prompt as the model read it, ahead of the answer."""
+    prompt_logprob_count: int | None = None
+    """Of the prompt's tokens, as ``top_logprob_count`` is of the answer's."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeOptions:
+    """The generation outlives a cut connection. ``grace_s``: for how long; None: the server's default."""
+
+    grace_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +261,10 @@ class GenerateRequest:
     correlation_id: str = ""
     tenant: str = ""
     """Whose request it is: KV is shared, cached and handed over within a tenant only. Empty: the common one."""
+    sample_count: int = 1
+    """Answers to draw; they share one prefill. With a seed, sample i is drawn with seed + i."""
+    resume: ResumeOptions | None = None
+    """Present: a cut connection does not end the generation."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,9 @@
 """The words between the relay and whoever answers a caller: what is asked, what comes back, piece by piece.
 
-Values and one Protocol; no behaviour. The relay yields ``Admitted Piece* Completed``; a failure is a raised
-``BatonError``, never an event. Text is made by an ``Answer``, which the caller of the relay brings.
+Values and one Protocol; no behaviour. The relay yields ``Admitted PromptPart* Piece* Completed``; a failure is a
+raised ``BatonError``, never an event. Text is made by an ``Answer``, which the caller of the relay brings. The stages
+between relay and caller (samples put together, thinking and tool calls parsed, a window to resume from) take and give
+the same.
 """
 
 from __future__ import annotations
@@ -9,7 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from baton.request import FinishReason, Handover, PlacementMode, Sampling, TokenLogprobs, Usage
+from baton.request import (
+    FinishReason,
+    Handover,
+    PlacementMode,
+    Sampling,
+    TokenLogprobs,
+    ToolCall,
+    ToolCallDelta,
+    Usage,
+)
 from baton.timeline import PhaseDurations
 from baton.transfer_report import TransferReport
 
@@ -45,6 +56,11 @@ class RoutedRequest:
     """See ``baton.request.OutputOptions``."""
     tenant: str = ""
     """Prefixes are cached and handed over within a tenant only."""
+    emitted_token_ids: tuple[int, ...] = field(default=(), repr=False)
+    """The beginning of this answer, which the caller has already: the answer goes on after it, and every count
+    (``max_output_token_count``, indices) is of the whole. ``Answer`` must have seen them."""
+    prompt_logprob_count: int | None = None
+    """See ``baton.request.OutputOptions``; the relay then yields ``PromptPart``s."""
 
     @property
     def end_token_ids(self) -> frozenset[int]:
@@ -65,6 +81,10 @@ class Piece:
     logprobs: tuple[TokenLogprobs, ...] = field(default=(), repr=False)
     """One of each of ``token_ids``, if they were asked for; otherwise none. Whoever made the tokens into a piece
     knows nothing of them: they are put beside the tokens that the piece has."""
+    sample_index: int = 0
+    """Which of several answers to one prompt; ``first_token_index`` counts within it."""
+    reasoning_text: str = field(default="", repr=False)
+    tool_calls: tuple[ToolCallDelta, ...] = field(default=(), repr=False)
 
     @property
     def token_count(self) -> int:
@@ -88,6 +108,17 @@ class Admitted:
     """The request has its place. First, once."""
 
     generation_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPart:
+    """Tokens of the prompt as the model read it, and how likely they were. Before any ``Piece``."""
+
+    first_token_index: int
+    token_ids: tuple[int, ...] = field(repr=False)
+    text: str = field(default="", repr=False)
+    logprobs: tuple[TokenLogprobs | None, ...] = field(default=(), repr=False)
+    """Empty, or one of each token; None for the prompt's very first, which has nothing before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +156,24 @@ class Completed:
     report: PhaseReport
     cumulative_logprob: float | None = None
     """Of the tokens of the answer, if logprobs were asked for."""
+    tool_calls: tuple[ToolCall, ...] = field(default=(), repr=False)
+    """Those of the answer, whole."""
+    samples: tuple[SampleCompleted, ...] = ()
+    """Where several answers were asked for: all of them, in order; what is above is then the first's, but for
+    ``usage``, which counts all."""
 
 
-RelayEvent = Admitted | Piece | Completed
+@dataclass(frozen=True, slots=True)
+class SampleCompleted:
+    """How one of several answers ended."""
+
+    sample_index: int
+    reason: FinishReason
+    matched_stop_sequence: str | None = field(repr=False)
+    matched_stop_token_id: int | None
+    output_token_count: int
+    cumulative_logprob: float | None = None
+    tool_calls: tuple[ToolCall, ...] = field(default=(), repr=False)
+
+
+RelayEvent = Admitted | PromptPart | Piece | Completed

@@ -33,8 +33,10 @@ from router.config import RouterConfig, is_loopback
 from router.flight import FlightLimits
 from router.grpc_worker_client import GrpcWorkerClient
 from router.health import RouterHealth
+from router.intake import Intake
 from router.introductions import Introductions
 from router.phase_window import PhaseWindow
+from router.pipeline import Pipeline
 from router.placement import PlacementPolicy
 from router.prompt_encoder import PromptEncoder
 from router.relay import Relay
@@ -125,11 +127,15 @@ class RouterServer:
             limits=FlightLimits(max_attempt_count=config.max_attempt_count, lease_s=config.lease_s),
             metrics=self.metrics,
         )
-        self.generation = GenerationService(
-            relay=self.relay,
+        intake = Intake(
             tokenizer=self._tokenizer,
             encoder=PromptEncoder(self._tokenizer, template),
             limits=self.limits,
+            metrics=self.metrics,
+        )
+        self.generation = GenerationService(
+            intake=intake,
+            pipeline=Pipeline(self.relay, intake),
             metrics=self.metrics,
             window=self.window,
             default_deadline_s=config.default_deadline_s,

@@ -1,59 +1,35 @@
-"""Protobuf to the words of ``baton.request`` and back: with service.py, the only places that know both.
+"""Requests of the public API in the words of ``baton.request``: the way in. The way out is ``service_events.py``.
 
 Mechanical: defaults are filled in, presence becomes None; ranges are validation.py's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from google.protobuf.duration_pb2 import Duration
-
 from baton.errors import FieldViolation
-from baton.leg import RecomputeReason
 from baton.request import (
     ChatMessage,
     ChatPrompt,
-    FinishReason,
     GenerateRequest,
-    Handover,
     OutputOptions,
-    PlacementMode,
     Prompt,
+    ResumeOptions,
     Sampling,
     StopConditions,
     Structure,
     StructureKind,
     TextPrompt,
-    TokenLogprobs,
     TokenPrompt,
-    Usage,
+    Tool,
+    ToolCall,
+    ToolChoice,
 )
-from baton.timeline import Phase
 from baton.v1 import generation_pb2 as pb
-from router.answering import PhaseReport
 
-_REASONS = {
-    FinishReason.STOP: pb.FINISH_REASON_STOP,
-    FinishReason.MAX_OUTPUT_TOKENS: pb.FINISH_REASON_MAX_OUTPUT_TOKENS,
-    FinishReason.CONTEXT_FULL: pb.FINISH_REASON_CONTEXT_FULL,
-}
-_MODES = {
-    PlacementMode.SPLIT: pb.PLACEMENT_MODE_SPLIT,
-    PlacementMode.LOCAL: pb.PLACEMENT_MODE_LOCAL,
-    PlacementMode.PREFILL_ONLY: pb.PLACEMENT_MODE_PREFILL_ONLY,
-}
-_HANDOVERS = {
-    Handover.NONE: pb.HANDOVER_MODE_NONE,
-    Handover.OUTPUT_INJECTION: pb.HANDOVER_MODE_OUTPUT_INJECTION,
-}
-_RECOMPUTE_REASONS = {
-    None: pb.RECOMPUTE_REASON_UNSPECIFIED,
-    RecomputeReason.FAILED: pb.RECOMPUTE_REASON_FAILED,
-    RecomputeReason.TIMED_OUT: pb.RECOMPUTE_REASON_TIMED_OUT,
-    RecomputeReason.EXPIRED: pb.RECOMPUTE_REASON_EXPIRED,
-    RecomputeReason.STALE: pb.RECOMPUTE_REASON_STALE,
-    RecomputeReason.CORRUPT: pb.RECOMPUTE_REASON_CORRUPT,
+_TOOL_CHOICES = {
+    pb.ToolChoice.MODE_UNSPECIFIED: ToolChoice.AUTO,
+    pb.ToolChoice.MODE_AUTO: ToolChoice.AUTO,
+    pb.ToolChoice.MODE_NONE: ToolChoice.NONE,
+    pb.ToolChoice.MODE_REQUIRED: ToolChoice.REQUIRED,
 }
 _CONTENTS = {
     pb.OutputOptions.CONTENT_UNSPECIFIED: (True, False),
@@ -84,7 +60,7 @@ def request_from_proto(message: pb.GenerateRequest) -> tuple[GenerateRequest, li
         violations.append(FieldViolation("sampling.structure", f"is of no kind; set one of {kinds}, or leave it out"))
     default = OutputOptions()
     request = GenerateRequest(
-        prompt=_prompt_from_proto(message),
+        prompt=_prompt_from_proto(message, violations),
         model=message.model,
         sampling=_sampling_from_proto(message.sampling),
         stop=StopConditions(
@@ -107,21 +83,60 @@ def request_from_proto(message: pb.GenerateRequest) -> tuple[GenerateRequest, li
             top_logprob_count=(
                 message.output.top_logprob_count if message.output.HasField("top_logprob_count") else None
             ),
+            echo_prompt=message.output.echo_prompt,
+            prompt_logprob_count=(
+                message.output.prompt_logprob_count if message.output.HasField("prompt_logprob_count") else None
+            ),
         ),
         priority=message.priority,
         session_id=message.session_id,
         correlation_id=message.correlation_id,
         tenant=message.tenant,
+        sample_count=message.sample_count or 1,
+        resume=resume_from_proto(message.resume) if message.HasField("resume") else None,
     )
     return request, violations
 
 
-def _prompt_from_proto(message: pb.GenerateRequest) -> Prompt:
+def resume_from_proto(message: pb.ResumeOptions) -> ResumeOptions:
+    return ResumeOptions(message.grace.ToNanoseconds() / 1e9 if message.HasField("grace") else None)
+
+
+def chat_from_proto(message: pb.Chat, violations: list[FieldViolation]) -> ChatPrompt:
+    """What could not be expressed is added to ``violations``."""
+    choice = _TOOL_CHOICES.get(message.tool_choice.mode)
+    if choice is None:
+        violations.append(
+            FieldViolation(
+                "chat.tool_choice.mode", f"is {message.tool_choice.mode}; must be a value of ToolChoice.Mode"
+            )
+        )
+    return ChatPrompt(
+        messages=tuple(
+            ChatMessage(
+                role=each.role,
+                content=each.content,
+                tool_calls=tuple(ToolCall(call.id, call.name, call.arguments_json) for call in each.tool_calls),
+                tool_call_id=each.tool_call_id,
+                reasoning=each.reasoning,
+                name=each.name,
+            )
+            for each in message.messages
+        ),
+        tools=tuple(Tool(each.name, each.description, each.parameters_json_schema) for each in message.tools),
+        tool_choice=choice or ToolChoice.AUTO,
+        tool_name=message.tool_choice.tool_name,
+        template_arguments_json=message.template_arguments_json,
+        keep_reasoning_in_text=message.keep_reasoning_in_text,
+    )
+
+
+def _prompt_from_proto(message: pb.GenerateRequest, violations: list[FieldViolation]) -> Prompt:
     match message.WhichOneof("prompt"):
         case "token_ids":
             return TokenPrompt(tuple(message.token_ids.ids))
         case "chat":
-            return ChatPrompt(tuple(ChatMessage(entry.role, entry.content) for entry in message.chat.messages))
+            return chat_from_proto(message.chat, violations)
         case _:
             return TextPrompt(message.text)  # an absent prompt is an empty one, and refused as such
 
@@ -159,95 +174,3 @@ def _structure_from_proto(message: pb.StructuredOutput) -> Structure | None:
         case "grammar":
             return Structure(StructureKind.GRAMMAR, message.grammar)
     return None
-
-
-def started_to_proto(generation_id: str, model: str, prompt_token_count: int) -> pb.GenerateResponse:
-    return pb.GenerateResponse(
-        started=pb.Started(generation_id=generation_id, model=model, prompt_token_count=prompt_token_count)
-    )
-
-
-def chunk_to_proto(
-    first_token_index: int,
-    token_ids: Sequence[int],
-    text: str,
-    output: OutputOptions,
-    logprobs: Sequence[TokenLogprobs] = (),
-) -> pb.GenerateResponse:
-    """``logprobs``: none, or one for each token. Raises ``ValueError`` otherwise."""
-    return pb.GenerateResponse(
-        chunk=pb.Chunk(
-            first_token_index=first_token_index,
-            text=text if output.wants_text else "",
-            token_ids=token_ids if output.wants_token_ids else (),
-            token_count=len(token_ids),
-            logprobs=[
-                pb.TokenLogprobs(
-                    token_id=token_id,
-                    logprob=each.logprob,
-                    rank=each.rank,
-                    top=[pb.TopLogprob(token_id=top_id, logprob=logprob) for top_id, logprob in each.top],
-                )
-                for token_id, each in zip(token_ids if logprobs else (), logprobs, strict=True)
-            ],
-        )
-    )
-
-
-def finished_to_proto(
-    reason: FinishReason,
-    matched_stop_sequence: str | None,
-    matched_stop_token_id: int | None,
-    usage: Usage,
-    report: PhaseReport,
-    cumulative_logprob: float | None = None,
-) -> pb.GenerateResponse:
-    finished = pb.Finished(
-        reason=_REASONS[reason],
-        matched_stop_sequence=matched_stop_sequence or "",
-        usage=pb.Usage(
-            prompt_token_count=usage.prompt_token_count,
-            output_token_count=usage.output_token_count,
-            cached_prompt_token_count=usage.cached_prompt_token_count,
-        ),
-        phases=_phases_to_proto(report),
-    )
-    if matched_stop_token_id is not None:
-        finished.matched_stop_token_id = matched_stop_token_id
-    if cumulative_logprob is not None:
-        finished.cumulative_logprob = cumulative_logprob
-    return pb.GenerateResponse(finished=finished)
-
-
-def _phases_to_proto(report: PhaseReport) -> pb.PhaseTimings:
-    durations = report.durations
-    timings = pb.PhaseTimings(
-        queue=_duration(durations[Phase.QUEUE]),
-        prefill=_duration(durations[Phase.PREFILL]),
-        handoff_wait=_duration(durations[Phase.HANDOFF_WAIT]),
-        kv_transfer=_duration(durations[Phase.KV_TRANSFER]),
-        decode_wait=_duration(durations[Phase.DECODE_WAIT]),
-        decode=_duration(durations[Phase.DECODE]),
-        kv_transfer_byte_count=report.kv_transfer_bytes,
-        prefill_worker_id=report.prefill_worker_id or "",
-        decode_worker_id=report.decode_worker_id or "",
-        attempt_count=report.attempt_count,
-        placement_mode=_MODES[report.mode],
-        placement_reason=report.placement_reason,
-        recomputed_token_count=report.recomputed_token_count,
-        handover_mode=_HANDOVERS[report.handover],
-        kv_transfer_descriptor_count=report.transfer.descriptor_count,
-        kv_pull_count=report.transfer.pull_count,
-        kv_post=_duration(report.transfer.post_s),
-        kv_wire=_duration(report.transfer.wire_s),
-        kv_verify=_duration(report.transfer.verify_s),
-        recompute_reason=_RECOMPUTE_REASONS[report.transfer.recompute_reason],
-    )
-    if durations.time_to_first_token_s is not None:
-        timings.time_to_first_token.CopyFrom(_duration(durations.time_to_first_token_s))
-    return timings
-
-
-def _duration(seconds: float) -> Duration:
-    nanos = max(0, round(seconds * 1e9))
-    return Duration(seconds=nanos // 1_000_000_000, nanos=nanos % 1_000_000_000)

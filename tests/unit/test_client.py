@@ -47,8 +47,9 @@ from baton.request import (
 from baton.timeline import PHASES, Phase, PhaseDurations
 from baton.transfer_report import TransferReport
 from baton.v1 import generation_pb2 as pb
-from router.answering import PhaseReport
-from router.service_messages import chunk_to_proto, finished_to_proto, request_from_proto, started_to_proto
+from router.answering import Completed, PhaseReport, Piece
+from router.service_events import chunk_to_proto, finished_to_proto, started_to_proto
+from router.service_messages import request_from_proto
 
 STARTED = Started("gen-1", "tiny", 3)
 FINISHED = Finished(
@@ -239,7 +240,7 @@ def test_events_arrive_as_they_were_sent_and_the_phases_keep_their_sum() -> None
         PlacementMode.LOCAL,
         "recompute",
     )
-    sent = finished_to_proto(FinishReason.CONTEXT_FULL, "###", 0, Usage(7, 5, 3), report, -12.5)
+    sent = finished_to_proto(Completed(FinishReason.CONTEXT_FULL, "###", 0, Usage(7, 5, 3), report, -12.5))
     finished = event_from_proto(sent)
     assert isinstance(finished, Finished)
     assert finished.reason is FinishReason.CONTEXT_FULL
@@ -253,13 +254,13 @@ def test_events_arrive_as_they_were_sent_and_the_phases_keep_their_sum() -> None
     assert phases.transfer.wire_bytes_per_s == (1 << 33) / 0.25
     assert finished.cumulative_logprob == -12.5
     assert phases.placement_mode is PlacementMode.LOCAL
-    assert event_from_proto(started_to_proto("gen-1", "tiny", 3)) == STARTED
+    assert event_from_proto(started_to_proto("gen-1", "tiny", 3, time_allowed_s=30)) == STARTED
     both = OutputOptions(wants_token_ids=True)
-    assert event_from_proto(chunk_to_proto(4, (7, 8), "hi", both)) == Chunk(4, "hi", (7, 8), 2)
-    only_text = event_from_proto(chunk_to_proto(4, (7, 8), "hi", OutputOptions()))
+    assert event_from_proto(chunk_to_proto(Piece(4, (7, 8), "hi", None), both)) == Chunk(4, "hi", (7, 8), 2)
+    only_text = event_from_proto(chunk_to_proto(Piece(4, (7, 8), "hi", None), OutputOptions()))
     assert only_text == Chunk(4, "hi", (), 2)
     logprobs = (TokenLogprobs(-0.5, 2, ((8, -0.25), (7, -0.5))), TokenLogprobs(-1.0, 1))
-    with_logprobs = event_from_proto(chunk_to_proto(4, (7, 8), "hi", OutputOptions(), logprobs))
+    with_logprobs = event_from_proto(chunk_to_proto(Piece(4, (7, 8), "hi", None, logprobs), OutputOptions()))
     entries = (TokenLogprob(7, -0.5, 2, ((8, -0.25), (7, -0.5))), TokenLogprob(8, -1.0, 1, ()))
     assert with_logprobs == Chunk(4, "hi", (), 2, entries)
 
@@ -270,7 +271,7 @@ def test_every_word_of_a_transfer_has_one_on_the_wire(handover: Handover, reason
     transfer = TransferReport(recompute_reason=reason)
     durations = PhaseDurations(dict.fromkeys(PHASES, 0.0), 0.0, None)
     report = PhaseReport(durations, transfer, handover, "", "", 1, PlacementMode.SPLIT, "split")
-    finished = event_from_proto(finished_to_proto(FinishReason.STOP, None, None, Usage(1, 1, 0), report))
+    finished = event_from_proto(finished_to_proto(Completed(FinishReason.STOP, None, None, Usage(1, 1, 0), report)))
     assert isinstance(finished, Finished)
     assert (finished.phases.handover, finished.phases.transfer) == (handover, transfer)
     assert finished.cumulative_logprob is None

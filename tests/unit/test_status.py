@@ -27,6 +27,15 @@ EVERY_ERROR = [
     errors.ticket_refused("signature"),
     errors.engine_failed("d0", "engine died"),
     errors.unauthenticated(),
+    errors.no_api_key(),
+    errors.permission_denied("the key is another tenant's"),
+    errors.resume_unknown(),
+    errors.resume_denied(),
+    errors.resume_too_late(3, 9),
+    errors.attached_elsewhere(),
+    errors.too_many_resumable(10, 10, 1.5),
+    errors.stalled("prefill", 60, 0),
+    errors.stalled("decode", 60, 4),
     errors.internal("unreachable", "gen-1"),
 ]
 

@@ -1,0 +1,117 @@
+"""A request on its way in: checked, tokenised, and with a deadline, before it costs anything.
+
+Owns the order check, then encode, and what a request is turned into; never decides where anything runs. Refusals of
+what never reached the relay are counted here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from baton.errors import BatonError, FieldViolation, deadline_exceeded
+from baton.metrics import RouterMetrics, outcome_of
+from baton.request import GenerateRequest
+from router.answer import TextAnswer
+from router.answering import RoutedRequest
+from router.prompt_encoder import PromptEncoder
+from router.tokenizer import Tokenizer
+from router.validation import ModelLimits, check, resolved_output_token_count
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that may be served. Times are the loop's."""
+
+    request: GenerateRequest
+    routed: RoutedRequest
+    model: str
+    deadline_at: float
+    received_at: float
+
+    @property
+    def time_allowed_s(self) -> float:
+        return self.deadline_at - self.received_at
+
+
+class Intake:
+    """One per process; stateless."""
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer,
+        encoder: PromptEncoder,
+        limits: Callable[[], ModelLimits],
+        metrics: RouterMetrics,
+        new_id: Callable[[], str] = lambda: f"gen-{secrets.token_hex(12)}",
+    ) -> None:
+        """``limits``: asked for each request, since the workers' context may be smaller than the model's."""
+        self._tokenizer = tokenizer
+        self._encoder = encoder
+        self._limits = limits
+        self._metrics = metrics
+        self._new_id = new_id
+
+    async def prepare(
+        self,
+        request: GenerateRequest,
+        violations: Sequence[FieldViolation],
+        *,
+        deadline_at: float,
+        received_at: float,
+    ) -> Prepared:
+        """``violations``: found while the message was read. Raises INVALID_REQUEST, PROMPT_TOO_LONG, MODEL_NOT_FOUND,
+        DEADLINE_EXCEEDED."""
+        try:
+            limits = self._limits()
+            check(request, limits, violations)
+            try:
+                async with asyncio.timeout_at(deadline_at):
+                    prompt_token_ids = await self._encoder.encode(request.prompt, limits)
+            except TimeoutError:
+                raise deadline_exceeded("queue", 0) from None
+        except BatonError as error:
+            # The relay accounts for what it took on; what never reached it is accounted for here.
+            self._metrics.request_ended(outcome_of(error))
+            raise
+        routed = self._routed(request, prompt_token_ids, limits)
+        return Prepared(request, routed, limits.model, deadline_at, received_at)
+
+    def answer(self, prepared: Prepared) -> TextAnswer:
+        """What turns the tokens of one answer into text."""
+        routed = prepared.routed
+        return TextAnswer(
+            self._tokenizer,
+            prepared.request.output,
+            stop_sequences=prepared.request.stop.stop_sequences,
+            silent_token_ids=routed.end_token_ids,
+            min_token_count=routed.min_output_token_count,
+        )
+
+    def _routed(
+        self, request: GenerateRequest, prompt_token_ids: tuple[int, ...], limits: ModelLimits
+    ) -> RoutedRequest:
+        asked = request.stop.max_output_token_count
+        max_output = resolved_output_token_count(asked, len(prompt_token_ids), limits)
+        return RoutedRequest(
+            generation_id=self._new_id(),
+            prompt_token_ids=prompt_token_ids,
+            max_output_token_count=max_output,
+            sampling=request.sampling,
+            stop_token_ids=request.stop.stop_token_ids,
+            eos_token_ids=self._tokenizer.eos_token_ids,
+            ignore_eos=request.stop.ignore_eos,
+            is_context_bound=asked is None or asked > max_output,
+            max_chunk_token_count=request.output.max_chunk_token_count,
+            priority=request.priority,
+            session_id=request.session_id,
+            correlation_id=request.correlation_id,
+            # An answer that the context cuts short has its end there, whatever was to be its least.
+            min_output_token_count=min(request.stop.min_output_token_count, max_output),
+            top_logprob_count=request.output.top_logprob_count,
+            tenant=request.tenant,
+            prompt_logprob_count=request.output.prompt_logprob_count,
+        )

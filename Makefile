@@ -77,7 +77,7 @@ real: dev model
 	@$(RUN) pytest -m real tests/e2e
 
 # The longest first. The real engines come last and alone: what they do in which order depends on having the cores.
-test: dev ## everything, the real engine included: about a quarter of an hour on two cores
+test: dev ## everything, the real engine included: about 25 minutes on two cores
 	@echo "lint, types and the tests without a real engine, two at a time: each speaks when it ends"
 	@$(SIDE_BY_SIDE) processes quick types model pages lint
 	@$(MAKE) --no-print-directory HAS_ENVIRONMENT=1 real

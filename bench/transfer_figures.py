@@ -20,7 +20,6 @@ import asyncio
 import json
 import os
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -28,10 +27,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 from baton.request import Role
+from bench import raw_file
 from bench.comparison.blocks import block_order
 from bench.cores import CLOCK_VARIABLE
 from bench.kv_pair import BLOCK_BYTES, LAYER_COUNT, PAGE_BYTES, PATHS, WITHOUT_DIGESTS
@@ -68,10 +67,12 @@ REQUEST_TIMEOUT_S = 120.0
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     if options.report_from is not None:
-        options.report.write_text(render([document for path in options.report_from for document in _read(path)]))
+        options.report.write_text(
+            render([document for path in options.report_from for document in raw_file.read(path)])
+        )
         print(options.report)
         return 0
-    signal.signal(signal.SIGTERM, _raise_exit)  # a terminated benchmark must still end its servers
+    raw_file.end_on_sigterm()
     for path in (options.out, options.report):
         path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="transfer-figures-") as folder, options.out.open("w") as raw:
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = parse_config(config_path.read_text())
         check_model_directory(config)
         order = [*block_order(COMPARED, 1 if options.quick else 2), AS_SHIPPED]
-        _write(raw, _run_facts(options, config, order))
+        raw_file.write(raw, _run_facts(options, config, order))
         is_good = True
         if "pairs" in options.sections:
             is_good &= _run_pairs(options, config, raw)
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.environ[CLOCK_VARIABLE] = str(clock)  # the engines inherit it
             for number, spec in enumerate(order):
                 is_good &= _run_block(number, spec, options, config, config_path, clock, raw)
-    text = render(_read(options.out))
+    text = render(raw_file.read(options.out))
     options.report.write_text(text)
     print(text)
     return 0 if is_good else 1
@@ -127,7 +128,7 @@ def _configuration(model: Path, state_dir: Path) -> str:
 
 
 def _run_pairs(options: argparse.Namespace, config: FleetConfig, raw: TextIO) -> bool:
-    _say("pairs: starting")
+    raw_file.say("pairs: starting")
     cores = [role_cores(config, role)[0] for role in (Role.PREFILL, Role.DECODE)]
     paths = QUICK_PATHS if options.quick else PATHS
     model = Path(config.engines[Role.PREFILL].model_path)
@@ -137,27 +138,27 @@ def _run_pairs(options: argparse.Namespace, config: FleetConfig, raw: TextIO) ->
         for block_token_count in BLOCK_COUNTS:
             named = {"round_count": round_count, "seed": options.seed, "block_token_count": block_token_count}
             for record in pair_records(paths, model, cores, options.logs, **named):
-                _write(raw, record)
+                raw_file.write(raw, record)
     except Exception as error:
-        _say(f"pairs failed: {error}")
-        _write(raw, {"record": "failure", "section": "pairs", "error": type(error).__name__})
+        raw_file.say(f"pairs failed: {error}")
+        raw_file.write(raw, {"record": "failure", "section": "pairs", "error": type(error).__name__})
         return False
     use = MachineClock.read().use_since(before, 0.0)
-    _write(raw, {"record": "machine", "section": "pairs", "steal_share": round(use.steal_share, 4)})
+    raw_file.write(raw, {"record": "machine", "section": "pairs", "steal_share": round(use.steal_share, 4)})
     return True
 
 
 def _run_tcp(options: argparse.Namespace, config: FleetConfig, raw: TextIO) -> bool:
-    _say("tcp: starting")
+    raw_file.say("tcp: starting")
     cores = [role_cores(config, role)[0] for role in (Role.PREFILL, Role.DECODE)]
     model = Path(config.engines[Role.PREFILL].model_path)
     round_count = 6 if options.quick else 15
     try:
         for record in tcp_records(model, cores, options.logs, round_count=round_count, seed=options.seed):
-            _write(raw, record)
+            raw_file.write(raw, record)
     except Exception as error:  # where there are no namespaces, too: a run without them has not shown its figures
-        _say(f"tcp failed: {error}")
-        _write(raw, {"record": "failure", "section": "tcp", "error": type(error).__name__})
+        raw_file.say(f"tcp failed: {error}")
+        raw_file.write(raw, {"record": "failure", "section": "tcp", "error": type(error).__name__})
         return False
     return True
 
@@ -173,7 +174,7 @@ def _run_block(
 ) -> bool:
     report: dict[str, Any] = {"record": "block", "block": number, "system": spec.name}
     report["busy_share_before"] = round(wait_until_quiet(options.wait_quiet_s), 3)
-    _say(f"{spec.title}: starting ({report['busy_share_before']:.0%} busy before)")
+    raw_file.say(f"{spec.title}: starting ({report['busy_share_before']:.0%} busy before)")
     clock.write_text("")
     if spec.kind != "baton":
         # The same clock in vLLM's own scheduler: a peer loads nothing of ours.
@@ -183,15 +184,15 @@ def _run_block(
     try:
         system = start_system(spec, config, config_path, options.logs)
     except Exception as error:
-        _say(f"{spec.title} did not start: {error}")
-        _write(raw, {**report, "error": f"did not start: {type(error).__name__}"})
+        raw_file.say(f"{spec.title} did not start: {error}")
+        raw_file.write(raw, {**report, "error": f"did not start: {type(error).__name__}"})
         return False
     before, own = MachineClock.read(), system.cpu().total_s + time.process_time()
     try:
         records = asyncio.run(_requests(system, config, options, number))
         report["error"] = None
     except Exception as error:
-        _say(f"{spec.title} failed: {error}")
+        raw_file.say(f"{spec.title} failed: {error}")
         records, report["error"] = [], type(error).__name__
     use = MachineClock.read().use_since(before, system.cpu().total_s + time.process_time() - own)
     system.stop()
@@ -200,9 +201,9 @@ def _run_block(
         if record["record"] == "request":
             ended_at = record["ended_at"]
             record["steps"] = [s for s in steps if record["sent_at"] <= s["began_at"] and s["ended_at"] <= ended_at]
-        _write(raw, {**record, "block": number, "system": spec.name})
+        raw_file.write(raw, {**record, "block": number, "system": spec.name})
     shares = {"others_share": round(use.others_share, 4), "steal_share": round(use.steal_share, 4)}
-    _write(raw, {**report, **shares, "facts": system.facts})
+    raw_file.write(raw, {**report, **shares, "facts": system.facts})
     return report["error"] is None and not any(record.get("error") for record in records)
 
 
@@ -295,23 +296,6 @@ def _run_facts(options: argparse.Namespace, config: FleetConfig, order: Sequence
         "layer_count": LAYER_COUNT,
         "block_bytes": BLOCK_BYTES,
     }
-
-
-def _write(raw: TextIO, document: dict[str, Any]) -> None:
-    raw.write(json.dumps(document, separators=(",", ":")) + "\n")
-    raw.flush()
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _raise_exit(number: int, _: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

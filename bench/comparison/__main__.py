@@ -15,17 +15,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 from baton import event_loop
+from bench import raw_file
 from bench.comparison.blocks import Turn, turn_order
 from bench.comparison.cells import FULL_CELLS, QUICK_CELLS, CellPlans
 from bench.comparison.page import render, sweeps
@@ -49,11 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     if options.page_from is not None:
         options.out = options.page_from
-        options.page.write_text(render(_read(options.out)))
+        options.page.write_text(render(raw_file.read(options.out)))
         print(options.page)
         _write_plots(options)
         return 0
-    signal.signal(signal.SIGTERM, _raise_exit)  # a terminated benchmark must still end its servers
+    raw_file.end_on_sigterm()
     config = load_config(options.config)
     check_model_directory(config)
     plans = CellPlans(PromptMaker(config.model.directory), seed=options.seed, trace=options.trace)
@@ -67,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for round_number in range(options.passes):
             plans.plan(cell, round_number)
     with options.out.open("w") as raw:
-        _write(
+        raw_file.write(
             raw,
             {
                 "document": "run",
@@ -85,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_good = True
         for number, (round_number, spec) in enumerate(order):
             is_good &= _run_block(number, round_number, spec, config, options, plans, raw)
-    text = render(_read(options.out))
+    text = render(raw_file.read(options.out))
     options.page.write_text(text)
     print(text)
     _write_plots(options)
@@ -95,10 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _write_plots(options: argparse.Namespace) -> None:
     """One report with plots for each open-loop workload: the systems' curves, and what they make of rising rates."""
     options.plots.mkdir(parents=True, exist_ok=True)
-    for workload, runs in sweeps(_read(options.out)).items():
+    for workload, runs in sweeps(raw_file.read(options.out)).items():
         path = options.plots / f"{options.out.stem}-{workload}.html"
         path.write_text(render_plots(runs, title=f"Baton beside its peers: {workload}"))
-        _say(f"plots: {path}")
+        raw_file.say(f"plots: {path}")
 
 
 def _run_block(
@@ -112,13 +110,13 @@ def _run_block(
 ) -> bool:
     block: dict[str, Any] = {"document": "block", "block": number, "pass": round_number, "system": spec.name}
     block["busy_share_before"] = round(wait_until_quiet(options.wait_quiet_s), 3)
-    _say(f"turn {number + 1}: {spec.title}: starting ({block['busy_share_before']:.0%} busy before)")
+    raw_file.say(f"turn {number + 1}: {spec.title}: starting ({block['busy_share_before']:.0%} busy before)")
     started_at = time.monotonic()
     try:
         system = start_system(spec, config, options.config, options.logs)
     except Exception as error:
-        _say(f"  did not start: {error}")
-        _write(raw, {**block, "error": f"did not start: {type(error).__name__}"})
+        raw_file.say(f"  did not start: {error}")
+        raw_file.write(raw, {**block, "error": f"did not start: {type(error).__name__}"})
         return False
     failure: str | None = None
     cells = QUICK_CELLS if options.quick else FULL_CELLS
@@ -129,16 +127,18 @@ def _run_block(
             plans,
             block=number,
             round_number=round_number,
-            write=lambda document: _write(raw, document),
+            write=lambda document: raw_file.write(raw, document),
         )
         with ahead_of_the_servers(), asyncio.Runner(loop_factory=event_loop.new_event_loop) as runner:
             runner.run(turn.run(cells))
     except Exception as error:
         failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        _say(f"  broken off: {error}")
+        raw_file.say(f"  broken off: {error}")
     finally:
         system.stop()
-    _write(raw, {**block, "facts": system.facts, "wall_s": round(time.monotonic() - started_at, 1), "error": failure})
+    raw_file.write(
+        raw, {**block, "facts": system.facts, "wall_s": round(time.monotonic() - started_at, 1), "error": failure}
+    )
     return failure is None
 
 
@@ -153,23 +153,6 @@ def _engine_facts(config: FleetConfig) -> dict[str, Any]:
     for engine in engines.values():
         engine.pop("model_path")  # a path of this machine is nobody's business
     return engines
-
-
-def _write(raw: TextIO, document: dict[str, Any]) -> None:
-    raw.write(json.dumps(document, separators=(",", ":")) + "\n")
-    raw.flush()
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _raise_exit(number: int, _: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from subprocess import PIPE, Popen
+from subprocess import PIPE, Popen, TimeoutExpired
 from typing import Any
 
 import grpc.aio
@@ -143,7 +143,7 @@ def golden_process(
         process.terminate()
         try:
             process.wait(timeout=5.0)
-        except Exception:
+        except TimeoutExpired:
             process.kill()
             process.wait(timeout=5.0)
             raise

@@ -67,6 +67,7 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise TokenizerError(f"the model's chat template does not compile: {error}") from error
         self._special_tokens = dict(special_tokens or {})
+        self.source = source
 
     @classmethod
     def load(cls, model_dir: Path) -> ChatTemplate | None:

@@ -29,6 +29,8 @@ OFF_LOOP_BYTES = 8192
 _NORMALIZER_SHRINK = 4
 """How much a normalizer may shorten a text (NFKC's worst case is 3); widens the quick check, never the result."""
 
+OFF_LOOP_TOKENS = 2048
+"""More ids are turned into text in a thread: so many take about 1 ms."""
 _REPLACEMENT = "�"
 
 
@@ -56,9 +58,13 @@ class Tokenizer:
         self._hf = hf
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(eos_token_ids)
-        self.special_token_ids = frozenset(
-            token_id for token_id, token in hf.get_added_tokens_decoder().items() if token.special
-        )
+        self.special_tokens = {
+            token_id: token.content
+            for token_id, token in sorted(hf.get_added_tokens_decoder().items())
+            if token.special
+        }
+        """As the tokenizer spells them, by id."""
+        self.special_token_ids = frozenset(self.special_tokens)
         self._max_token_bytes = max((len(token.encode()) for token in hf.get_vocab()), default=1)
         if hf.normalizer is not None:
             self._max_token_bytes *= _NORMALIZER_SHRINK
@@ -127,15 +133,25 @@ class Tokenizer:
             raise prompt_too_long(len(token_ids), max_token_count)
         return token_ids
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of the whole, special tokens left out."""
-        return str(self._hf.decode(list(token_ids), skip_special_tokens=True))
+    def decode(self, token_ids: Sequence[int], *, keep_special_tokens: bool = False) -> str:
+        """The text of the whole; special tokens are left out, or written as the tokenizer spells them. Blocks."""
+        return str(self._hf.decode(list(token_ids), skip_special_tokens=not keep_special_tokens))
 
-    def detokenizer(self) -> Detokenizer:
-        """A fresh incremental detokeniser for one answer."""
+    async def decode_bounded(self, token_ids: Sequence[int], *, keep_special_tokens: bool = False) -> str:
+        """Like ``decode``, in a thread when long."""
+        if len(token_ids) <= OFF_LOOP_TOKENS:
+            return self.decode(token_ids, keep_special_tokens=keep_special_tokens)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._executor, lambda: self.decode(token_ids, keep_special_tokens=keep_special_tokens)
+        )
+
+    def detokenizer(self, *, keep_special_tokens: bool = False) -> Detokenizer:
+        """A fresh incremental detokeniser for one answer, or for a prompt with its special tokens spelled out."""
+        silent = frozenset[int]() if keep_special_tokens else self.special_token_ids
         if self._bytes_of_id is not None:
-            return _ByteLevelDetokenizer(self._bytes_of_id, self.special_token_ids)
-        return _WindowDetokenizer(self._hf, self.special_token_ids)
+            return _ByteLevelDetokenizer(self._bytes_of_id, silent)
+        return _WindowDetokenizer(self._hf, silent)
 
     def close(self) -> None:
         """Ends the thread. Idempotent."""

@@ -75,7 +75,7 @@ def check(request: GenerateRequest, limits: ModelLimits, also: Sequence[FieldVio
     """Raises INVALID_REQUEST with every broken rule (``also``: those found while decoding the message),
     MODEL_NOT_FOUND, or PROMPT_TOO_LONG for a token prompt."""
     if request.model and request.model != limits.model:
-        raise model_not_found(_shown(request.model), [limits.model])
+        raise model_not_found(shown(request.model), [limits.model])
     violations = [*also, *violations_of(request, limits)]
     if violations:
         raise invalid_request(violations)
@@ -323,6 +323,6 @@ def _number(value: float) -> str:
     return "not a number" if math.isnan(value) else f"{value:g}"
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     """A name as an error may repeat it: short and printable."""
     return "".join(char if char.isprintable() else "?" for char in name[:MAX_ID_BYTES])

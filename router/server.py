@@ -42,6 +42,7 @@ from router.prompt_encoder import PromptEncoder
 from router.relay import Relay
 from router.roster import Roster, RosterLimits
 from router.service import GenerationService
+from router.service_parsing import RefusesUnreadable
 from router.tokenizer import Tokenizer, TokenizerError, read_json_object
 from router.validation import ModelLimits
 from router.worker_client import Connect
@@ -173,7 +174,8 @@ class RouterServer:
         """Listens. Raises ``ServerError``, naming the port and its key, when one is taken."""
         config = self.config
         public = self._server()
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(self.generation, public)  # type: ignore[no-untyped-call]
+        readable = RefusesUnreadable(public, service.refuse)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(self.generation, readable)  # type: ignore[no-untyped-call]
         await self.health.attach(public)
         admin = self._server()
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(self._admin, admin)  # type: ignore[no-untyped-call]

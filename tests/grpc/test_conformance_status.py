@@ -1,0 +1,112 @@
+"""What a call can end with besides Baton's own reasons: messages that are none, and what gRPC itself refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+import pytest_asyncio
+from raw_calls import GENERATION, METHODS, ask, generate
+from sim_cluster import SimCluster, sim_cluster
+
+from baton.errors import BatonError, Reason
+from baton.status import from_rpc_error
+from baton.v1 import generation_pb2 as pb
+from engine.sim_config import PhaseDelays
+
+UNREADABLE = {
+    "cut short": pb.GenerateRequest(text="a secret").SerializeToString()[:-3],
+    "a wire type that is none": b"\x0f\x0f\x0f",
+    "text that is not UTF-8": b"\x12\x02\xff\xfe",
+    "bytes of anything": bytes(range(255, 128, -1)),
+}
+HELLO = pb.GenerateRequest(text="hello", stop=pb.StopConditions(max_output_token_count=3))
+
+
+@pytest_asyncio.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[SimCluster]:
+    async with sim_cluster(tmp_path, max_message_bytes=65_536) as cluster:
+        yield cluster
+
+
+@pytest_asyncio.fixture
+async def channel(cluster: SimCluster) -> AsyncIterator[grpc.aio.Channel]:
+    async with grpc.aio.insecure_channel(cluster.endpoint.address) as channel:
+        yield channel
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+async def test_bytes_that_are_no_request_are_refused_with_a_reason(
+    channel: grpc.aio.Channel, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        outcome = await generate(channel, UNREADABLE[what])
+    assert (outcome.code, outcome.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
+    assert list(outcome.violations) == ["request"]
+    assert not outcome.has_headers
+    assert "secret" not in outcome.text
+    assert caplog.text == "", "a caller's rubbish is no line in our log"
+    assert (await generate(channel, HELLO)).finished.usage.output_token_count == 3
+
+
+async def test_unknown_fields_are_tolerated_as_newer_clients_may_send_them(channel: grpc.aio.Channel) -> None:
+    unknown = bytes([0xFA, 0x7F, 2]) + b"ab"  # field 2047, two bytes
+    outcome = await generate(channel, HELLO.SerializeToString() + unknown)
+    assert outcome.finished.usage.output_token_count == 3
+
+
+async def test_a_method_that_is_not_there_is_unimplemented(channel: grpc.aio.Channel) -> None:
+    outcome = await ask(channel, f"/{GENERATION}/Nonsense", b"")
+    assert outcome.code is grpc.StatusCode.UNIMPLEMENTED
+    assert outcome.reason == ""
+
+
+async def test_a_message_larger_than_the_limit_is_refused_by_grpc_itself(channel: grpc.aio.Channel) -> None:
+    outcome = await generate(channel, pb.GenerateRequest(text="a" * 70_000))
+    assert (outcome.code, outcome.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "")
+    assert "larger than max" in outcome.text
+
+
+async def test_a_small_message_that_unpacks_to_a_large_one_is_refused_too(channel: grpc.aio.Channel) -> None:
+    bomb = pb.GenerateRequest(text="a" * 30_000_000)
+    outcome = await generate(channel, bomb, compression=grpc.Compression.Gzip)
+    assert (outcome.code, outcome.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "")
+    assert "larger than max" in outcome.text
+    small = await generate(channel, HELLO, compression=grpc.Compression.Gzip)
+    assert small.finished.usage.output_token_count == 3
+
+
+async def test_our_client_says_invalid_request_of_a_message_too_large(channel: grpc.aio.Channel) -> None:
+    call: Any = channel.unary_stream(f"/{GENERATION}/Generate", request_serializer=bytes)(b"a" * 70_000)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await anext(aiter(call))
+    error = from_rpc_error(refused.value)
+    assert isinstance(error, BatonError)
+    assert error.reason is Reason.INVALID_REQUEST
+
+
+async def test_more_calls_at_once_than_the_limit_are_refused_by_grpc_itself(tmp_path: Path) -> None:
+    slow = {"extra_delay_s": PhaseDelays(prefill=0.5)}
+    async with (
+        sim_cluster(tmp_path, sim=slow, max_concurrent_call_count=2) as cluster,
+        grpc.aio.insecure_channel(cluster.endpoint.address) as channel,
+    ):
+        outcomes = await asyncio.gather(*(generate(channel, HELLO) for _ in range(6)))
+    codes = [outcome.code for outcome in outcomes]
+    assert codes.count(grpc.StatusCode.OK) == 2
+    assert codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED) == 4
+    assert {outcome.text for outcome in outcomes if outcome.code is not grpc.StatusCode.OK} == {
+        "Concurrent RPC limit exceeded!"
+    }
+
+
+@pytest.mark.parametrize("path", METHODS)
+async def test_every_public_method_is_served(channel: grpc.aio.Channel, path: str) -> None:
+    outcome = await ask(channel, path, b"\xff")
+    assert (outcome.code, outcome.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")

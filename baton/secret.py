@@ -69,5 +69,10 @@ def side_channel_key(secret: bytes) -> bytes:
     return _derived(secret, b"baton-side-channel")
 
 
+def resume_key(secret: bytes) -> bytes:
+    """The key resume tokens are sealed with."""
+    return _derived(secret, b"baton-resume")
+
+
 def _derived(secret: bytes, purpose: bytes) -> bytes:
     return hmac.new(checked_secret(secret), purpose, hashlib.sha256).digest()

@@ -24,8 +24,8 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from baton.admin.v1 import cluster_pb2_grpc
 from baton.metrics import RouterMetrics
-from baton.v1 import generation_pb2_grpc
-from router import admin_service, service
+from baton.v1 import generation_pb2_grpc, model_pb2_grpc
+from router import admin_service, model_service, service
 from router.admin_service import AdminService, Counts
 from router.admission import Admission, AdmissionLimits
 from router.chat_template import ChatTemplate
@@ -35,6 +35,8 @@ from router.grpc_worker_client import GrpcWorkerClient
 from router.health import RouterHealth
 from router.intake import Intake
 from router.introductions import Introductions
+from router.model_card import Capabilities, ModelCard
+from router.model_service import ModelService
 from router.phase_window import PhaseWindow
 from router.pipeline import Pipeline
 from router.placement import PlacementPolicy
@@ -101,7 +103,7 @@ class RouterServer:
         self.registry = CollectorRegistry()
         self.metrics = RouterMetrics(self.registry)
         self.window = PhaseWindow()
-        self._tokenizer, template, self._limits = load_model(config)
+        self._tokenizer, self._template, self._limits = load_model(config)
         self.roster = Roster(
             connect or connect_by_grpc(secret),
             RosterLimits(
@@ -128,9 +130,10 @@ class RouterServer:
             limits=FlightLimits(max_attempt_count=config.max_attempt_count, lease_s=config.lease_s),
             metrics=self.metrics,
         )
+        encoder = PromptEncoder(self._tokenizer, self._template)
         intake = Intake(
             tokenizer=self._tokenizer,
-            encoder=PromptEncoder(self._tokenizer, template),
+            encoder=encoder,
             limits=self.limits,
             metrics=self.metrics,
         )
@@ -142,7 +145,9 @@ class RouterServer:
             default_deadline_s=config.default_deadline_s,
             max_deadline_s=config.max_deadline_s,
         )
-        self.health = RouterHealth([service.SERVICE_NAME, admin_service.SERVICE_NAME], lambda: self.relay.could_serve)
+        self.models = ModelService(tokenizer=self._tokenizer, encoder=encoder, card=self.model_card)
+        names = [service.SERVICE_NAME, model_service.SERVICE_NAME, admin_service.SERVICE_NAME]
+        self.health = RouterHealth(names, lambda: self.relay.could_serve)
         self.roster.on_change(self.health.changed)
         self._admin = AdminService(roster=self.roster, window=self.window, counts=self.counts, secret=secret)
         # What runs: servers, the HTTP server of /metrics and its thread, background tasks.
@@ -161,6 +166,15 @@ class RouterServer:
             return self._limits
         return replace(self._limits, max_context_token_count=smallest)
 
+    def model_card(self) -> ModelCard:
+        """What callers are told of the model now."""
+        return ModelCard(
+            self.limits(),
+            special_tokens=tuple(self._tokenizer.special_tokens.items()),
+            chat_template="" if self._template is None else self._template.source,
+            capabilities=Capabilities(has_chat=self._template is not None),
+        )
+
     def counts(self) -> Counts:
         return Counts(
             queued_count=self.relay.queued_count,
@@ -176,13 +190,15 @@ class RouterServer:
         public = self._server()
         readable = RefusesUnreadable(public, service.refuse)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self.generation, readable)  # type: ignore[no-untyped-call]
+        model_pb2_grpc.add_ModelServiceServicer_to_server(self.models, readable)  # type: ignore[no-untyped-call]
         await self.health.attach(public)
         admin = self._server()
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(self._admin, admin)  # type: ignore[no-untyped-call]
         await self.health.attach(admin)
         if config.enable_reflection:
             reflection.enable_server_reflection(
-                [service.SERVICE_NAME, HEALTH_SERVICE_NAME, reflection.SERVICE_NAME], public
+                [service.SERVICE_NAME, model_service.SERVICE_NAME, HEALTH_SERVICE_NAME, reflection.SERVICE_NAME],
+                public,
             )
             reflection.enable_server_reflection(
                 [admin_service.SERVICE_NAME, HEALTH_SERVICE_NAME, reflection.SERVICE_NAME], admin
@@ -203,20 +219,21 @@ class RouterServer:
         finish, for ``drain_grace_s`` at most or until ``hurry`` is set."""
         await self.health.drain()
         self.generation.begin_drain()
-        waits = [asyncio.create_task(self.generation.wait_idle()), asyncio.create_task(hurry.wait())]
+        self.models.begin_drain()
+        waits = [asyncio.create_task(self._wait_idle()), asyncio.create_task(hurry.wait())]
         try:
             await asyncio.wait(waits, timeout=self.config.drain_grace_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
-        if self.generation.call_count:
-            logger.warning("%d calls were still running after draining and are cancelled", self.generation.call_count)
+        if count := self._call_count:
+            logger.warning("%d calls were still running after draining and are cancelled", count)
 
     async def close(self) -> None:
         """Ends everything. Idempotent."""
         servers, self._servers = self._servers, []
-        await asyncio.gather(*(server.stop(GOODBYE_S if self.generation.call_count else 0) for server in servers))
+        await asyncio.gather(*(server.stop(GOODBYE_S if self._call_count else 0) for server in servers))
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
@@ -231,6 +248,14 @@ class RouterServer:
             http_server.server_close()
             await asyncio.to_thread(thread.join)
         self._tokenizer.close()
+
+    @property
+    def _call_count(self) -> int:
+        return self.generation.call_count + self.models.call_count
+
+    async def _wait_idle(self) -> None:
+        await self.generation.wait_idle()
+        await self.models.wait_idle()
 
     def _server(self) -> grpc.aio.Server:
         config = self.config

@@ -3,6 +3,14 @@
 An error has a reason (the machine's word), a message (what happened and what to do), metadata fit to
 be shown to the caller, and the gRPC status it maps to. ``baton/status.py`` carries them over the wire
 and back. Messages and metadata never contain prompt or output text.
+
+Callers catch the class of what they can do something about; ``BatonError(...)`` makes the right one:
+
+    InvalidRequest (PromptTooLong)  correct the request        Unavailable       retry
+    ModelNotFound                   ask for another            Overloaded        retry after ``retry_after_s``
+    Unauthenticated, NotPermitted   bring the right key        Interrupted       start over: tokens came already
+    DeadlineExceeded                allow more time, or less   ResumeFailed      start over
+    InternalError                   tell us
 """
 
 from __future__ import annotations
@@ -10,6 +18,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self, cast
 
 
 class Reason(enum.Enum):
@@ -62,7 +71,24 @@ class FieldViolation:
 
 
 class BatonError(Exception):
-    """A failed call. ``status`` says what the caller may do; ``reason`` says why."""
+    """A failed call. ``status`` says what the caller may do; ``reason`` says why.
+
+    Made by this name, it is of the subclass that fits reason and status. ``retry_after_s``: when a retry may succeed,
+    if the server said so; None: it did not.
+    """
+
+    reason: Reason
+    status: StatusName
+    message: str
+    metadata: dict[str, str]
+    violations: tuple[FieldViolation, ...]
+    retry_after_s: float | None
+
+    def __new__(cls, reason: Reason, status: StatusName, *_: object, **__: object) -> Self:
+        if cls is not BatonError:
+            return super().__new__(cls)
+        made = super().__new__(class_of(reason, status))
+        return cast("Self", made)  # a subclass, of which this is the base
 
     def __init__(
         self,
@@ -78,12 +104,101 @@ class BatonError(Exception):
         self.reason = reason
         self.status = status
         self.message = message
-        self.metadata: dict[str, str] = dict(metadata or {})
-        self.violations: tuple[FieldViolation, ...] = tuple(violations)
+        self.metadata = dict(metadata or {})
+        self.violations = tuple(violations)
         self.retry_after_s = retry_after_s
 
+    @property
+    def is_retryable(self) -> bool:
+        """The same call may be sent again as it is: nothing of an answer came, and it was refused for a time only."""
+        return self.status in (StatusName.UNAVAILABLE, StatusName.RESOURCE_EXHAUSTED)
+
     def __repr__(self) -> str:
-        return f"<BatonError {self.status.value}/{self.reason.value}: {self.message}>"
+        return f"<{type(self).__name__} {self.status.value}/{self.reason.value}: {self.message}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies, also to another process, are whole."""
+        return (_again, (self.reason, self.status, self.message, self.metadata, self.violations, self.retry_after_s))
+
+
+class InvalidRequest(BatonError):
+    """The request breaks a rule of the API; ``violations`` has every broken one. Sent again, it fails again."""
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt does not fit the model's context, or no worker's KV cache."""
+
+
+class ModelNotFound(BatonError):
+    """No such model is served here; ``metadata["available"]`` names those that are."""
+
+
+class Overloaded(BatonError):
+    """Refused because too much is under way. Retry after ``retry_after_s``."""
+
+
+class Unavailable(BatonError):
+    """Nothing of an answer came: no worker, a server that drains, a lost connection. Retry."""
+
+
+class Interrupted(BatonError):
+    """The answer broke off after ``metadata["emitted_token_count"]`` tokens. Start over, or let the client resume."""
+
+
+class DeadlineExceeded(BatonError):
+    """The time allowed was over; ``metadata["phase"]`` says in which phase, if the server could say it."""
+
+
+class Unauthenticated(BatonError):
+    """The server asks for an API key, and this is none it knows."""
+
+
+class NotPermitted(BatonError):
+    """The API key is good, but not for this."""
+
+
+class ResumeFailed(BatonError):
+    """The generation cannot be gone on with: unknown, another's, too late, or read by another call. Start over."""
+
+
+class InternalError(BatonError):
+    """A bug in Baton, or a server that does not speak this API."""
+
+
+_CLASS_OF_REASON: dict[Reason, type[BatonError]] = {
+    Reason.INVALID_REQUEST: InvalidRequest,
+    Reason.PROMPT_TOO_LONG: PromptTooLong,
+    Reason.MODEL_NOT_FOUND: ModelNotFound,
+    Reason.DEADLINE_EXCEEDED: DeadlineExceeded,
+    Reason.UNAUTHENTICATED: Unauthenticated,
+    Reason.PERMISSION_DENIED: NotPermitted,
+    Reason.RESUME_UNKNOWN: ResumeFailed,
+    Reason.RESUME_DENIED: ResumeFailed,
+    Reason.RESUME_TOO_LATE: ResumeFailed,
+    Reason.ATTACHED_ELSEWHERE: ResumeFailed,
+}
+_CLASS_OF_STATUS: dict[StatusName, type[BatonError]] = {
+    StatusName.UNAVAILABLE: Unavailable,
+    StatusName.RESOURCE_EXHAUSTED: Overloaded,
+    StatusName.ABORTED: Interrupted,
+    StatusName.INTERNAL: InternalError,
+}
+
+
+def class_of(reason: Reason, status: StatusName) -> type[BatonError]:
+    """The status decides where one reason has two (before the first token, and after it)."""
+    return _CLASS_OF_REASON.get(reason) or _CLASS_OF_STATUS.get(status, BatonError)
+
+
+def _again(
+    reason: Reason,
+    status: StatusName,
+    message: str,
+    metadata: dict[str, str],
+    violations: tuple[FieldViolation, ...],
+    retry_after_s: float | None,
+) -> BatonError:
+    return BatonError(reason, status, message, metadata=metadata, violations=violations, retry_after_s=retry_after_s)
 
 
 def invalid_request(violations: Sequence[FieldViolation]) -> BatonError:

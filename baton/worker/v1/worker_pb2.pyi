@@ -230,6 +230,48 @@ class DecodeResponse(_message.Message):
     finished: DecodeFinished
     def __init__(self, adopted: _Optional[_Union[Adopted, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., finished: _Optional[_Union[DecodeFinished, _Mapping]] = ...) -> None: ...
 
+class DecodeManyRequest(_message.Message):
+    __slots__ = ("starts", "cancelled_leg_numbers", "taken_response_count")
+    STARTS_FIELD_NUMBER: _ClassVar[int]
+    CANCELLED_LEG_NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    TAKEN_RESPONSE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    starts: _containers.RepeatedCompositeFieldContainer[LegStart]
+    cancelled_leg_numbers: _containers.RepeatedScalarFieldContainer[int]
+    taken_response_count: int
+    def __init__(self, starts: _Optional[_Iterable[_Union[LegStart, _Mapping]]] = ..., cancelled_leg_numbers: _Optional[_Iterable[int]] = ..., taken_response_count: _Optional[int] = ...) -> None: ...
+
+class LegStart(_message.Message):
+    __slots__ = ("leg_number", "order", "timeout_s")
+    LEG_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    leg_number: int
+    order: DecodeRequest
+    timeout_s: float
+    def __init__(self, leg_number: _Optional[int] = ..., order: _Optional[_Union[DecodeRequest, _Mapping]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class DecodeManyResponse(_message.Message):
+    __slots__ = ("leg_numbers", "token_counts", "token_ids", "news")
+    LEG_NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    NEWS_FIELD_NUMBER: _ClassVar[int]
+    leg_numbers: _containers.RepeatedScalarFieldContainer[int]
+    token_counts: _containers.RepeatedScalarFieldContainer[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    news: _containers.RepeatedCompositeFieldContainer[LegNews]
+    def __init__(self, leg_numbers: _Optional[_Iterable[int]] = ..., token_counts: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., news: _Optional[_Iterable[_Union[LegNews, _Mapping]]] = ...) -> None: ...
+
+class LegNews(_message.Message):
+    __slots__ = ("leg_number", "events", "failure")
+    LEG_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    leg_number: int
+    events: DecodeResponse
+    failure: bytes
+    def __init__(self, leg_number: _Optional[int] = ..., events: _Optional[_Union[DecodeResponse, _Mapping]] = ..., failure: _Optional[bytes] = ...) -> None: ...
+
 class Adopted(_message.Message):
     __slots__ = ("wait_s", "transfer_s", "decode_wait_s", "transfer_byte_count", "descriptor_count", "recomputed_token_count", "prefill_s", "cached_token_count", "first_step_s", "recompute_reason", "pull_count", "post_s", "wire_s", "verify_s")
     WAIT_S_FIELD_NUMBER: _ClassVar[int]

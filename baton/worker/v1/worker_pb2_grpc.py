@@ -205,6 +205,11 @@ class DecodeServiceStub(object):
                 request_serializer=baton_dot_worker_dot_v1_dot_worker__pb2.DecodeRequest.SerializeToString,
                 response_deserializer=baton_dot_worker_dot_v1_dot_worker__pb2.DecodeResponse.FromString,
                 _registered_method=True)
+        self.DecodeMany = channel.stream_stream(
+                '/baton.worker.v1.DecodeService/DecodeMany',
+                request_serializer=baton_dot_worker_dot_v1_dot_worker__pb2.DecodeManyRequest.SerializeToString,
+                response_deserializer=baton_dot_worker_dot_v1_dot_worker__pb2.DecodeManyResponse.FromString,
+                _registered_method=True)
 
 
 class DecodeServiceServicer(object):
@@ -220,6 +225,16 @@ class DecodeServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DecodeMany(self, request_iterator, context):
+        """Carries any number of decodes on one stream: to each leg what Decode is to
+        its call. What one step of the engine brought goes out in one message, and
+        what the caller has not taken yet is merged. Ending the stream, in whatever
+        way, aborts every leg on it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DecodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -227,6 +242,11 @@ def add_DecodeServiceServicer_to_server(servicer, server):
                     servicer.Decode,
                     request_deserializer=baton_dot_worker_dot_v1_dot_worker__pb2.DecodeRequest.FromString,
                     response_serializer=baton_dot_worker_dot_v1_dot_worker__pb2.DecodeResponse.SerializeToString,
+            ),
+            'DecodeMany': grpc.stream_stream_rpc_method_handler(
+                    servicer.DecodeMany,
+                    request_deserializer=baton_dot_worker_dot_v1_dot_worker__pb2.DecodeManyRequest.FromString,
+                    response_serializer=baton_dot_worker_dot_v1_dot_worker__pb2.DecodeManyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -257,6 +277,33 @@ class DecodeService(object):
             '/baton.worker.v1.DecodeService/Decode',
             baton_dot_worker_dot_v1_dot_worker__pb2.DecodeRequest.SerializeToString,
             baton_dot_worker_dot_v1_dot_worker__pb2.DecodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DecodeMany(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/baton.worker.v1.DecodeService/DecodeMany',
+            baton_dot_worker_dot_v1_dot_worker__pb2.DecodeManyRequest.SerializeToString,
+            baton_dot_worker_dot_v1_dot_worker__pb2.DecodeManyResponse.FromString,
             options,
             channel_credentials,
             insecure,

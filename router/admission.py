@@ -34,6 +34,7 @@ from dataclasses import dataclass, field, replace
 from baton.errors import BatonError, draining, no_worker, queue_full
 from baton.request import PlacementMode, Role
 from router.affinity import AffinityLimits, PrefixIndex
+from router.budgets import queue_budget
 from router.cluster_view import Assigned, ClusterView, WorkerIdentity
 from router.placement import Placement, PlacementAsk, PlacementPolicy, place
 from router.room import Room, RoomAsk, candidates, find_room, room_of
@@ -502,12 +503,18 @@ class Admission:
 
     def ends_of_patience(self, entry: Entry, now: float) -> list[tuple[float, Callable[[], None]]]:
         """When to look whether waiting still makes sense, in order."""
-        left_s = max(0.0, entry.deadline_at - now)
-        margin_s = min(self.limits.reply_margin_s, left_s / 4)
+        limits = self.limits
+        budget = queue_budget(
+            now,
+            entry.deadline_at,
+            max_wait_s=limits.max_wait_s,
+            no_worker_s=limits.no_worker_s,
+            reply_margin_s=limits.reply_margin_s,
+        )
         looks = [
-            (now + self.limits.no_worker_s, self._give_up_if_no_worker),
-            (entry.deadline_at - margin_s, self._give_up_if_no_worker),
-            (now + self.limits.max_wait_s, self._give_up),
+            (budget.no_worker_at, self._give_up_if_no_worker),
+            (budget.last_word_at, self._give_up_if_no_worker),
+            (budget.give_up_at, self._give_up),
         ]
         return sorted(looks, key=lambda look: look[0])
 

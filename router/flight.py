@@ -17,12 +17,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from baton.errors import BatonError, Reason, StatusName, deadline_exceeded, draining, engine_failed, internal
+from baton.errors import BatonError, Reason, StatusName, deadline_exceeded, draining, engine_failed, internal, stalled
 from baton.leg import DecodeDone, KvAdopted, Stepped
 from baton.request import FinishReason, Usage
 from router.admission import Admission, Entry, Turn
 from router.admission import Place as GivenPlace
 from router.answering import Admitted, Answer, Completed, PhaseReport, Piece, RoutedRequest
+from router.budgets import Budget, Budgets, SilenceLimits
 from router.cluster_view import WorkerIdentity
 from router.fact_queue import FactQueue
 from router.handoff import Handoff
@@ -62,6 +63,9 @@ from router.worker_client import WorkerClient
 
 logger = logging.getLogger(__name__)
 
+_WORKERS_FAULT = frozenset({Reason.ENGINE_FAILED, Reason.STALLED})
+"""What makes a worker doubtful for requests that come next."""
+
 
 @dataclass(frozen=True, slots=True)
 class FlightLimits:
@@ -73,7 +77,7 @@ class FlightLimits:
     """How long a prefill worker holds KV without a word; extended while the request still wants it."""
     prefill_timeout_s: float = 120.0
     """Longest wait for a prefill's answer; then it is tried elsewhere."""
-    decode_gap_timeout_s: float = 60.0
+    gap_timeout_s: float = 60.0
     """Longest silence of a decode; then it is tried elsewhere."""
     cleanup_timeout_s: float = 10.0
     """Longest wait for cancelled legs to end. A leg that takes longer is a bug, and logged as one."""
@@ -81,7 +85,7 @@ class FlightLimits:
     def __post_init__(self) -> None:
         if self.max_attempt_count < 1:
             raise ValueError(f"max_attempt_count is {self.max_attempt_count}; it must be at least 1")
-        for key in ("lease_s", "prefill_timeout_s", "decode_gap_timeout_s", "cleanup_timeout_s"):
+        for key in ("lease_s", "prefill_timeout_s", "gap_timeout_s", "cleanup_timeout_s"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be positive")
 
@@ -111,6 +115,7 @@ class Flight:
         self.outbox = Outbox(request.max_chunk_token_count)
         self._answer = answer
         self._deadline_at = deadline_at
+        self._budgets = Budgets(deadline_at, SilenceLimits(limits.prefill_timeout_s, limits.gap_timeout_s))
         self._roster = roster
         self._admission = admission
         self._limits = limits
@@ -163,14 +168,15 @@ class Flight:
 
     def _decided(self, fact: Fact) -> list[Action]:
         phase, worker = self.handoff.phase, self.handoff.worker
-        if isinstance(fact, LegFailed) and fact.error.reason is Reason.ENGINE_FAILED and worker is not None:
+        if isinstance(fact, LegFailed) and fact.error.reason in _WORKERS_FAULT and worker is not None:
             self._roster.doubt(worker)  # BEFORE another place is looked for, by this request or by others
         self._account(fact)
         actions = self.handoff.on(fact)
         if any(_is_leg_lost(action) for action in actions):
             self._on_leg_lost(phase.value)
             why = fact.error if isinstance(fact, LegFailed) else type(fact).__name__  # a fact's text may hold tokens
-            logger.warning("request %s lost its leg in %s: %s", self.request.generation_id, phase.value, why)
+            where = "" if worker is None else f" on {worker.worker_id}"
+            logger.warning("request %s lost its leg in %s%s: %s", self.request.generation_id, phase.value, where, why)
         return actions
 
     def _account(self, fact: Fact) -> None:
@@ -315,33 +321,35 @@ class Flight:
             self._facts.put_now(RoomFound(action.leg, decode))
 
     async def _prefill(self, action: StartPrefill) -> None:
-        limit_s = self._limits.prefill_timeout_s
+        budget = self._budgets.prefill(_now())
         try:
             client = self._client_to_start_on(action.worker)
-            async with asyncio.timeout(limit_s) as limit:
-                reply = await client.prefill(action.order, timeout_s=self._left_s())
+            self._check_in_time(budget)
+            async with asyncio.timeout(budget.silence_s) as limit:
+                reply = await client.prefill(action.order, timeout_s=budget.call_timeout_s)
         except Exception as error:
             is_late = isinstance(error, TimeoutError) and limit.expired()
-            why = engine_failed(action.worker.worker_id, f"no answer within {limit_s:g} s") if is_late else error
-            self._facts.put_now(LegFailed(action.leg, _baton_error(why)))
+            self._facts.put_now(LegFailed(action.leg, _baton_error(self._silent(budget) if is_late else error)))
         else:
             # BEFORE anything is awaited: a cancellation must not come between an answer and its being known.
             self._facts.put_now(PrefillDone(action.leg, reply))
 
     async def _decode(self, action: StartDecode) -> None:
-        limit_s = self._limits.decode_gap_timeout_s
         loop = asyncio.get_running_loop()
+        budget = self._budgets.handoff(loop.time(), computes_prompt=not action.order.ticket)
         token_count = 0
         try:
             client = self._client_to_start_on(action.worker)
+            self._check_in_time(budget)
             async with (
-                asyncio.timeout(limit_s) as limit,
-                aclosing(client.decode(action.order, timeout_s=self._left_s())) as events,
+                asyncio.timeout(budget.silence_s) as limit,
+                aclosing(client.decode(action.order, timeout_s=budget.left_s)) as events,
             ):
                 async for event in events:
                     limit.reschedule(None)  # how long we take to handle it is not the worker's silence
                     match event:
                         case KvAdopted():
+                            budget = self._budgets.decode(loop.time())
                             await self._facts.put(Adopted(action.leg, event))
                         case Stepped():
                             tokens = TokensArrived(action.leg, token_count, event.token_ids, event.logprobs)
@@ -350,12 +358,11 @@ class Flight:
                         case DecodeDone():
                             self._facts.put_now(DecodeEnded(action.leg, token_count, event.finish))
                             return
-                    limit.reschedule(loop.time() + limit_s)
+                    limit.reschedule(loop.time() + budget.silence_s)
             raise engine_failed(action.worker.worker_id, "ended a decode without saying why")
         except Exception as error:
             is_late = isinstance(error, TimeoutError) and limit.expired()
-            why = engine_failed(action.worker.worker_id, f"silent for {limit_s:g} s") if is_late else error
-            self._facts.put_now(LegFailed(action.leg, _baton_error(why)))
+            self._facts.put_now(LegFailed(action.leg, _baton_error(self._silent(budget) if is_late else error)))
 
     def _client_to_start_on(self, worker: WorkerIdentity) -> WorkerClient:
         """Raises ENGINE_FAILED for a worker that was lost between its placement and its leg: the news of it came when
@@ -409,11 +416,12 @@ class Flight:
         message = f"the router is shutting down, after {sent} tokens; start over"
         return BatonError(Reason.DRAINING, StatusName.ABORTED, message, metadata={"emitted_token_count": str(sent)})
 
-    def _left_s(self) -> float:
-        left_s = self._deadline_at - _now()
-        if left_s <= 0:
+    def _check_in_time(self, budget: Budget) -> None:
+        if budget.left_s <= 0:
             raise deadline_exceeded(self.handoff.phase.value, self.handoff.emitted_token_count)
-        return left_s
+
+    def _silent(self, budget: Budget) -> BatonError:
+        return stalled(self.handoff.phase.value, budget.silence_s, self.handoff.emitted_token_count)
 
     # The report
 
@@ -458,7 +466,7 @@ def _is_leg_lost(action: Action) -> bool:
         case Place():
             return True  # an answer to a fact, so not the first
         case Fail():
-            return action.error.reason is Reason.ATTEMPTS_EXHAUSTED
+            return action.error.reason in (Reason.ATTEMPTS_EXHAUSTED, Reason.STALLED)
     return False
 
 

@@ -38,7 +38,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-from baton.errors import BatonError, Reason, attempts_exhausted, deadline_exceeded, engine_failed, internal
+from baton.errors import BatonError, Reason, attempts_exhausted, deadline_exceeded, engine_failed, internal, stalled
 from baton.leg import DecodeOrder, KvAdopted, PrefillOrder, PrefillReply
 from baton.request import EngineStop, FinishReason, Handover, LegFinish, PlacementMode, TokenLogprobs
 from baton.timeline import Phase
@@ -93,6 +93,8 @@ _CALLERS_FAULT = frozenset({Reason.INVALID_REQUEST, Reason.PROMPT_TOO_LONG, Reas
 
 _WANTED = "wanted_block_count"
 """In the metadata of NO_ROOM, and of the PROMPT_TOO_LONG that a worker with a small KV cache says."""
+_GAP = "gap_s"
+"""In the metadata of STALLED."""
 
 
 class Handoff:
@@ -109,6 +111,7 @@ class Handoff:
         self._emitted: list[int] = []
         self._attempt = 0
         self._excluded: frozenset[WorkerIdentity] = frozenset()
+        self._stall: tuple[Phase, float] | None = None  # if the last leg was lost to silence: where, and for how long
         # Of prefills, in all attempts: where each was started, and which have been answered.
         self._prefill_workers: dict[int, WorkerIdentity] = {}
         self._answered: set[int] = set()
@@ -385,9 +388,9 @@ class Handoff:
         ended = self._end_reached()
         if ended is not None:
             return self._finish(ended)
+        self._stall = (phase, float(error.metadata[_GAP])) if error.reason is Reason.STALLED else None
         if self._attempt >= self._max_attempt_count:
-            emitted = len(self._emitted)
-            return self._end(Fail(attempts_exhausted(self._attempt, emitted, phase.value, error.message)))
+            return self._end(Fail(self._given_up(self._attempt, phase, error)))
         if worker is not None and not is_ticket_refused:
             self._excluded |= {worker}
         return [*self._let_go(), *self._next_attempt(needs_recompute=is_ticket_refused)]
@@ -401,10 +404,18 @@ class Handoff:
         return None
 
     def _placement_error(self, error: BatonError) -> BatonError:
-        if not self._emitted or error.reason is Reason.DEADLINE_EXCEEDED:
+        is_stalled = self._stall is not None and error.reason in (Reason.NO_WORKER, Reason.QUEUE_FULL)
+        if (not self._emitted and not is_stalled) or error.reason is Reason.DEADLINE_EXCEEDED:
             return error
         # Nothing may be called safe to retry once a token was sent.
-        return attempts_exhausted(self._attempt - 1, len(self._emitted), Phase.QUEUE.value, error.message)
+        return self._given_up(self._attempt - 1, Phase.QUEUE, error)
+
+    def _given_up(self, attempt_count: int, phase: Phase, last: BatonError) -> BatonError:
+        """STALLED where silence is what it ends in, and was when there was nowhere else to go."""
+        if self._stall is not None:
+            stalled_in, gap_s = self._stall
+            return stalled(stalled_in.value, gap_s, len(self._emitted))
+        return attempts_exhausted(attempt_count, len(self._emitted), phase.value, last.message)
 
     # Ending
 

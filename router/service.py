@@ -22,6 +22,7 @@ from baton.metrics import RouterMetrics, outcome_of
 from baton.status import PUSHBACK_KEY, to_rpc_status
 from baton.v1 import generation_pb2 as pb
 from baton.v1 import generation_pb2_grpc as pb_grpc
+from router.budgets import time_allowed_s
 from router.intake import Intake
 from router.phase_window import PhaseWindow
 from router.pipeline import Pipeline
@@ -31,9 +32,6 @@ from router.stream_writer import StreamWriter
 
 SERVICE_NAME = "baton.v1.GenerationService"
 
-_MARGIN_SHARE, _MARGIN_MAX_S = 0.05, 0.05
-"""We stop this much before the caller's deadline (5 %, at most 50 ms), so that the caller learns from us in which
-phase the time ran out instead of only that it did."""
 _GOODBYE_S = 0.5
 """How long the status of a refused call may wait for the caller to read what is before it."""
 
@@ -129,11 +127,9 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         await writer.write_all(self._pipeline.run(prepared))
 
     def _time_allowed_s(self, context: Any) -> float:
-        remaining_s: float | None = context.time_remaining()
-        if remaining_s is None:
-            return self._default_deadline_s
-        margin_s = min(_MARGIN_MAX_S, remaining_s * _MARGIN_SHARE)
-        return min(remaining_s - margin_s, self._max_deadline_s)
+        return time_allowed_s(
+            context.time_remaining(), default_s=self._default_deadline_s, max_s=self._max_deadline_s
+        )
 
 
 async def refuse(context: Any, error: BatonError) -> None:

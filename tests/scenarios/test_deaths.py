@@ -262,7 +262,7 @@ async def test_a_refused_ticket_becomes_a_recompute_and_its_kv_is_released() -> 
 
 @in_virtual_time
 async def test_a_hanging_prefill_is_tried_elsewhere_after_its_own_timeout() -> None:
-    limits = FlightLimits(lease_s=LEASE_S, prefill_timeout_s=1.5, decode_gap_timeout_s=1.5)
+    limits = FlightLimits(lease_s=LEASE_S, prefill_timeout_s=1.5, gap_timeout_s=1.5)
     async with virtual_cluster(2, 1, flight=limits) as cluster:
         for process in cluster.processes.values():
             if process.role is Role.PREFILL:
@@ -275,7 +275,7 @@ async def test_a_hanging_prefill_is_tried_elsewhere_after_its_own_timeout() -> N
 
 @in_virtual_time
 async def test_a_decode_that_falls_silent_is_tried_elsewhere() -> None:
-    limits = FlightLimits(lease_s=LEASE_S, decode_gap_timeout_s=1.5)
+    limits = FlightLimits(lease_s=LEASE_S, gap_timeout_s=1.5)
     async with virtual_cluster(1, 2, flight=limits) as cluster:
         request = cluster.request(100, 100)
         caller = _ask(cluster, request)

@@ -1,8 +1,8 @@
 """How long each part of a request may take: the limit of every wait, from the call's deadline and the configuration.
 
-Pure: times are passed in (the event loop's clock, seconds). Nothing of a request waits without a budget from here. Its
-end is the request's deadline (DEADLINE_EXCEEDED, which names the phase), or silence of whoever computes: then the leg
-is lost, and moved while attempts are left, else STALLED.
+Pure: times are passed in (the event loop's clock, seconds). Nothing of a request waits without a budget from here. It
+ends with the request's deadline (DEADLINE_EXCEEDED, which names the phase), or with silence of whoever computes: then
+the leg is lost, and moved while attempts are left, else STALLED.
 
     |<------------------------- deadline: the caller's, cut to the server's maximum ------------------------->|
     | queue                 | prefill             | handoff                 | decode: between two tokens      |

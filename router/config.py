@@ -45,6 +45,15 @@ class RouterConfig:
     """Largest request message; gRPC refuses larger ones while they arrive, with RESOURCE_EXHAUSTED."""
     max_concurrent_call_count: int = 4096
     """Calls open at once; gRPC refuses more with RESOURCE_EXHAUSTED."""
+    max_connection_call_count: int = 1024
+    """Calls open at once on one connection; a client keeps further ones back until one of its own ends."""
+    max_connection_age_s: float = 0.0
+    """After this (give or take 10 %) a client is asked to connect anew, so that its next calls may go elsewhere; 0:
+    never. What runs, runs on."""
+    max_connection_age_grace_s: float = 3660.0
+    """How long what runs on a connection of that age may take; then it is cut. With an age, above max_deadline_s."""
+    min_ping_interval_s: float = 30.0
+    """Clients may ping through silence, such as a long prefill, this often; who pings faster is cut off by gRPC."""
     default_deadline_s: float = 300.0
     """For calls that bring no deadline."""
     max_deadline_s: float = 3600.0
@@ -59,6 +68,11 @@ class RouterConfig:
     """Longest wait while no worker is ready at all; then NO_WORKER. The fleet restarts workers meanwhile."""
     max_attempt_count: int = 3
     """Attempts of one request, the first included, before it is given up."""
+    prefill_timeout_s: float = 120.0
+    """Longest wait for a prompt to be computed, the engine's queue included; then it is tried elsewhere."""
+    gap_timeout_s: float = 60.0
+    """Longest silence of a decode: until its KV is in place, a pull in vain included, and between two tokens. Then it
+    is moved while attempts are left, and ends with STALLED otherwise."""
     lease_s: float = 30.0
     """How long a prefill worker holds KV that nobody fetches."""
     placement: str = "auto"
@@ -84,6 +98,10 @@ class RouterConfig:
         self._check_range("max_context_token_count", 2, 10_000_000)
         self._check_range("max_message_bytes", 1024, 1024**3)
         self._check_range("max_concurrent_call_count", 1, 1_000_000)
+        self._check_range("max_connection_call_count", 1, 1_000_000)
+        self._check_range("max_connection_age_s", 0, 30 * 86_400)
+        self._check_range("max_connection_age_grace_s", 0.001, 31 * 86_400)
+        self._check_range("min_ping_interval_s", 0.01, 3600)
         self._check_range("default_deadline_s", 0.001, 86_400)
         self._check_range("max_deadline_s", 0.001, 86_400)
         self._check_range("queue_limit", 0, 1_000_000)
@@ -91,6 +109,8 @@ class RouterConfig:
         self._check_range("max_queue_wait_s", 0.01, 86_400)
         self._check_range("max_no_worker_wait_s", 0.01, 86_400)
         self._check_range("max_attempt_count", 1, 16)
+        self._check_range("prefill_timeout_s", 0.1, 86_400)
+        self._check_range("gap_timeout_s", 0.1, 86_400)
         self._check_range("lease_s", 1, 3600)
         self._check_range("local_prompt_token_count", 0, 10_000_000)
         self._check_range("load_interval_s", 0.01, 10)
@@ -100,6 +120,11 @@ class RouterConfig:
             raise ConfigError(
                 f"default_deadline_s ({self.default_deadline_s}) must not be above "
                 f"max_deadline_s ({self.max_deadline_s})"
+            )
+        if self.max_connection_age_s and self.max_connection_age_grace_s <= self.max_deadline_s:
+            raise ConfigError(
+                f"max_connection_age_grace_s ({self.max_connection_age_grace_s}) must be above max_deadline_s "
+                f"({self.max_deadline_s}), or streams are cut that still have time; or set max_connection_age_s to 0"
             )
         if self.worker_silence_s < 2 * self.load_interval_s:
             raise ConfigError(

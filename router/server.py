@@ -127,7 +127,12 @@ class RouterServer:
         self.relay = Relay(
             self.roster,
             self.admission,
-            limits=FlightLimits(max_attempt_count=config.max_attempt_count, lease_s=config.lease_s),
+            limits=FlightLimits(
+                max_attempt_count=config.max_attempt_count,
+                lease_s=config.lease_s,
+                prefill_timeout_s=config.prefill_timeout_s,
+                gap_timeout_s=config.gap_timeout_s,
+            ),
             metrics=self.metrics,
         )
         encoder = PromptEncoder(self._tokenizer, self._template)
@@ -187,7 +192,7 @@ class RouterServer:
     async def start(self) -> RouterEndpoint:
         """Listens. Raises ``ServerError``, naming the port and its key, when one is taken."""
         config = self.config
-        public = self._server()
+        public = self._server(*public_options(config))
         readable = RefusesUnreadable(public, service.refuse)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self.generation, readable)  # type: ignore[no-untyped-call]
         model_pb2_grpc.add_ModelServiceServicer_to_server(self.models, readable)  # type: ignore[no-untyped-call]
@@ -257,7 +262,7 @@ class RouterServer:
         await self.generation.wait_idle()
         await self.models.wait_idle()
 
-    def _server(self) -> grpc.aio.Server:
+    def _server(self, *options: tuple[str, int]) -> grpc.aio.Server:
         config = self.config
         server = grpc.aio.server(
             maximum_concurrent_rpcs=config.max_concurrent_call_count,
@@ -268,10 +273,11 @@ class RouterServer:
                 ("grpc.max_metadata_size", 16 * 1024),
                 # Prefill of a long prompt is silence: clients may ping through it.
                 ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
+                ("grpc.http2.min_ping_interval_without_data_ms", round(1000 * config.min_ping_interval_s)),
                 # And a client whose machine vanished is noticed, so that its requests end.
                 ("grpc.keepalive_time_ms", 60_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
+                *options,
             ],
         )
         self._servers.append(server)
@@ -282,6 +288,17 @@ class RouterServer:
         with _listening(self.config.metrics_address, "metrics_address"):
             self._metrics_server = start_http_server(port, addr=host, registry=self.registry)
         return _joined(host, self._metrics_server[0].server_port)
+
+
+def public_options(config: RouterConfig) -> list[tuple[str, int]]:
+    """What the public port has beside what both ports have: how much one connection may ask, and how old it gets."""
+    options = [("grpc.max_concurrent_streams", config.max_connection_call_count)]
+    if config.max_connection_age_s:
+        options += [
+            ("grpc.max_connection_age_ms", round(1000 * config.max_connection_age_s)),
+            ("grpc.max_connection_age_grace_ms", round(1000 * config.max_connection_age_grace_s)),
+        ]
+    return options
 
 
 def connect_by_grpc(secret: bytes) -> Connect:

@@ -33,6 +33,11 @@ def test_the_required_keys_suffice_and_nothing_listens_beyond_loopback() -> None
         ({"listen_address": "0.0.0.0:50051"}, "beyond loopback"),
         ({"metrics_address": "10.0.0.1:1"}, "metrics_address listens beyond loopback"),
         ({"default_deadline_s": 7200.0}, "default_deadline_s .* must not be above max_deadline_s"),
+        (
+            {"max_connection_age_s": 60.0, "max_connection_age_grace_s": 3600.0},
+            r"max_connection_age_grace_s \(3600.0\) must be above max_deadline_s",
+        ),
+        ({"gap_timeout_s": 0.0}, "gap_timeout_s is 0.0; must be 0.1 to"),
         ({"worker_silence_s": 0.1}, "at least twice load_interval_s"),
         ({"placement": "both"}, 'placement is "both"'),
         ({"log_level": "loud"}, "log_level"),

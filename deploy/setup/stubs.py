@@ -1,4 +1,4 @@
-"""Generates the Python code of ``proto/`` into the packages it belongs to.
+"""Generates the Python code of ``proto/`` into the packages it belongs to, and the reference of the public API.
 
     .venv/bin/python -m deploy.setup.stubs [--out FOLDER]
 
@@ -13,10 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from deploy.setup import api_reference
+from deploy.setup.api_reference import PROTO, ROOT
 from deploy.setup.console import StepFailed, main_guard, say
-
-ROOT = Path(__file__).resolve().parents[2]
-PROTO = ROOT / "proto"
 
 
 def generate(out: Path) -> list[Path]:
@@ -37,8 +36,10 @@ def generate(out: Path) -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Generate the Python code of proto/.")
     parser.add_argument("--out", type=Path, default=ROOT)
-    made = generate(parser.parse_args().out)
-    say(f"{len(made)} files generated")
+    out = parser.parse_args().out
+    made = generate(out)
+    reference = api_reference.write(out)
+    say(f"{len(made)} files generated, and {reference}")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 from deploy.setup import api_reference
-from deploy.setup.api_reference import PROTO, ROOT
 from deploy.setup.console import StepFailed, main_guard, say
+
+ROOT, PROTO = api_reference.ROOT, api_reference.PROTO
 
 
 def generate(out: Path) -> list[Path]:

@@ -1,0 +1,385 @@
+"""Resumable generations: each runs in a task of its own, and calls come and go to read what it made.
+
+Owns those tasks, their replay windows and their time without a reader. A generation that nobody reads is cancelled
+when its grace is over, and a finished one forgotten; one whose caller never got its resume token ends at once with
+the call, for nobody could come back to it.
+
+    open --> running, read --cut--> running, detached --grace--> cancelled
+                  |   ^------attach------'      |
+                  v                             v
+             ended, read ---cut---------> ended, kept ---grace--> forgotten
+
+One reader at a time, and the newest is right: a connection that was cut may look open here for minutes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from baton.errors import (
+    BatonError,
+    Reason,
+    attached_elsewhere,
+    deadline_exceeded,
+    draining,
+    internal,
+    resume_unknown,
+    too_many_resumable,
+)
+from baton.request import OutputOptions
+from baton.timeline import Phase
+from router.answering import Admitted, Completed, Piece, PromptPart, RelayEvent
+from router.replay_window import Cursor, ReplayWindow, SharedBytes, WindowLimits
+
+logger = logging.getLogger(__name__)
+
+_NOT_WORTH_REPEATING = frozenset({Reason.DEADLINE_EXCEEDED, Reason.INVALID_REQUEST, Reason.PROMPT_TOO_LONG})
+"""Ends that another router, asked to continue, would come to as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeLimits:
+    window: WindowLimits = WindowLimits(max_bytes=1024 * 1024, max_token_count=16_384)
+    max_count: int = 1024
+    """Generations kept at once, the finished ones that wait for their grace included."""
+    total_bytes: int = 256 * 1024 * 1024
+    """Of all windows together."""
+    default_grace_s: float = 30.0
+    max_grace_s: float = 300.0
+
+    def grace_s(self, asked_s: float | None) -> float:
+        return min(self.default_grace_s if asked_s is None else asked_s, self.max_grace_s)
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a call that attaches must know of a generation."""
+
+    generation_id: str
+    identity: str
+    output: OutputOptions
+    model: str
+    prompt_token_count: int
+    deadline_at: float
+    """The loop's time."""
+    grace_s: float
+    formerly: str = ""
+    """The generation that this one goes on with, elsewhere begun: its token finds this one, too."""
+
+
+class Resumable:
+    """One generation. Made by ``Resumables.open``."""
+
+    def __init__(self, about: About, window: ReplayWindow, on_forgotten: Callable[[Resumable], None]) -> None:
+        self.about = about
+        self.window = window
+        self._on_forgotten = on_forgotten
+        # The mutable state: who reads, what is known of the start, and the clock of the grace.
+        self._reader = 0
+        self._is_read = False
+        self._is_admitted = False
+        self._has_caller_token = False
+        self._is_delivered = False
+        self._is_forgotten = False
+        self._is_abandoned = False
+        self._given_up: BatonError | None = None
+        self._grace: asyncio.TimerHandle | None = None
+        self._waiting: list[asyncio.Future[None]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        state = "running" if self.is_running else "ended"
+        return f"<Resumable {self.about.generation_id} {state}, {'read' if self._is_read else 'detached'}>"
+
+    # Questions
+
+    @property
+    def is_running(self) -> bool:
+        return self._task is not None and not self._task.done()
+
+    @property
+    def task(self) -> asyncio.Task[None]:
+        assert self._task is not None, "it was started when it was made"
+        return self._task
+
+    @property
+    def is_read(self) -> bool:
+        return self._is_read
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Its grace ended while it ran."""
+        return self._is_abandoned
+
+    @property
+    def is_delivered(self) -> bool:
+        """It ended, and all of it was written to a reader: kept only for the case that the reader did not get it."""
+        return self._is_delivered and not self._is_read
+
+    @property
+    def could_continue(self) -> bool:
+        """Whether it failed in a way that need not befall a continuation."""
+        last = self.window.last
+        return isinstance(last, BatonError) and last.reason not in _NOT_WORTH_REPEATING
+
+    # Effects
+
+    def start(self, events: AsyncGenerator[RelayEvent, None]) -> None:
+        self._task = asyncio.create_task(self._run(events), name=f"{self.about.generation_id} resumable")
+        self._start_grace()  # until somebody reads
+
+    async def read(
+        self, next_indices: Sequence[int], *, until: float | None = None
+    ) -> AsyncGenerator[RelayEvent, None]:
+        """``Admitted Piece* Completed`` from ``next_indices`` on, or a raised ``BatonError``. Takes over from whoever
+        reads. ``until``: the loop's time; after it this call ends, and not the generation.
+
+        Raises what ended the generation, and INVALID_REQUEST and RESUME_TOO_LATE of the window, ATTACHED_ELSEWHERE,
+        DRAINING, RESUME_UNKNOWN when it is cancelled meanwhile. Closing it leaves the generation without a reader.
+        """
+        loop = asyncio.get_running_loop()
+        cursor = self.window.cursor(next_indices)  # BEFORE taking over: who asks wrongly disturbs nobody
+        self._reader += 1
+        me = self._reader
+        self._is_read = True
+        self._stop_grace()
+        self._tell()
+        alarm = None if until is None else loop.call_at(until, self._tell)
+        try:
+            while not self._is_admitted and self.window.last is None:
+                self._check_right(me, cursor, until)
+                await self._news()
+            if self._is_admitted:
+                yield Admitted(self.about.generation_id)
+                self._has_caller_token = True
+            while True:
+                self._check_right(me, cursor, until)
+                piece = self.window.take(cursor)
+                if piece is not None:
+                    yield piece
+                elif isinstance(self.window.last, BatonError):
+                    raise self.window.last
+                elif self.window.last is not None:
+                    yield self.window.last
+                    self._is_delivered = True
+                    return
+                else:
+                    await self._news()
+        finally:
+            if alarm is not None:
+                alarm.cancel()
+            if me == self._reader:
+                self._detached()
+
+    def give_up(self, error: BatonError) -> None:
+        """Tells whoever reads to go elsewhere; the generation goes on until it is closed."""
+        self._given_up = error
+        self._tell()
+
+    def forget(self) -> None:
+        """Ends it, whatever it is doing. Idempotent."""
+        if self._is_forgotten:
+            return
+        self._is_forgotten = True
+        self._stop_grace()
+        if self.is_running:
+            self.task.cancel()
+        self.window.end(resume_unknown())
+        if not self._is_read:
+            self.window.clear()
+        self._on_forgotten(self)
+        self._tell()
+
+    # Parts
+
+    async def _run(self, events: AsyncGenerator[RelayEvent, None]) -> None:
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    match event:
+                        case Piece():
+                            self.window.put(event)
+                        case Admitted():
+                            self._is_admitted = True
+                        case Completed():
+                            self._end(event)
+                        case PromptPart():
+                            raise AssertionError("a resumable request has no prompt part")
+                    self._tell()
+        except BatonError as error:
+            self._end(error)
+        except Exception as error:
+            logger.exception("request %s: a bug in its pipeline", self.about.generation_id)
+            self._end(internal(f"the pipeline raised {type(error).__name__}", self.about.generation_id))
+        finally:
+            self._end(resume_unknown())  # the first end counts: this one only for what was cancelled
+            self._tell()
+
+    def _end(self, last: Completed | BatonError) -> None:
+        if self.window.last is None:
+            self.window.end(last)
+            if not self._is_read and not self._is_forgotten:
+                self._start_grace()  # anew: the grace of an answer's end is from its last token
+
+    def _check_right(self, me: int, cursor: Cursor, until: float | None) -> None:
+        """That this reader may still read."""
+        if me != self._reader:
+            raise attached_elsewhere()
+        if self._given_up is not None and not (self.window.last is not None and self._is_admitted):
+            raise self._given_up
+        if until is not None and asyncio.get_running_loop().time() >= until:
+            raise deadline_exceeded(Phase.DECODE.value, sum(cursor.next_indices))
+
+    def _detached(self) -> None:
+        self._is_read = False
+        if self._is_forgotten:
+            self.window.clear()
+        elif not self._has_caller_token:
+            self.forget()
+        else:
+            self._start_grace()
+
+    def _start_grace(self) -> None:
+        self._stop_grace()
+        self._grace = asyncio.get_running_loop().call_later(self.about.grace_s, self._grace_over)
+
+    def _stop_grace(self) -> None:
+        if self._grace is not None:
+            self._grace.cancel()
+            self._grace = None
+
+    def _grace_over(self) -> None:
+        self._is_abandoned = self.window.last is None
+        self.forget()
+
+    async def _news(self) -> None:
+        told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(told)
+        await told
+
+    def _tell(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for told in waiting:
+            if not told.done():
+                told.set_result(None)
+
+
+class Resumables:
+    """Every resumable generation of this router, by id. ``close`` ends them all."""
+
+    def __init__(
+        self, limits: ResumeLimits | None = None, *, on_abandoned: Callable[[], None] = lambda: None
+    ) -> None:
+        self.limits = limits or ResumeLimits()
+        self._on_abandoned = on_abandoned
+        self._shared = SharedBytes(self.limits.total_bytes)
+        self._by_id: dict[str, Resumable] = {}
+        self._kept: dict[Resumable, None] = {}  # in order of age
+        self._ending: set[asyncio.Task[None]] = set()  # forgotten, and not yet at rest
+
+    def __repr__(self) -> str:
+        return f"<Resumables {self.kept_count} kept, {self.running_count} running, {self.used_bytes} bytes>"
+
+    # Questions
+
+    @property
+    def kept_count(self) -> int:
+        return len(self._kept)
+
+    @property
+    def running_count(self) -> int:
+        return sum(each.is_running for each in self._kept)
+
+    @property
+    def detached_count(self) -> int:
+        """Running without a reader."""
+        return sum(each.is_running and not each.is_read for each in self._kept)
+
+    @property
+    def used_bytes(self) -> int:
+        """Of all windows."""
+        return self._shared.used_bytes
+
+    def find(self, generation_id: str) -> Resumable | None:
+        """The generation of this id, or the one that goes on with it."""
+        return self._by_id.get(generation_id)
+
+    # Effects
+
+    def open(
+        self,
+        about: About,
+        events: Callable[[], AsyncGenerator[RelayEvent, None]],
+        *,
+        first_indices: Sequence[int] = (0,),
+    ) -> Resumable:
+        """Starts one. Raises TOO_MANY_RESUMABLE; then ``events`` was not called."""
+        before = self._by_id.get(about.formerly) if about.formerly else None
+        if before is not None:
+            before.forget()
+        self._make_place()
+        window = ReplayWindow(
+            self.limits.window, self._shared, about.output.max_chunk_token_count, tuple(first_indices)
+        )
+        resumable = Resumable(about, window, self._forgotten)
+        self._kept[resumable] = None
+        for generation_id in _ids(about):
+            self._by_id[generation_id] = resumable
+        resumable.start(events())
+        return resumable
+
+    def cancel(self, generation_id: str) -> bool:
+        """Whether it was running."""
+        resumable = self._by_id.get(generation_id)
+        if resumable is None:
+            return False
+        was_running = resumable.is_running
+        resumable.forget()
+        return was_running
+
+    def give_up(self) -> None:
+        """Tells every reader of a running one to go on elsewhere (DRAINING)."""
+        for resumable in [*self._kept]:
+            resumable.give_up(draining())
+
+    async def until_detached_ended(self) -> None:
+        """Returns when nothing runs that nobody reads. Bound it with a timeout."""
+        while detached := [each.task for each in self._kept if each.is_running and not each.is_read]:
+            await asyncio.wait(detached)
+
+    async def close(self) -> None:
+        """Ends everything and waits. Idempotent."""
+        for resumable in [*self._kept]:
+            resumable.forget()
+        while self._ending:
+            await asyncio.wait(self._ending)
+
+    # Parts
+
+    def _make_place(self) -> None:
+        if self.kept_count < self.limits.max_count:
+            return
+        for resumable in self._kept:  # oldest first
+            if resumable.is_delivered:
+                resumable.forget()
+                return
+        raise too_many_resumable(self.kept_count, self.limits.max_count, min(self.limits.default_grace_s, 1.0))
+
+    def _forgotten(self, resumable: Resumable) -> None:
+        self._kept.pop(resumable, None)
+        for generation_id in _ids(resumable.about):
+            if self._by_id.get(generation_id) is resumable:
+                del self._by_id[generation_id]
+        if resumable.is_abandoned:
+            self._on_abandoned()
+        if resumable.is_running:
+            self._ending.add(resumable.task)
+            resumable.task.add_done_callback(self._ending.discard)
+
+
+def _ids(about: About) -> tuple[str, ...]:
+    return (about.generation_id, about.formerly) if about.formerly else (about.generation_id,)

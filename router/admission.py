@@ -39,6 +39,7 @@ from router.cluster_view import Assigned, ClusterView, WorkerIdentity
 from router.placement import Placement, PlacementAsk, PlacementPolicy, place
 from router.room import Room, RoomAsk, candidates, find_room, room_of
 from router.roster import Roster
+from router.sample_group import SampleGroup, Seat
 
 MIN_RETRY_AFTER_S = 0.1
 MAX_RETRY_AFTER_S = 30.0
@@ -79,10 +80,11 @@ class RoomView:
     """The waiting room at one moment."""
 
     waiting_count: int
-    """New requests; retries do not count."""
+    """New requests, each of their samples; retries do not count."""
     ahead_count: int
     """Those that are served before the one that asks."""
     in_flight_count: int
+    """Places given out, one for each sample."""
     departures_per_s: float
     is_draining: bool = False
 
@@ -103,18 +105,29 @@ class Shed:
 
 
 def admit(
-    room: RoomView, limits: AdmissionLimits, find_place: Callable[[], Placement | None], *, is_retry: bool = False
+    room: RoomView,
+    limits: AdmissionLimits,
+    find_place: Callable[[], Placement | None],
+    *,
+    is_retry: bool = False,
+    sample_count: int = 1,
 ) -> AdmitNow | WaitInLine | Shed:
     """What happens to a request that arrives now. ``find_place`` is asked only if nobody is ahead. Pure."""
     if room.is_draining and not is_retry:
         return Shed(draining())
-    if room.ahead_count == 0 and (is_retry or room.in_flight_count < limits.max_in_flight_count):
+    if room.ahead_count == 0 and (is_retry or fits_in_flight(room.in_flight_count, sample_count, limits)):
         placement = find_place()
         if placement is not None:
             return AdmitNow(placement)
-    if not is_retry and room.waiting_count >= limits.queue_limit:
+    if not is_retry and room.waiting_count + sample_count > limits.queue_limit:
         return Shed(queue_full(room.waiting_count, limits.queue_limit, retry_after_s(room)))
     return WaitInLine()
+
+
+def fits_in_flight(in_flight_count: int, sample_count: int, limits: AdmissionLimits) -> bool:
+    """Whether so many more may have a place. Alone, a request with more samples than there may be does not wait for
+    ever."""
+    return in_flight_count == 0 or in_flight_count + sample_count <= limits.max_in_flight_count
 
 
 def retry_after_s(room: RoomView) -> float:
@@ -138,6 +151,20 @@ class Entry:
     """It had a place and lost its worker: it goes first, and is not turned away."""
     excluded: frozenset[WorkerIdentity] = frozenset()
     needs_recompute: bool = False
+    seat: Seat | None = None
+    """Of one of several samples. Those that follow sample 0 were counted with it: they go first, and are not turned
+    away."""
+
+    @property
+    def goes_first(self) -> bool:
+        return self.is_retry or (self.seat is not None and not self.seat.is_lead)
+
+    @property
+    def sample_count(self) -> int:
+        """Places that it still needs."""
+        if self.seat is None:
+            return 1
+        return self.seat.group.kept_count if self.seat.is_lead else 1
 
     @property
     def session_key(self) -> str:
@@ -155,7 +182,13 @@ class Place:
         prompt_token_count: int,
         kept: Assigned,
         room_rank: tuple[int, int],
+        *,
+        share: Assigned | None = None,
+        group: SampleGroup | None = None,
+        is_counted_alone: bool = True,
     ) -> None:
+        """``share``: of ``kept``, what is kept for each further sample of ``group``, which is None for a sample that
+        is no group's first."""
         self.placement = placement
         self.room_rank = room_rank
         """Its turn among those that wait for room: the same however often it is refused."""
@@ -163,6 +196,9 @@ class Place:
         """Decode workers that had no room for it, and what was known of their room then."""
         self._admission = admission
         self._kept = kept
+        self._share = share
+        self._group = group
+        self._is_counted_alone = is_counted_alone
         self._prefill: Assigned | None = (
             None if placement.prefill is None else Assigned(prefill_count=1, prefill_token_count=prompt_token_count)
         )
@@ -177,6 +213,17 @@ class Place:
             self._admission.roster.assign(self.placement.prefill, self._held)
         self._prefill_over()
 
+    @property
+    def decode_worker_id(self) -> str:
+        return self.placement.decode.worker_id
+
+    def give_share(self) -> None:
+        """See ``sample_group.LeadPlace``."""
+        assert self._share is not None, "only a first sample's place keeps shares"
+        if self._is_open:
+            self._kept = _less(self._kept, self._share)
+            self._admission.roster.assign(self.placement.decode, self._share, sign=-1)
+
     def move(self, decode: WorkerIdentity) -> None:
         """What is kept for it is kept on another decode worker from now on."""
         before = self.placement.decode
@@ -189,12 +236,14 @@ class Place:
         """Gives the place back and lets the next ones in. Idempotent."""
         if self._is_open:
             self._is_open = False
+            if self._group is not None and self._group.lead is self:
+                self._group.lead = None
             self._prefill_over()
             held, self._held = self._held, Assigned()
             if held.held_count:
                 assert self.placement.prefill is not None
                 self._admission.roster.assign(self.placement.prefill, held, sign=-1)
-            self._admission.left(self.placement, self._kept)
+            self._admission.left(self.placement, self._kept, is_counted_alone=self._is_counted_alone)
 
     def _prefill_over(self) -> None:
         taken, self._prefill = self._prefill, None
@@ -321,6 +370,10 @@ class Admission:
 
     # Effects
 
+    def samples(self, sample_count: int) -> SampleGroup:
+        """The samples of one request; the caller closes it when nothing of them is left."""
+        return SampleGroup(sample_count, self._samples_left)
+
     def drain(self) -> None:
         """Takes no new requests; those that wait and those that run go on, retries included."""
         self._is_draining = True
@@ -329,7 +382,13 @@ class Admission:
         """A place at once, or None: then ``join``, before anything else is awaited. Raises QUEUE_FULL or DRAINING."""
         chain = self._index.chain(entry.prompt_token_ids, entry.tenant)
         room = self._room(entry)
-        match admit(room, self.limits, lambda: self._find(entry, chain), is_retry=entry.is_retry):
+        match admit(
+            room,
+            self.limits,
+            lambda: self._find(entry, chain),
+            is_retry=entry.goes_first,
+            sample_count=entry.sample_count,
+        ):
             case AdmitNow(placement):
                 return self._take(entry, chain, placement)
             case Shed(error):
@@ -406,9 +465,9 @@ class Admission:
         finally:
             self._is_pumping = False
 
-    def left(self, placement: Placement, kept: Assigned) -> None:
-        """A place was given back; ``Place.close`` calls this."""
-        self._in_flight_count -= 1
+    def left(self, placement: Placement, kept: Assigned, *, is_counted_alone: bool = True) -> None:
+        """A place was given back; ``Place.close`` calls this. Samples are counted by their group."""
+        self._in_flight_count -= is_counted_alone
         self._departures.append(asyncio.get_running_loop().time())
         del self._departures[:-RATE_WINDOW_COUNT]
         self.roster.assign(placement.decode, kept, sign=-1)  # tells of the change, which pumps
@@ -446,8 +505,8 @@ class Admission:
     def _let_in(self) -> None:
         for item in list(self._waiters):
             waiter, entry = item[1], item[1].entry
-            if not entry.is_retry and (
-                self._room_waiters or self._in_flight_count >= self.limits.max_in_flight_count
+            if not entry.goes_first and (
+                self._room_waiters or not fits_in_flight(self._in_flight_count, entry.sample_count, self.limits)
             ):
                 return
             if entry.excluded and asyncio.get_running_loop().time() >= waiter.relaxed_at:
@@ -469,17 +528,38 @@ class Admission:
             session_worker_ids=self._index.session_worker_ids(entry.session_key),
             excluded=entry.excluded,
             needs_recompute=entry.needs_recompute,
+            sample_count=entry.sample_count,
+            near="" if entry.seat is None else entry.seat.near,
+            has_room_kept=entry.seat is not None
+            and entry.seat.group.keeps_room_on(entry.seat.near, entry.seat.sample_index),
         )
         return place(self.roster.view(), ask, self._rng, self.policy)
 
     def _take(self, entry: Entry, chain: tuple[int, ...], placement: Placement) -> Place:
         prompt_token_count = len(entry.prompt_token_ids)
-        ask = PlacementAsk(prompt_token_count, entry.max_output_token_count)
-        kept = Assigned(decode_count=1, decode_token_count=ask.kept_token_count(self.policy))
-        self._in_flight_count += 1
-        given = Place(self, placement, prompt_token_count, kept, (-entry.priority, next(self._orders)))
+        seat, sample_count = entry.seat, entry.sample_count
+        ask = PlacementAsk(prompt_token_count, entry.max_output_token_count, sample_count=sample_count)
+        share = Assigned(decode_count=1, decode_token_count=ask.answer_token_count(self.policy))
+        kept = Assigned(decode_count=sample_count, decode_token_count=ask.kept_token_count(self.policy))
+        if seat is not None and not seat.is_lead and placement.decode.worker_id == seat.near:
+            kept = share  # the prompt's blocks are there already, and counted
+        self._in_flight_count += 1 if seat is None else seat.group.count()
+        given = Place(
+            self,
+            placement,
+            prompt_token_count,
+            kept,
+            (-entry.priority, next(self._orders)),
+            share=share,
+            group=seat.group if seat is not None and seat.is_lead else None,
+            is_counted_alone=seat is None,
+        )
         workers = [placement.decode]
         self.roster.assign(placement.decode, kept)
+        if seat is not None and seat.is_lead:
+            seat.group.lead = given
+        elif seat is not None:
+            seat.group.started(seat.sample_index)  # AFTER its own is counted: in between nobody gets in
         if placement.mode is PlacementMode.SPLIT and placement.prefill is not None:
             workers.append(placement.prefill)
             prefill = Assigned(prefill_count=1, prefill_token_count=prompt_token_count)
@@ -492,14 +572,20 @@ class Admission:
         rank = _rank(entry, next(self._orders))
         window_s = now - self._departures[0] if self._departures else 0.0
         return RoomView(
-            waiting_count=sum(not waiter.entry.is_retry for _, waiter in self._waiters),
+            waiting_count=sum(
+                waiter.entry.sample_count for _, waiter in self._waiters if not waiter.entry.goes_first
+            ),
             # Whoever waits for room is ahead of all that hold no KV yet, but not of those that lost theirs.
-            ahead_count=(0 if entry.is_retry else len(self._room_waiters))
+            ahead_count=(0 if entry.goes_first else len(self._room_waiters))
             + sum(each < rank and not waiter.entry.excluded for each, waiter in self._waiters),
             in_flight_count=self._in_flight_count,
             departures_per_s=len(self._departures) / window_s if window_s > 0 else 0.0,
             is_draining=self._is_draining,
         )
+
+    def _samples_left(self, place_count: int) -> None:
+        self._in_flight_count -= place_count
+        self.pump()
 
     def ends_of_patience(self, entry: Entry, now: float) -> list[tuple[float, Callable[[], None]]]:
         """When to look whether waiting still makes sense, in order."""
@@ -530,7 +616,15 @@ class Admission:
 
 def _rank(entry: Entry, order: int) -> tuple[bool, int, int]:
     """Smaller is served first."""
-    return (not entry.is_retry, -entry.priority, order)
+    return (not entry.goes_first, -entry.priority, order)
+
+
+def _less(kept: Assigned, share: Assigned) -> Assigned:
+    return replace(
+        kept,
+        decode_count=kept.decode_count - share.decode_count,
+        decode_token_count=kept.decode_token_count - share.decode_token_count,
+    )
 
 
 def _rank_of(item: tuple[tuple[int, ...], object]) -> tuple[int, ...]:

@@ -59,10 +59,21 @@ class PlacementAsk:
     """Processes that failed this request."""
     needs_recompute: bool = False
     """Its ticket was refused: compute the prompt where it is decoded."""
+    sample_count: int = 1
+    """Answers that are decoded together and share the prompt's blocks."""
+    near: str = ""
+    """Id of a worker whose cache has the prompt: served there whole if it decodes, prefilled there if it prefills,
+    as long as it can take it."""
+    has_room_kept: bool = False
+    """The worker it is to be near keeps room for it."""
 
     def kept_token_count(self, policy: PlacementPolicy) -> int:
         """Tokens the decode worker is expected to keep in cache for it."""
-        return self.prompt_token_count + min(self.max_output_token_count, policy.expected_output_token_count)
+        return self.prompt_token_count + self.sample_count * self.answer_token_count(policy)
+
+    def answer_token_count(self, policy: PlacementPolicy) -> int:
+        """Tokens it is expected to keep of one answer."""
+        return min(self.max_output_token_count, policy.expected_output_token_count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +84,7 @@ class Placement:
     decode: WorkerIdentity
     mode: PlacementMode
     reason: str
-    """One of: split, short_prompt, no_prefill_worker, no_decode_worker, policy, recompute."""
+    """One of: split, short_prompt, no_prefill_worker, no_decode_worker, policy, recompute, shared_prompt."""
 
 
 def place(
@@ -86,13 +97,16 @@ def place(
     reason = ""
     if not decoders and policy.serves_without_decoder:
         decoders, prefillers, reason = prefillers, [], "no_decode_worker"
+    near = next((worker for worker in ready if worker.worker_id == ask.near), None)
+    if near is not None and near in decoders and (ask.has_room_kept or _can_decode(near, ask, policy)):
+        return Placement(None, near.identity, PlacementMode.LOCAL, "shared_prompt")
     decoder = _pick([w for w in decoders if _can_decode(w, ask, policy)], lambda w: _decode_score(w, ask), rng)
     if decoder is None:
         return None
     reason = reason or _why_local(decoder, prefillers, ask, policy)
     if reason:
         return Placement(None, decoder.identity, PlacementMode.LOCAL, reason)
-    prefiller = _pick(prefillers, lambda w: _prefill_score(w, ask), rng)
+    prefiller = near if near in prefillers else _pick(prefillers, lambda w: _prefill_score(w, ask), rng)
     assert prefiller is not None
     return Placement(prefiller.identity, decoder.identity, PlacementMode.SPLIT, "split")
 
@@ -119,7 +133,7 @@ def _can_decode(worker: WorkerView, ask: PlacementAsk, policy: PlacementPolicy) 
     assert worker.info is not None
     if worker.assigned.decode_count == 0:
         return True  # a request too large for the pool must not wait for ever: the worker says what is wrong
-    if worker.assigned.decode_count >= worker.info.max_running_count + policy.decode_ahead_count:
+    if worker.assigned.decode_count + ask.sample_count > worker.info.max_running_count + policy.decode_ahead_count:
         return False
     block_token_count = worker.info.block_token_count
     expected_block_count = -(-worker.assigned.decode_token_count // block_token_count)

@@ -24,8 +24,8 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from baton.admin.v1 import cluster_pb2_grpc
 from baton.metrics import RouterMetrics
-from baton.v1 import generation_pb2_grpc, model_pb2_grpc
-from router import admin_service, model_service, service
+from baton.v1 import generation_pb2_grpc, model_pb2_grpc, status_pb2_grpc
+from router import admin_service, model_service, service, status_service
 from router.admin_service import AdminService, Counts
 from router.admission import Admission, AdmissionLimits
 from router.chat_template import ChatTemplate
@@ -45,10 +45,12 @@ from router.relay import Relay
 from router.roster import Roster, RosterLimits
 from router.service import GenerationService
 from router.service_parsing import RefusesUnreadable
+from router.status_service import StatusService
 from router.tokenizer import Tokenizer, TokenizerError, read_json_object
 from router.validation import ModelLimits
 from router.worker_client import Connect
 
+PUBLIC_SERVICE_NAMES = (service.SERVICE_NAME, model_service.SERVICE_NAME, status_service.SERVICE_NAME)
 HEALTH_SERVICE_NAME = "grpc.health.v1.Health"
 
 GOODBYE_S = 1.0
@@ -151,10 +153,11 @@ class RouterServer:
             max_deadline_s=config.max_deadline_s,
         )
         self.models = ModelService(tokenizer=self._tokenizer, encoder=encoder, card=self.model_card)
-        names = [service.SERVICE_NAME, model_service.SERVICE_NAME, admin_service.SERVICE_NAME]
+        names = [*PUBLIC_SERVICE_NAMES, admin_service.SERVICE_NAME]
         self.health = RouterHealth(names, lambda: self.relay.could_serve)
         self.roster.on_change(self.health.changed)
         self._admin = AdminService(roster=self.roster, window=self.window, counts=self.counts, secret=secret)
+        self._status = StatusService(roster=self.roster, window=self.window, counts=self.counts)
         # What runs: servers, the HTTP server of /metrics and its thread, background tasks.
         self._servers: list[grpc.aio.Server] = []
         self._metrics_server: tuple[Any, Any] | None = None
@@ -196,13 +199,14 @@ class RouterServer:
         readable = RefusesUnreadable(public, service.refuse)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self.generation, readable)  # type: ignore[no-untyped-call]
         model_pb2_grpc.add_ModelServiceServicer_to_server(self.models, readable)  # type: ignore[no-untyped-call]
+        status_pb2_grpc.add_StatusServiceServicer_to_server(self._status, readable)  # type: ignore[no-untyped-call]
         await self.health.attach(public)
         admin = self._server()
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(self._admin, admin)  # type: ignore[no-untyped-call]
         await self.health.attach(admin)
         if config.enable_reflection:
             reflection.enable_server_reflection(
-                [service.SERVICE_NAME, model_service.SERVICE_NAME, HEALTH_SERVICE_NAME, reflection.SERVICE_NAME],
+                [*PUBLIC_SERVICE_NAMES, HEALTH_SERVICE_NAME, reflection.SERVICE_NAME],
                 public,
             )
             reflection.enable_server_reflection(

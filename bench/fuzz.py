@@ -1,0 +1,347 @@
+"""Soak section ``fuzz``: a million requests gone wrong against the router, and what became of it.
+
+Most go to the router's handlers in process, through real serialisation (``fuzz_target``); some over real sockets. Of
+every call: it ends in time, with OK or a documented reason, and no INTERNAL; its stream keeps its grammar; no error
+repeats a prompt. Of the router: no turn of its event loop is long, and afterwards books, tasks, objects and memory
+are as before. Any case can be seen again: ``python -m bench.fuzz --only NUMBER``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import itertools
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from baton.event_loop import runner
+from bench import evidence
+from bench.fuzz_mutations import METHODS, WATCHWORD, Case, case_of
+from bench.fuzz_target import DEFAULT_DEADLINE_S, Ending, FuzzTarget, fuzz_target
+from bench.soaking import SEED, say
+
+CONCURRENCY = 24
+WARM_UP_SHARE = 0.1
+"""Of the cases, before memory and objects are taken as the baseline: pools, caches and windows fill up first."""
+LATE_S = 2.0
+"""A call that ends so long after its deadline is late. Two processes and whatever else share two cores."""
+LONGEST_TURN_S = 0.1
+"""CPU time that one call may keep the event loop from all others."""
+REST_LIMIT_S = 30.0
+GROWTH_BYTES, GROWTH_SHARE = 48 * 2**20, 0.25
+"""Memory that may come on top after the warm-up: the allocator's, at most the larger of the two."""
+OBJECTS = 20_000
+TOLD_COUNT = 40
+
+REASONS = {
+    "INVALID_REQUEST": ("INVALID_ARGUMENT",),
+    "PROMPT_TOO_LONG": ("INVALID_ARGUMENT",),
+    "MODEL_NOT_FOUND": ("NOT_FOUND",),
+    "QUEUE_FULL": ("RESOURCE_EXHAUSTED",),
+    "DEADLINE_EXCEEDED": ("DEADLINE_EXCEEDED",),
+    "PERMISSION_DENIED": ("PERMISSION_DENIED",),
+    "RESUME_UNKNOWN": ("NOT_FOUND",),
+    "RESUME_DENIED": ("PERMISSION_DENIED",),
+    "RESUME_TOO_LATE": ("OUT_OF_RANGE",),
+    "ATTACHED_ELSEWHERE": ("ABORTED",),
+    "TOO_MANY_RESUMABLE": ("RESOURCE_EXHAUSTED",),
+    "by gRPC": ("CANCELLED", "DEADLINE_EXCEEDED"),
+}
+"""What a call here may end with, and the statuses of each. No worker is lost here, so the reasons that tell of one
+would be a fault."""
+
+
+@dataclass
+class Findings:
+    """What a part saw. ``faults``: what must not be, as text, with the case's number."""
+
+    count: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+    fault_count: int = 0
+    slowest: list[tuple[float, int]] = field(default_factory=list)
+    """(CPU seconds, number) of the longest turns."""
+
+    def note(self, case: Case, ending: Ending) -> None:
+        self.count += 1
+        self.outcomes[f"{ending.status} {ending.reason}".strip()] += 1
+        for fault in faults_of(case, ending):
+            self.fault(f"case {case.number} ({case.path.rpartition('/')[2]}): {fault}")
+        if len(self.slowest) < 5 or ending.longest_turn_s > self.slowest[-1][0]:
+            self.slowest = sorted([*self.slowest, (ending.longest_turn_s, case.number)], reverse=True)[:5]
+
+    def fault(self, text: str) -> None:
+        self.fault_count += 1
+        if len(self.faults) < TOLD_COUNT:
+            self.faults.append(text)
+
+    def plain(self) -> dict[str, Any]:
+        return {**vars(self), "outcomes": dict(self.outcomes)}
+
+    def add(self, other: dict[str, Any]) -> None:
+        self.count += other["count"]
+        self.outcomes.update(other["outcomes"])
+        self.faults += other["faults"]
+        self.fault_count += other["fault_count"]
+        self.slowest = sorted([*self.slowest, *map(tuple, other["slowest"])], reverse=True)[:5]
+
+
+def faults_of(case: Case, ending: Ending) -> Iterator[str]:
+    """Everything that must not be about one ending."""
+    if ending.bug:
+        yield ending.bug
+    if ending.status == "OK":
+        if case.path.endswith("enerate") and ending.messages:
+            yield from _grammar_faults(ending.messages, is_resumed=case.path.endswith("ResumeGenerate"))
+        elif not ending.messages:
+            yield "OK without an answer"
+    elif ending.status not in REASONS.get(ending.reason, ()):
+        yield f"ended with {ending.status} {ending.reason or 'and no reason'}: {ending.text[:200]}"
+    elif ending.reason == "INVALID_REQUEST" and not ending.violation_count:
+        yield "INVALID_REQUEST without a field violation"
+    if WATCHWORD in ending.text or WATCHWORD.encode() in ending.details:
+        yield "the error repeats the prompt"
+    allowed_s = DEFAULT_DEADLINE_S if case.timeout_s is None else case.timeout_s
+    if ending.seconds > allowed_s + LATE_S:
+        yield f"ended {ending.seconds - allowed_s:.2f} s after its deadline"
+    if ending.longest_turn_s > LONGEST_TURN_S:
+        yield f"kept the event loop for {ending.longest_turn_s:.3f} s of CPU time with {len(case.data)} bytes"
+
+
+def _grammar_faults(messages: list[Any], *, is_resumed: bool) -> Iterator[str]:
+    words = [message.WhichOneof("event") for message in messages]
+    shape = "".join(
+        {"started": "S", "prompt": "P", "chunk": "C", "finished": "F"}.get(str(word), "?") for word in words
+    )
+    rest = shape.removeprefix("S").removesuffix("F").lstrip("P").strip("C")
+    if not shape.startswith("S") or not shape.endswith("F") or len(shape) < 2 or rest:
+        yield f"the stream was {shape[:40]}"
+        return
+    next_index: dict[int, int] = {}
+    for message in messages:
+        if message.WhichOneof("event") != "chunk":
+            continue
+        chunk = message.chunk
+        begins_at = next_index.get(chunk.sample_index)
+        if begins_at is None:
+            begins_at = chunk.first_token_index if is_resumed else 0
+        if chunk.first_token_index != begins_at:
+            yield f"a chunk began at {chunk.first_token_index}, not at {begins_at}"
+        next_index[chunk.sample_index] = chunk.first_token_index + chunk.token_count
+    output_token_count = messages[-1].finished.usage.output_token_count
+    if not is_resumed and sum(next_index.values()) != output_token_count:
+        yield f"{sum(next_index.values())} tokens were sent and {output_token_count} billed"
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """What a router at rest has."""
+
+    memory_bytes: int
+    object_count: int
+    task_count: int
+
+
+async def _at_rest(target: FuzzTarget, findings: Findings, when: str) -> _Rest:
+    left = await target.at_rest(REST_LIMIT_S)
+    if left:
+        findings.fault(f"{when} there is left after {REST_LIMIT_S:g} s: {left}")
+    await asyncio.sleep(0.3)  # what ends with a call's last step
+    gc.collect()
+    return _Rest(_memory_bytes(), len(gc.get_objects()), len(asyncio.all_tasks()))
+
+
+def _memory_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+async def fuzz_part(
+    numbers: range, *, seed: int, by_wire: bool, tell: bool = False, concurrency: int = CONCURRENCY
+) -> dict[str, Any]:
+    """Runs the cases of ``numbers``. Returns findings and what was at rest, as plain data."""
+    findings = Findings()
+    with tempfile.TemporaryDirectory() as directory:
+        async with fuzz_target(Path(directory)) as target:
+            warm_up_count = max(1, int(len(numbers) * WARM_UP_SHARE))
+            await _run_cases(target, numbers[:warm_up_count], seed, by_wire, findings, concurrency, tell)
+            before = await _at_rest(target, findings, "after the warm-up")
+            await _run_cases(target, numbers[warm_up_count:], seed, by_wire, findings, concurrency, tell)
+            after = await _at_rest(target, findings, "at the end")
+            if not await target.engines_alive():
+                findings.fault("an engine died")
+            if not target.router.health.is_serving:
+                findings.fault("the router does not serve any more")
+    for fault in growth_faults(before, after):
+        findings.fault(fault)
+    return {**findings.plain(), "before": asdict(before), "after": asdict(after)}
+
+
+def growth_faults(before: _Rest, after: _Rest) -> Iterator[str]:
+    more_bytes = after.memory_bytes - before.memory_bytes
+    if more_bytes > max(GROWTH_BYTES, GROWTH_SHARE * before.memory_bytes):
+        yield f"memory grew from {before.memory_bytes >> 20} to {after.memory_bytes >> 20} MiB"
+    if after.object_count - before.object_count > OBJECTS:
+        yield f"objects grew from {before.object_count} to {after.object_count}"
+    if after.task_count > before.task_count:
+        yield f"tasks grew from {before.task_count} to {after.task_count}"
+
+
+async def _run_cases(
+    target: FuzzTarget,
+    numbers: range,
+    seed: int,
+    by_wire: bool,
+    findings: Findings,
+    concurrency: int,
+    tell: bool,
+) -> None:
+    waiting = iter(numbers)
+
+    async def work(channel: grpc.aio.Channel) -> None:
+        for number in waiting:
+            case = case_of(number, seed)
+            ending = await (target.call_by_wire(channel, case) if by_wire else target.run(case))
+            findings.note(case, ending)
+            if tell and findings.count % 500 == 0:
+                print(json.dumps({"count": findings.count, "faults": findings.fault_count}), flush=True)
+
+    limits = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    async with grpc.aio.insecure_channel(target.endpoint.address, options=limits) as channel:
+        await asyncio.gather(*(work(channel) for _ in range(concurrency)))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--fuzzed", type=int, default=1_000_000, help="mutated requests in all")
+    parser.add_argument("--fuzzed-by-wire", type=int, default=50_000, help="of these, over real sockets")
+    parser.add_argument("--fuzz-seed", type=int, default=SEED)
+
+
+async def run(options: argparse.Namespace) -> bool:
+    """Point 6: a million mutated requests: no crash, no leak, only typed errors."""
+    began_at = time.monotonic()
+    core_count = os.cpu_count() or 1
+    in_process = options.fuzzed - options.fuzzed_by_wire
+    cuts = [round(in_process * part / core_count) for part in range(core_count + 1)]
+    parts = [(range(start, end), False) for start, end in itertools.pairwise(cuts)]
+    findings = Findings()
+    rows: list[dict[str, Any]] = []
+    for batch in (parts, [(range(in_process, options.fuzzed), True)]):
+        progress: dict[int, int] = {}
+        batch = [each for each in batch if each[0]]
+        results = await asyncio.gather(
+            *(_child(numbers, by_wire, options.fuzz_seed, progress, began_at) for numbers, by_wire in batch)
+        )
+        for (numbers, by_wire), result in zip(batch, results, strict=True):
+            if isinstance(result, str):
+                findings.fault(f"cases {numbers.start} to {numbers.stop - 1}: {result}")
+                continue
+            findings.add(result)
+            before, after = result["before"], result["after"]
+            turn_s, case_number = result["slowest"][0]
+            rows.append(
+                {
+                    "cases": f"{numbers.start} to {numbers.stop - 1}",
+                    "by": "sockets" if by_wire else "handlers",
+                    "faults": result["fault_count"],
+                    "longest turn, ms of CPU": f"{turn_s * 1000:.1f} (case {case_number})",
+                    "memory, MiB": f"{before['memory_bytes'] >> 20} to {after['memory_bytes'] >> 20}",
+                    "objects": f"{before['object_count']} to {after['object_count']}",
+                    "tasks": f"{before['task_count']} to {after['task_count']}",
+                }
+            )
+    is_kept = not findings.fault_count and findings.count == options.fuzzed
+    summary = [
+        f"{findings.count} mutated requests of {len(METHODS)} public methods, seed {options.fuzz_seed}, in "
+        f"{(time.monotonic() - began_at) / 60:.1f} min: {options.fuzzed - options.fuzzed_by_wire} to the handlers of "
+        f"routers in {core_count} processes, through real serialisation, {options.fuzzed_by_wire} over real sockets",
+        "endings: " + ", ".join(f"{name} {count}" for name, count in findings.outcomes.most_common()),
+        f"faults: {findings.fault_count}",
+        f"memory and objects: at rest, after the first {WARM_UP_SHARE:.0%} of each process' cases and at its end",
+        "promise (no crash, no leak, only typed errors): " + ("kept" if is_kept else "BROKEN"),
+        *(f"fault: {fault}" for fault in findings.faults[:TOLD_COUNT]),
+    ]
+    evidence.write("fuzz", "A million requests gone wrong", summary, rows, [findings.plain()])
+    return is_kept
+
+
+async def _child(
+    numbers: range, by_wire: bool, seed: int, progress: dict[int, int], began_at: float
+) -> dict[str, Any] | str:
+    """A process of its own, so that a crash is one of it. What it found, or how it died."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "bench.fuzz", "--part", str(numbers.start), str(numbers.stop), "--seed", str(seed)),
+        *(["--by-wire"] if by_wire else []),
+        stdout=asyncio.subprocess.PIPE,
+        limit=2**24,
+    )
+    assert process.stdout is not None
+    last: dict[str, Any] = {}
+    told_at = 0.0
+    try:
+        async for line in process.stdout:
+            last = json.loads(line)
+            progress[numbers.start] = last["count"]
+            if time.monotonic() - told_at > 15:
+                told_at = time.monotonic()
+                say(
+                    f"fuzz: {sum(progress.values())} cases after {told_at - began_at:.0f} s; of "
+                    f"{numbers.start} to {numbers.stop - 1}: {last['count']}, {last.get('faults')} faults"
+                )
+        status = await process.wait()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if status != 0 or "before" not in last:
+        return f"the process ended with status {status} after {last.get('count', 0)} cases"
+    return last
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.fuzz", description=__doc__)
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--only", type=int, nargs="+", help="cases to run and to tell of")
+    parser.add_argument("--part", type=int, nargs=2, metavar=("FROM", "TO"), help="cases of a child, told as JSON")
+    parser.add_argument("--by-wire", action="store_true")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
+    with runner() as loop:
+        if options.part is not None:
+            part = fuzz_part(range(*options.part), seed=options.seed, by_wire=options.by_wire, tell=True)
+            print(json.dumps(loop.run(part)), flush=True)
+            return 0
+        return loop.run(_tell(options.only or [], options.seed, options.by_wire))
+
+
+async def _tell(numbers: list[int], seed: int, by_wire: bool) -> int:
+    """Runs cases one by one and shows them whole: for people."""
+    fault_count = 0
+    with tempfile.TemporaryDirectory() as directory:
+        async with fuzz_target(Path(directory)) as target:
+            for number in numbers:
+                case = case_of(number, seed)
+                async with grpc.aio.insecure_channel(target.endpoint.address) as channel:
+                    ending = await (target.call_by_wire(channel, case) if by_wire else target.run(case))
+                faults = list(faults_of(case, ending))
+                fault_count += len(faults)
+                say(f"{case} {case.data[:400]!r}\n  {ending} {ending.text}\n  faults: {faults}")
+                left = await target.at_rest(5.0)
+                if left:
+                    say(f"  left: {left}")
+    return 1 if fault_count else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
+
+from router.chat_abilities import MAX_ARGUMENT_NAMES, argument_name_problem
 
 
 class ConfigError(ValueError):
@@ -85,6 +87,18 @@ class RouterConfig:
     """A worker silent for longer gets no new requests."""
     drain_grace_s: float = 30.0
     """After SIGTERM, how long running requests may take to finish."""
+    chat_template_path: str = ""
+    """A chat template (Jinja) to use instead of the model's own. Empty: the model's own."""
+    template_arguments: tuple[str, ...] = ()
+    """Names of values that requests may give to the template, such as enable_thinking."""
+    tool_parser: str = ""
+    """Which of vLLM's parsers reads tool calls, such as hermes. Empty: requests may bring no tools."""
+    reasoning_parser: str = ""
+    """Which of vLLM's parsers takes the thinking out of the text, such as qwen3. Empty: it stays in the text."""
+    parser_deadline_s: float = 10.0
+    """How long the process that parses answers may take for one step of one answer."""
+    parser_start_deadline_s: float = 120.0
+    """How long it may take to start: it imports vLLM."""
     enable_reflection: bool = True
     """Serve gRPC reflection, so that grpcurl works without the protos."""
     log_level: str = "INFO"
@@ -116,6 +130,9 @@ class RouterConfig:
         self._check_range("load_interval_s", 0.01, 10)
         self._check_range("worker_silence_s", 0.05, 60)
         self._check_range("drain_grace_s", 0, 3600)
+        self._check_range("parser_deadline_s", 0.1, 600)
+        self._check_range("parser_start_deadline_s", 1, 3600)
+        self._check_template_arguments()
         if self.default_deadline_s > self.max_deadline_s:
             raise ConfigError(
                 f"default_deadline_s ({self.default_deadline_s}) must not be above "
@@ -149,10 +166,7 @@ class RouterConfig:
         missing = [name for name in required if name not in mapping]
         if missing:
             raise ConfigError(f"missing key {missing[0]!r}; it is required")
-        checked: dict[str, Any] = {
-            key: float(value) if hints[key] is float else value for key, value in mapping.items()
-        }
-        return cls(**checked)
+        return cls(**{key: _converted(value, hints[key]) for key, value in mapping.items()})
 
     @classmethod
     def load(cls, path: Path) -> RouterConfig:
@@ -176,6 +190,14 @@ class RouterConfig:
         if value is not None and not least <= value <= most:
             raise ConfigError(f"{name} is {value}; must be {least:,} to {most:,}")
 
+    def _check_template_arguments(self) -> None:
+        names = self.template_arguments
+        if len(names) > MAX_ARGUMENT_NAMES or len(set(names)) < len(names):
+            raise ConfigError(f"template_arguments must be at most {MAX_ARGUMENT_NAMES} different names")
+        for name in names:
+            if (problem := argument_name_problem(name)) is not None:
+                raise ConfigError(f"template_arguments: {name!r} {problem}")
+
     def _check_address(self, name: str) -> None:
         host, _, port = getattr(self, name).rpartition(":")
         if not host or not port.isdigit() or int(port) > 65535:
@@ -195,7 +217,15 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def _converted(value: Any, expected: Any) -> Any:
+    if expected is float:
+        return float(value)
+    return tuple(value) if get_origin(expected) is tuple else value
+
+
 def _is_of_type(value: object, expected: Any) -> bool:
+    if get_origin(expected) is tuple:  # tuple[str, ...], the only one there is
+        return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
     if isinstance(expected, UnionType):
         return any(_is_of_type(value, choice) for choice in get_args(expected))
     if expected is float:
@@ -206,6 +236,8 @@ def _is_of_type(value: object, expected: Any) -> bool:
 
 
 def _type_name(expected: Any) -> str:
+    if get_origin(expected) is tuple:
+        return "a list of strings"
     names = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", type(None): "absent"}
     if isinstance(expected, UnionType):
         return " or ".join(names[choice] for choice in get_args(expected))

@@ -19,6 +19,7 @@ from router.answering import RoutedRequest
 from router.prompt_encoder import PromptEncoder
 from router.tokenizer import Tokenizer
 from router.validation import ModelLimits, check, resolved_output_token_count
+from router.validation_chat import answer_violations
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Intake:
         DEADLINE_EXCEEDED."""
         try:
             limits = self._limits()
-            check(request, limits, violations)
+            check(request, limits, [*violations, *self._chat_violations(request)])
             try:
                 async with asyncio.timeout_at(deadline_at):
                     prompt_token_ids = await self._encoder.encode(request.prompt, limits)
@@ -90,6 +91,9 @@ class Intake:
             silent_token_ids=routed.end_token_ids,
             min_token_count=routed.min_output_token_count,
         )
+
+    def _chat_violations(self, request: GenerateRequest) -> list[FieldViolation]:
+        return self._encoder.violations(request.prompt) or answer_violations(request, self._encoder.abilities)
 
     def _routed(
         self, request: GenerateRequest, prompt_token_ids: tuple[int, ...], limits: ModelLimits

@@ -167,7 +167,7 @@ class ModelService(pb_grpc.ModelServiceServicer):
         prompt: Prompt = TextPrompt(request.text)  # an absent prompt is an empty one, and refused as such
         if request.WhichOneof("prompt") == "chat":
             prompt = chat_from_proto(request.chat, violations)
-        check(GenerateRequest(prompt, request.model), limits, violations)
+        check(GenerateRequest(prompt, request.model), limits, [*violations, *self._encoder.violations(prompt)])
         async with self._turn(prompt):
             if is_bare and isinstance(prompt, TextPrompt):
                 return await self._tokenizer.encode_bounded(

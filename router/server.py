@@ -40,7 +40,7 @@ from router.model_service import ModelService
 from router.phase_window import PhaseWindow
 from router.pipeline import Pipeline
 from router.placement import PlacementPolicy
-from router.prompt_encoder import PromptEncoder
+from router.prompt_encoder import PromptEncoder, abilities_of
 from router.relay import Relay
 from router.roster import Roster, RosterLimits
 from router.service import GenerationService
@@ -137,7 +137,13 @@ class RouterServer:
             ),
             metrics=self.metrics,
         )
-        encoder = PromptEncoder(self._tokenizer, self._template)
+        self.chat_abilities = abilities_of(
+            self._template,
+            tool_parser=config.tool_parser,
+            reasoning_parser=config.reasoning_parser,
+            template_argument_names=config.template_arguments,
+        )
+        encoder = PromptEncoder(self._tokenizer, self._template, self.chat_abilities)
         intake = Intake(
             tokenizer=self._tokenizer,
             encoder=encoder,
@@ -180,7 +186,13 @@ class RouterServer:
             self.limits(),
             special_tokens=tuple(self._tokenizer.special_tokens.items()),
             chat_template="" if self._template is None else self._template.source,
-            capabilities=Capabilities(has_chat=self._template is not None),
+            capabilities=Capabilities(
+                has_chat=self.chat_abilities.has_chat,
+                has_tools=self.chat_abilities.has_tools,
+                tool_parser=self.chat_abilities.tool_parser,
+                reasoning_parser=self.chat_abilities.reasoning_parser,
+                template_argument_names=tuple(self.chat_abilities.template_argument_names),
+            ),
         )
 
     def counts(self) -> Counts:
@@ -315,7 +327,8 @@ def load_model(config: RouterConfig) -> tuple[Tokenizer, ChatTemplate | None, Mo
     model_dir = Path(config.model_dir).expanduser()
     try:
         tokenizer = Tokenizer.load(model_dir)
-        template = ChatTemplate.load(model_dir)
+        override = Path(config.chat_template_path).expanduser() if config.chat_template_path else None
+        template = ChatTemplate.load(model_dir, override)
         context = read_json_object(model_dir / "config.json").get("max_position_embeddings")
     except TokenizerError as error:
         raise ServerError(f"model_dir: {error}. Prepare the model, or set model_dir to where it is.") from error

@@ -1,79 +1,257 @@
 """The client for programs without an event loop: the same calls, events and errors as ``baton.client``.
 
     with BatonClientSync("127.0.0.1:50051") as client:
-        for event in client.generate("Once upon a time", timeout=30):
-            ...
+        for chunk in client.generate("Once upon a time", timeout=30):
+            print(chunk.text, end="", flush=True)
 
 Thread-safe, as gRPC channels are; each call blocks its own thread.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Generator, Sequence
+import random
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import grpc
 
-from baton.client import (
-    DEFAULT_ADDRESS,
-    Event,
-    StreamGrammar,
-    channel_options,
-    chat_prompt,
-    event_from_proto,
-    prompt_of,
-    request_to_proto,
+from baton.call_proto import (
+    Asked,
+    GenerateOptions,
+    asked,
+    cancel_to_proto,
+    checked_timeout,
+    count_to_proto,
+    detokenize_to_proto,
+    resume_to_proto,
+    tokenize_to_proto,
 )
-from baton.request import ChatMessage, Prompt
+from baton.channels import DEFAULT_ADDRESS, addresses_of, call_metadata, channel_options
+from baton.errors import StatusName
+from baton.event_proto import event_from_proto, model_from_proto
+from baton.events import Answer, Event, Started, collect_sync
+from baton.models import Model, TokenCount
+from baton.prompts import MessageLike, TemplateArgument, ToolLike, chat_prompt
+from baton.request import ChatPrompt, Prompt, TextPrompt, ToolChoice
+from baton.resuming import DEFAULT_POLICY, Continuity, ResumePolicy
 from baton.status import from_rpc_error
-from baton.v1 import generation_pb2 as pb
-from baton.v1 import generation_pb2_grpc as pb_grpc
+from baton.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
+
+__all__ = ["BatonClientSync", "collect_sync"]
+
+GOODBYE_S = 2.0
+"""As of ``baton.client``."""
+
+
+class _Peer:
+    """One address: its channel, which connects at the first call, and what is called there."""
+
+    def __init__(self, address: str, channel: grpc.Channel) -> None:
+        self.address = address
+        self.channel = channel
+        self.generation = generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
+        self.models = model_pb2_grpc.ModelServiceStub(channel)  # type: ignore[no-untyped-call]
 
 
 class BatonClientSync:
     """A client of one Baton. Use as a context manager, or ``close()``."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, options: Sequence[tuple[str, Any]] = ()) -> None:
-        """``address``: host:port. ``options``: gRPC channel options over Baton's own."""
-        self.address = address
-        self._channel = grpc.insecure_channel(address, options=[*channel_options(address), *options])
-        self._stub = pb_grpc.GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]
+    def __init__(
+        self,
+        address: str | Sequence[str] = DEFAULT_ADDRESS,
+        *,
+        api_key: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        options: Sequence[tuple[str, Any]] = (),
+        resume_policy: ResumePolicy = DEFAULT_POLICY,
+        rng: random.Random | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """As ``BatonClient``. ``clock``: seconds, by which timeouts are shared out among tries."""
+        self.addresses = addresses_of(address)
+        self._metadata = call_metadata(api_key)
+        self._policy = resume_policy
+        self._rng = rng or random.Random()  # noqa: S311  # delays are no secret
+        self._clock = clock
+        self._peers = tuple(_Peer(each, _channel(each, credentials, options)) for each in self.addresses)
+        # What changes: which address answered last (any thread may say so; each value is a good one).
+        self._index = 0
+        self._closed = threading.Event()
+
+    @property
+    def address(self) -> str:
+        """Where the next call goes."""
+        return self._peers[self._index].address
 
     def generate(
-        self, prompt: str | Sequence[int] | Prompt, *, timeout: float, **options: Any
+        self, prompt: str | Sequence[int] | Prompt, *, timeout: float, **options: Unpack[GenerateOptions]
     ) -> Generator[Event, None, None]:
-        """Streams ``Started Chunk* Finished``. ``options``: the other keywords of ``BatonClient.generate``. Closing
-        the generator cancels the call. Raises ``BatonError``, and ``ValueError`` as ``BatonClient.generate`` does."""
-        if not (timeout > 0 and math.isfinite(timeout)):
-            raise ValueError(f"timeout must be positive and finite seconds, not {timeout}")
-        return self._events(request_to_proto(prompt_of(prompt), **options), timeout)
+        """Streams ``Started PromptPart* Chunk* Finished``. Closing the generator cancels the generation. Raises
+        ``BatonError``, and ``ValueError`` as ``BatonClient.generate`` does."""
+        return self._events(asked(prompt, timeout, options))
 
     def chat(
-        self, messages: Sequence[ChatMessage | tuple[str, str]], *, timeout: float, **options: Any
+        self,
+        messages: Sequence[MessageLike],
+        *,
+        timeout: float,
+        tools: Sequence[ToolLike] = (),
+        tool_choice: ToolChoice | str = ToolChoice.AUTO,
+        tool_name: str = "",
+        template_arguments: dict[str, TemplateArgument] | None = None,
+        keep_reasoning_in_text: bool = False,
+        **options: Unpack[GenerateOptions],
     ) -> Generator[Event, None, None]:
-        """Like ``generate`` for a conversation, oldest message first."""
-        return self.generate(chat_prompt(messages), timeout=timeout, **options)
+        """Like ``generate`` for a conversation, oldest message first; see ``BatonClient.chat``."""
+        prompt = chat_prompt(
+            messages,
+            tools=tools,
+            tool_choice=tool_choice,
+            tool_name=tool_name,
+            template_arguments=template_arguments,
+            keep_reasoning_in_text=keep_reasoning_in_text,
+        )
+        return self._events(asked(prompt, timeout, options))
 
-    def _events(self, message: pb.GenerateRequest, timeout: float) -> Generator[Event, None, None]:
-        call = self._stub.Generate(message, timeout=timeout)
-        grammar = StreamGrammar()
+    def complete(
+        self, prompt: str | Sequence[int] | Prompt, *, timeout: float, **options: Unpack[GenerateOptions]
+    ) -> Answer:
+        """``generate``, read to its end."""
+        with closing(self.generate(prompt, timeout=timeout, **options)) as stream:
+            return collect_sync(stream)
+
+    def complete_chat(self, messages: Sequence[MessageLike], *, timeout: float, **options: Any) -> Answer:
+        """``chat``, read to its end. ``options``: the other keywords of ``chat``."""
+        with closing(self.chat(messages, timeout=timeout, **options)) as stream:
+            return collect_sync(stream)
+
+    def cancel_generation(self, resume_token: str, *, timeout: float, tenant: str = "") -> bool:
+        """Ends a resumable generation now, whoever reads it. Returns whether it was running."""
+        request = cancel_to_proto(resume_token, tenant)
+        return bool(self._unary(lambda peer: peer.generation.CancelGeneration, request, timeout).was_running)
+
+    def list_models(self, *, timeout: float) -> tuple[Model, ...]:
+        """Every served model."""
+        reply = self._unary(lambda peer: peer.models.ListModels, model_pb2.ListModelsRequest(), timeout)
+        return tuple(model_from_proto(each) for each in reply.models)
+
+    def get_model(self, name: str = "", *, timeout: float) -> Model:
+        """One model; without a name the server's only one. Raises ``ModelNotFound``."""
+        reply = self._unary(lambda peer: peer.models.GetModel, model_pb2.GetModelRequest(name=name), timeout)
+        return model_from_proto(reply.model)
+
+    def count_tokens(self, prompt: str | TextPrompt | ChatPrompt, *, timeout: float, model: str = "") -> TokenCount:
+        """Tokens that a prompt would have; for a conversation give ``chat_prompt(messages)``."""
+        reply = self._unary(lambda peer: peer.models.CountTokens, count_to_proto(prompt, model), timeout)
+        return TokenCount(reply.token_count, reply.max_prompt_token_count)
+
+    def tokenize(
+        self,
+        prompt: str | TextPrompt | ChatPrompt,
+        *,
+        timeout: float,
+        model: str = "",
+        add_special_tokens: bool = True,
+    ) -> tuple[int, ...]:
+        """The token ids that ``generate`` would use."""
+        request = tokenize_to_proto(prompt, model=model, add_special_tokens=add_special_tokens)
+        return tuple(self._unary(lambda peer: peer.models.Tokenize, request, timeout).token_ids)
+
+    def detokenize(
+        self, token_ids: Sequence[int], *, timeout: float, model: str = "", keep_special_tokens: bool = False
+    ) -> str:
+        """Their text."""
+        request = detokenize_to_proto(token_ids, model=model, keep_special_tokens=keep_special_tokens)
+        return str(self._unary(lambda peer: peer.models.Detokenize, request, timeout).text)
+
+    def _unary(self, method: Callable[[_Peer], Any], request: Any, timeout: float) -> Any:
+        """At the address that answered last, then at the others: all of these calls may be repeated."""
+        give_up_at = self._clock() + checked_timeout(timeout)
+        first = self._index
+        for place in range(len(self._peers)):
+            index = (first + place) % len(self._peers)
+            peer = self._peers[index]
+            try:
+                reply = method(peer)(request, timeout=max(0.001, give_up_at - self._clock()), metadata=self._metadata)
+            except grpc.RpcError as error:
+                failure = from_rpc_error(error, peer=peer.address)
+                if failure.status is not StatusName.UNAVAILABLE:
+                    raise failure from None
+            else:
+                self._index = index
+                return reply
+        raise failure
+
+    def _events(self, call: Asked) -> Generator[Event, None, None]:
+        give_up_at = self._clock() + call.timeout_s
+        state = Continuity(
+            address_count=len(self._peers),
+            address_index=self._index,
+            sample_count=call.sample_count,
+            is_resumable=call.is_resumable,
+            wants_token_ids=call.wants_token_ids,
+            rng=self._rng,
+            policy=self._policy,
+        )
         try:
-            for response in call:
-                event = event_from_proto(response)
-                if event is not None:
-                    grammar.check(event)
-                    yield event
-            grammar.check_end()
-        except grpc.RpcError as error:
-            raise grammar.broken(from_rpc_error(error, peer=self.address)) from None
+            while True:
+                peer = self._peers[state.address_index]
+                try:
+                    yield from self._attached(call, state, give_up_at)
+                    return
+                except grpc.RpcError as error:
+                    failure = from_rpc_error(error, peer=peer.address)
+                if self._closed.is_set():
+                    raise failure
+                next_try = state.after(failure, remaining_s=give_up_at - self._clock())
+                if self._closed.wait(next_try.delay_s):
+                    raise failure
         finally:
-            call.cancel()  # a finished call ignores it; an abandoned one must not run on
+            if state.may_still_run and not self._closed.is_set():
+                self._say_goodbye(state, call.message.tenant)
+
+    def _attached(self, call: Asked, state: Continuity, give_up_at: float) -> Generator[Event, None, None]:
+        """One call's events. Raises what gRPC raises, and INTERNAL for a server out of its grammar."""
+        peer = self._peers[state.address_index]
+        left_s = max(0.001, give_up_at - self._clock())
+        if state.is_attaching_again:
+            stream = peer.generation.ResumeGenerate(
+                resume_to_proto(call.message, state), timeout=left_s, metadata=self._metadata
+            )
+        else:
+            stream = peer.generation.Generate(call.message, timeout=left_s, metadata=self._metadata)
+        try:
+            for response in stream:
+                event = event_from_proto(response)
+                if event is None:
+                    continue
+                event = state.take(event)
+                if event is not None:
+                    if isinstance(event, Started):
+                        self._index = state.address_index
+                    yield event
+            state.check_end()
+        finally:
+            stream.cancel()  # a finished call ignores it; an abandoned one must not run on
+
+    def _say_goodbye(self, state: Continuity, tenant: str) -> None:
+        """Nobody reads this generation any more: without this it would be computed for all of its grace."""
+        peer = self._peers[state.address_index]
+        request = cancel_to_proto(state.resume_token, tenant)
+        try:
+            peer.generation.CancelGeneration(request, timeout=GOODBYE_S, metadata=self._metadata)
+        except (grpc.RpcError, ValueError):  # ValueError: the channel was closed meanwhile
+            return  # it cannot be reached; its grace ends it
 
     def close(self) -> None:
         """Cancels what is open. Idempotent."""
-        self._channel.close()
+        self._closed.set()
+        for peer in self._peers:
+            peer.channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -84,4 +262,13 @@ class BatonClientSync:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<BatonClientSync {self.address}>"
+        return f"<BatonClientSync {', '.join(self.addresses)}>"
+
+
+def _channel(
+    address: str, credentials: grpc.ChannelCredentials | None, options: Sequence[tuple[str, Any]]
+) -> grpc.Channel:
+    every = [*channel_options(address), *options]
+    if credentials is None:
+        return grpc.insecure_channel(address, options=every)
+    return grpc.secure_channel(address, credentials, options=every)

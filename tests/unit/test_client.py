@@ -254,7 +254,9 @@ def test_events_arrive_as_they_were_sent_and_the_phases_keep_their_sum() -> None
     assert phases.transfer.wire_bytes_per_s == (1 << 33) / 0.25
     assert finished.cumulative_logprob == -12.5
     assert phases.placement_mode is PlacementMode.LOCAL
-    assert event_from_proto(started_to_proto("gen-1", "tiny", 3, time_allowed_s=30)) == STARTED
+    assert event_from_proto(started_to_proto("gen-1", "tiny", 3, time_allowed_s=30)) == Started(
+        "gen-1", "tiny", 3, time_allowed_s=30.0
+    )
     both = OutputOptions(wants_token_ids=True)
     assert event_from_proto(chunk_to_proto(Piece(4, (7, 8), "hi", None), both)) == Chunk(4, "hi", (7, 8), 2)
     only_text = event_from_proto(chunk_to_proto(Piece(4, (7, 8), "hi", None), OutputOptions()))

@@ -1,0 +1,168 @@
+"""How a client goes on with a stream that was cut: what it has, where it tries next, and when it gives up. Pure.
+
+One ``Continuity`` per generation. It keeps the token ids received (as many as the answer has, which the context
+bounds), checks every attachment against the one grammar, and decides; who owns the calls does what it says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from dataclasses import dataclass
+
+from baton.errors import BatonError, Reason, StatusName, deadline_exceeded
+from baton.events import Chunk, Event, Finished, Started
+from baton.stream_grammar import StreamGrammar
+
+
+@dataclass(frozen=True, slots=True)
+class ResumePolicy:
+    """How hard a client tries to attach again. A round asks every address once, the one of the cut first."""
+
+    max_round_count: int = 12
+    """Rounds in a row that bring no token; the first one without delay."""
+    first_delay_s: float = 0.1
+    """Before the second round; doubles with each, and half of it is drawn, so that callers of a restarted router do
+    not come back in one wave."""
+    max_delay_s: float = 2.0
+
+
+DEFAULT_POLICY = ResumePolicy()
+
+
+@dataclass(frozen=True, slots=True)
+class NextTry:
+    """Wait, then ask this address."""
+
+    delay_s: float
+    address_index: int
+
+
+class Continuity:
+    """Of one generation, over its attachments."""
+
+    def __init__(
+        self,
+        *,
+        address_count: int,
+        address_index: int,
+        sample_count: int,
+        is_resumable: bool,
+        wants_token_ids: bool,
+        rng: random.Random,
+        policy: ResumePolicy = DEFAULT_POLICY,
+    ) -> None:
+        """``wants_token_ids``: whether the caller does; the wire has them in any case where it is resumable."""
+        self._address_count = address_count
+        self._is_resumable = is_resumable
+        self._wants_token_ids = wants_token_ids
+        self._rng = rng
+        self._policy = policy
+        self._grammar = StreamGrammar(sample_count)
+        self._token_ids: list[list[int]] = [[] for _ in range(sample_count)]
+        # What changes with every attachment.
+        self.address_index = address_index
+        self.resume_token = ""
+        self.resume_count = 0
+        self._try_count = 0  # since the last token
+        self._first_index = address_index  # where the tries of this cut began
+        self._original: BatonError | None = None
+
+    @property
+    def is_attaching_again(self) -> bool:
+        """The next call goes on with a generation, instead of beginning one."""
+        return bool(self.resume_token)
+
+    @property
+    def may_still_run(self) -> bool:
+        """Whether a server computes on if nobody tells it to stop."""
+        return bool(self.resume_token) and not self._grammar.is_finished
+
+    @property
+    def next_token_indices(self) -> tuple[int, ...]:
+        return self._grammar.next_token_indices
+
+    @property
+    def token_ids(self) -> tuple[tuple[int, ...], ...]:
+        """So far, of each sample."""
+        return tuple(tuple(ids) for ids in self._token_ids)
+
+    def take(self, event: Event) -> Event | None:
+        """Checks what came and keeps what a resume needs. Returns what the caller gets: None for the ``Started`` of a
+        later attachment. Raises INTERNAL."""
+        is_again = self.is_attaching_again and isinstance(event, Started)
+        self._grammar.check(event)
+        if not self._is_resumable:
+            return event
+        match event:
+            case Started():
+                self.resume_token = event.resume_token
+                if is_again:
+                    self.resume_count += 1
+                    return None
+            case Chunk():
+                self._try_count = 0
+                self._token_ids[event.sample_index].extend(event.token_ids)
+                if not self._wants_token_ids and event.token_ids:
+                    return dataclasses.replace(event, token_ids=())
+            case Finished() if self.resume_count:
+                return dataclasses.replace(event, resume_count=self.resume_count)
+        return event
+
+    def check_end(self) -> None:
+        self._grammar.check_end()
+
+    def after(self, error: BatonError, *, remaining_s: float) -> NextTry:
+        """What to do about a call that failed. Raises what the caller is to see where nothing is left to do."""
+        if not self.is_attaching_again:
+            return self._elsewhere(error)
+        if error.reason in (Reason.DEADLINE_EXCEEDED, Reason.ATTACHED_ELSEWHERE):
+            raise error
+        if self._grammar.is_started:
+            if not _is_cut(error):
+                raise self._grammar.broken(error)
+            self._original = error
+            if self._try_count == 0:
+                # One that drains will not take us back.
+                self._first_index = self.address_index + (error.reason is Reason.DRAINING)
+        elif not _is_cut(error) and error.status is not StatusName.RESOURCE_EXHAUSTED:
+            raise self._given_up() from error
+        round_index, place = divmod(self._try_count, self._address_count)
+        if round_index >= self._policy.max_round_count:
+            raise self._given_up() from error
+        delay_s = self._delay_s(round_index) if place == 0 else 0.0
+        if error.status is StatusName.RESOURCE_EXHAUSTED:
+            delay_s = max(delay_s, error.retry_after_s or 0.0)
+        if delay_s >= remaining_s:
+            raise deadline_exceeded("unknown", self._grammar.token_count) from error
+        self._try_count += 1
+        self.address_index = (self._first_index + place) % self._address_count
+        self._grammar.attach_again()
+        return NextTry(delay_s, self.address_index)
+
+    def _elsewhere(self, error: BatonError) -> NextTry:
+        """A call that was refused before it began may be sent again: to each other address once."""
+        if self._grammar.is_started or error.status is not StatusName.UNAVAILABLE:
+            raise self._grammar.broken(error)
+        self._try_count += 1
+        if self._try_count >= self._address_count:
+            raise error
+        self.address_index = (self.address_index + 1) % self._address_count
+        return NextTry(0.0, self.address_index)
+
+    def _delay_s(self, round_index: int) -> float:
+        if round_index == 0:
+            return 0.0
+        longest_s = min(self._policy.max_delay_s, self._policy.first_delay_s * 2.0 ** (round_index - 1))
+        return float(longest_s * self._rng.uniform(0.5, 1.0))
+
+    def _given_up(self) -> BatonError:
+        assert self._original is not None
+        error = self._grammar.broken(self._original)
+        error.metadata["resume_try_count"] = str(self._try_count)
+        return error
+
+
+def _is_cut(error: BatonError) -> bool:
+    """Whether the generation may still be there, or another router may go on with it."""
+    return error.status is StatusName.UNAVAILABLE or error.reason is Reason.DRAINING

@@ -65,6 +65,8 @@ def outcome_of(error: BatonError) -> Outcome:
             | Reason.QUEUE_FULL
             | Reason.DRAINING
             | Reason.UNAUTHENTICATED
+            | Reason.PERMISSION_DENIED
+            | Reason.TOO_MANY_RESUMABLE
         ):
             return Outcome.REJECTED
         case _:
@@ -159,6 +161,26 @@ class RouterMetrics:
             ["result"],
             registry=registry,
         )
+        self.resumes = Counter(
+            "baton_resumes",
+            "Calls that went on with a generation: one that was here, or one computed on from a continuation.",
+            ["kind"],
+            registry=registry,
+        )
+        self.abandoned = Counter(
+            "baton_abandoned_generations",
+            "Resumable generations cancelled because nobody came back within their grace.",
+            registry=registry,
+        )
+        self.resumable = Gauge(
+            "baton_resumable_generations", "Kept, with or without a reader, ended ones included.", registry=registry
+        )
+        self.detached = Gauge(
+            "baton_detached_generations", "Running resumable generations without a reader.", registry=registry
+        )
+        self.replay_bytes = Gauge("baton_replay_window_bytes", "Kept for callers to resume from.", registry=registry)
+        for kind in ("attached", "continued"):
+            self.resumes.labels(kind)
         for result in ("met", "failed"):
             self.introductions.labels(result)
         for outcome in Outcome:

@@ -99,6 +99,21 @@ class RouterConfig:
     """How long the process that parses answers may take for one step of one answer."""
     parser_start_deadline_s: float = 120.0
     """How long it may take to start: it imports vLLM."""
+    api_keys_path: str = ""
+    """A .toml or .json file with a table for each API key: its name, the SHA-256 of the key, and its tenant. Public
+    calls then need `authorization: Bearer KEY`. Empty: none is asked for. Read at the start."""
+    resume_grace_s: float = 30.0
+    """How long a resumable generation waits for a caller who was cut off, unless the request says."""
+    max_resume_grace_s: float = 300.0
+    """Longer graces are cut to this."""
+    max_resumable_count: int = 1024
+    """Resumable generations kept at once, ended ones in their grace included; beyond it TOO_MANY_RESUMABLE."""
+    resume_window_bytes: int = 1024 * 1024
+    """Of one generation's answer, as much of its end is kept to be read again."""
+    resume_window_token_count: int = 16_384
+    """And no more tokens than this."""
+    resume_total_bytes: int = 256 * 1024 * 1024
+    """Of all these windows together; beyond it each keeps less."""
     enable_reflection: bool = True
     """Serve gRPC reflection, so that grpcurl works without the protos."""
     log_level: str = "INFO"
@@ -133,6 +148,17 @@ class RouterConfig:
         self._check_range("parser_deadline_s", 0.1, 600)
         self._check_range("parser_start_deadline_s", 1, 3600)
         self._check_template_arguments()
+        self._check_range("resume_grace_s", 0.01, 86_400)
+        self._check_range("max_resume_grace_s", 0.01, 86_400)
+        self._check_range("max_resumable_count", 0, 1_000_000)
+        self._check_range("resume_window_bytes", 1024, 1024**3)
+        self._check_range("resume_window_token_count", 1, 10_000_000)
+        self._check_range("resume_total_bytes", 1024, 1024**4)
+        if self.resume_grace_s > self.max_resume_grace_s:
+            raise ConfigError(
+                f"resume_grace_s ({self.resume_grace_s}) must not be above max_resume_grace_s "
+                f"({self.max_resume_grace_s})"
+            )
         if self.default_deadline_s > self.max_deadline_s:
             raise ConfigError(
                 f"default_deadline_s ({self.default_deadline_s}) must not be above "

@@ -108,7 +108,7 @@ class Handoff:
         self._lease_s = lease_s
         # The mutable state. Of the request:
         self._state = State.PLACING
-        self._emitted: list[int] = []
+        self._emitted: list[int] = list(request.emitted_token_ids)
         self._attempt = 0
         self._excluded: frozenset[WorkerIdentity] = frozenset()
         self._stall: tuple[Phase, float] | None = None  # if the last leg was lost to silence: where, and for how long
@@ -157,6 +157,11 @@ class Handoff:
     @property
     def emitted_token_count(self) -> int:
         return len(self._emitted)
+
+    @property
+    def sent_token_count(self) -> int:
+        """Of those, the ones that this handoff sent: a caller that brought the others may ask again with them."""
+        return len(self._emitted) - len(self._request.emitted_token_ids)
 
     @property
     def placement(self) -> Placement | None:
@@ -405,7 +410,7 @@ class Handoff:
 
     def _placement_error(self, error: BatonError) -> BatonError:
         is_stalled = self._stall is not None and error.reason in (Reason.NO_WORKER, Reason.QUEUE_FULL)
-        if (not self._emitted and not is_stalled) or error.reason is Reason.DEADLINE_EXCEEDED:
+        if (not self.sent_token_count and not is_stalled) or error.reason is Reason.DEADLINE_EXCEEDED:
             return error
         # Nothing may be called safe to retry once a token was sent.
         return self._given_up(self._attempt - 1, Phase.QUEUE, error)
@@ -414,8 +419,8 @@ class Handoff:
         """STALLED where silence is what it ends in, and was when there was nowhere else to go."""
         if self._stall is not None:
             stalled_in, gap_s = self._stall
-            return stalled(stalled_in.value, gap_s, len(self._emitted))
-        return attempts_exhausted(attempt_count, len(self._emitted), phase.value, last.message)
+            return stalled(stalled_in.value, gap_s, self.sent_token_count)
+        return attempts_exhausted(attempt_count, self.sent_token_count, phase.value, last.message)
 
     # Ending
 

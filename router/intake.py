@@ -16,6 +16,7 @@ from baton.metrics import RouterMetrics, outcome_of
 from baton.request import GenerateRequest
 from router.answer import TextAnswer
 from router.answering import RoutedRequest
+from router.beginning import Beginning
 from router.prompt_encoder import PromptEncoder
 from router.tokenizer import Tokenizer
 from router.validation import ModelLimits, check, resolved_output_token_count
@@ -31,6 +32,8 @@ class Prepared:
     model: str
     deadline_at: float
     received_at: float
+    beginnings: tuple[Beginning, ...] = ()
+    """What the caller has of each sample already; empty: nothing of any."""
 
     @property
     def time_allowed_s(self) -> float:

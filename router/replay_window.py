@@ -246,6 +246,6 @@ def _no_border(index: int, next_index: int) -> str:
     if index > next_index:
         return f"is {index}; the answer has no more than {next_index} so far"
     return (
-        f"is {index}, in the middle of a chunk; give the last chunk's first_token_index plus its token_count, plus one "
-        "if it had no token"
+        f"is {index}, in the middle of a chunk; give the last chunk's first_token_index plus its token_count, plus "
+        "one if it had no token"
     )

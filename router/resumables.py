@@ -18,7 +18,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from baton.errors import (
     BatonError,
@@ -67,6 +67,7 @@ class About:
     deadline_at: float
     """The loop's time."""
     grace_s: float
+    resume_token: str = field(repr=False)
     formerly: str = ""
     """The generation that this one goes on with, elsewhere begun: its token finds this one, too."""
 

@@ -28,6 +28,7 @@ from baton.v1 import generation_pb2_grpc, model_pb2_grpc, status_pb2_grpc
 from router import admin_service, model_service, service, status_service
 from router.admin_service import AdminService, Counts
 from router.admission import Admission, AdmissionLimits
+from router.callers import ApiKeys, ApiKeysError, Callers
 from router.chat_template import ChatTemplate
 from router.config import RouterConfig, is_loopback
 from router.flight import FlightLimits
@@ -42,12 +43,16 @@ from router.pipeline import Pipeline
 from router.placement import PlacementPolicy
 from router.prompt_encoder import PromptEncoder, abilities_of
 from router.relay import Relay
+from router.replay_window import WindowLimits
+from router.resumables import Resumables, ResumeLimits
+from router.resume_desk import ResumeDesk
 from router.roster import Roster, RosterLimits
 from router.service import GenerationService
 from router.service_parsing import RefusesUnreadable
 from router.status_service import StatusService
 from router.tokenizer import Tokenizer, TokenizerError, read_json_object
 from router.validation import ModelLimits
+from router.wall_clock import wall_clock
 from router.worker_client import Connect
 
 PUBLIC_SERVICE_NAMES = (service.SERVICE_NAME, model_service.SERVICE_NAME, status_service.SERVICE_NAME)
@@ -150,15 +155,44 @@ class RouterServer:
             limits=self.limits,
             metrics=self.metrics,
         )
+        pipeline = Pipeline(self.relay, intake)
+        callers = Callers(load_api_keys(config))
+        self.resumables = Resumables(
+            ResumeLimits(
+                window=WindowLimits(config.resume_window_bytes, config.resume_window_token_count),
+                max_count=config.max_resumable_count,
+                total_bytes=config.resume_total_bytes,
+                default_grace_s=config.resume_grace_s,
+                max_grace_s=config.max_resume_grace_s,
+            ),
+            on_abandoned=self.metrics.abandoned.inc,
+        )
+        self.metrics.resumable.set_function(lambda: self.resumables.kept_count)
+        self.metrics.detached.set_function(lambda: self.resumables.detached_count)
+        self.metrics.replay_bytes.set_function(lambda: self.resumables.used_bytes)
         self.generation = GenerationService(
             intake=intake,
-            pipeline=Pipeline(self.relay, intake),
+            pipeline=pipeline,
             metrics=self.metrics,
             window=self.window,
+            callers=callers,
+            desk=ResumeDesk(
+                resumables=self.resumables,
+                intake=intake,
+                pipeline=pipeline,
+                metrics=self.metrics,
+                secret=secret,
+                now=wall_clock,
+            ),
             default_deadline_s=config.default_deadline_s,
             max_deadline_s=config.max_deadline_s,
         )
-        self.models = ModelService(tokenizer=self._tokenizer, encoder=encoder, card=self.model_card)
+        self.models = ModelService(
+            tokenizer=self._tokenizer,
+            encoder=encoder,
+            card=self.model_card,
+            authorise=lambda context: service.check_key(callers, context),
+        )
         names = [*PUBLIC_SERVICE_NAMES, admin_service.SERVICE_NAME]
         self.health = RouterHealth(names, lambda: self.relay.could_serve)
         self.roster.on_change(self.health.changed)
@@ -253,12 +287,14 @@ class RouterServer:
 
     async def close(self) -> None:
         """Ends everything. Idempotent."""
+        self.resumables.give_up()  # BEFORE calls are cancelled: their callers hear that they can go on elsewhere
         servers, self._servers = self._servers, []
         await asyncio.gather(*(server.stop(GOODBYE_S if self._call_count else 0) for server in servers))
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.resumables.close()
         await self.relay.close()
         await self.introductions.close()
         await self.roster.close()
@@ -276,6 +312,7 @@ class RouterServer:
 
     async def _wait_idle(self) -> None:
         await self.generation.wait_idle()
+        await self.resumables.until_detached_ended()
         await self.models.wait_idle()
 
     def _server(self, *options: tuple[str, int]) -> grpc.aio.Server:
@@ -315,6 +352,16 @@ def public_options(config: RouterConfig) -> list[tuple[str, int]]:
             ("grpc.max_connection_age_grace_ms", round(1000 * config.max_connection_age_grace_s)),
         ]
     return options
+
+
+def load_api_keys(config: RouterConfig) -> ApiKeys | None:
+    """None: the configuration names none. Raises ``ServerError``."""
+    if not config.api_keys_path:
+        return None
+    try:
+        return ApiKeys.load(Path(config.api_keys_path).expanduser())
+    except ApiKeysError as error:
+        raise ServerError(f"api_keys_path: {error}") from error
 
 
 def connect_by_grpc(secret: bytes) -> Connect:

@@ -5,6 +5,7 @@ sent before the relay has admitted the request, so that a refusal travels as tra
 repeat it. The log line of a request is the relay's.
 
     intake: check, encode -> pipeline: Admitted, Piece ..., Completed -> stream_writer: Started, Chunk ..., Finished
+                                     '-- resumable: a task of its own fills a window that calls read from
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -23,11 +25,15 @@ from baton.status import PUSHBACK_KEY, to_rpc_status
 from baton.v1 import generation_pb2 as pb
 from baton.v1 import generation_pb2_grpc as pb_grpc
 from router.budgets import time_allowed_s
-from router.intake import Intake
+from router.callers import AUTHORIZATION_KEY, Caller, Callers
+from router.intake import Intake, Prepared
 from router.phase_window import PhaseWindow
 from router.pipeline import Pipeline
+from router.resumables import About, Resumable
+from router.resume_desk import ResumeDesk
 from router.service_events import started_to_proto
 from router.service_messages import request_from_proto
+from router.service_resuming import continuation_from_proto, next_indices_of, request_digest
 from router.stream_writer import StreamWriter
 
 SERVICE_NAME = "baton.v1.GenerationService"
@@ -48,6 +54,8 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         pipeline: Pipeline,
         metrics: RouterMetrics,
         window: PhaseWindow,
+        callers: Callers,
+        desk: ResumeDesk,
         default_deadline_s: float,
         max_deadline_s: float,
     ) -> None:
@@ -55,6 +63,8 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self._pipeline = pipeline
         self._metrics = metrics
         self._window = window
+        self._callers = callers
+        self._desk = desk
         self._default_deadline_s = default_deadline_s
         self._max_deadline_s = max_deadline_s
         # The mutable state: calls that run, and whether new ones may.
@@ -68,16 +78,33 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
         await self._counted(self._generate, request, context)
 
+    async def ResumeGenerate(self, request: pb.ResumeGenerateRequest, context: Any) -> None:
+        await self._counted(self._resume, request, context)
+
+    async def CancelGeneration(
+        self, request: pb.CancelGenerationRequest, context: Any
+    ) -> pb.CancelGenerationResponse | None:
+        was_running = False
+
+        async def cancel(message: pb.CancelGenerationRequest, context: Any, received_at: float) -> None:
+            nonlocal was_running
+            caller = caller_of(self._callers, context, message.tenant)
+            was_running = self._desk.cancel(self._desk.claim(message.resume_token, caller))
+
+        if not await self._counted(cancel, request, context):
+            return None  # the call has its status already
+        return pb.CancelGenerationResponse(was_running=was_running)
+
     def begin_drain(self) -> None:
-        """From now on new calls get DRAINING; those that run go on."""
+        """From now on new calls get DRAINING; those that run go on, and what runs here may be attached to."""
         self._is_draining = True
 
     async def wait_idle(self) -> None:
         """Returns when no call runs. Bound it with a timeout."""
         await self._idle.wait()
 
-    async def _counted(self, serve: Callable[[Any, Any, float], Awaitable[None]], request: Any, context: Any) -> None:
-        """Runs one call and ends it with its status, whatever happens."""
+    async def _counted(self, serve: Callable[[Any, Any, float], Awaitable[None]], request: Any, context: Any) -> bool:
+        """Runs one call and ends it with its status, whatever happens. Whether it went well."""
         received_at = asyncio.get_running_loop().time()
         self.call_count += 1
         self._idle.clear()
@@ -101,6 +128,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
                 self._idle.set()
         if failure is not None:
             await refuse(context, failure)
+        return failure is None
 
     async def _generate(self, message: pb.GenerateRequest, context: Any, received_at: float) -> None:
         deadline_at = received_at + self._time_allowed_s(context)
@@ -109,27 +137,100 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             self._metrics.request_ended(outcome_of(error))
             raise error
         request, violations = request_from_proto(message)
+        try:
+            caller = caller_of(self._callers, context, request.tenant)
+        except BatonError as error:
+            self._metrics.request_ended(outcome_of(error))
+            raise
+        if caller.tenant != request.tenant:
+            request = replace(request, tenant=caller.tenant)
         prepared = await self._intake.prepare(request, violations, deadline_at=deadline_at, received_at=received_at)
-        routed = prepared.routed
+        if request.resume is not None:
+            resumable = self._open(prepared, caller, message)
+            events = resumable.read([0] * request.sample_count)
+            started = _started(resumable.about, prepared.time_allowed_s, pb.GenerateResponse)
+        else:
+            events = self._pipeline.run(prepared)
+            started = started_to_proto(
+                prepared.routed.generation_id,
+                prepared.model,
+                len(prepared.routed.prompt_token_ids),
+                time_allowed_s=prepared.time_allowed_s,
+            )
         writer = StreamWriter(
             context,
             response=pb.GenerateResponse,
-            started=started_to_proto(
-                routed.generation_id,
-                prepared.model,
-                len(routed.prompt_token_ids),
-                time_allowed_s=prepared.time_allowed_s,
-            ),
+            started=started,
             output=request.output,
             window=self._window,
             deadline_at=deadline_at,
         )
-        await writer.write_all(self._pipeline.run(prepared))
+        await writer.write_all(events)
+
+    def _open(self, prepared: Prepared, caller: Caller, message: pb.GenerateRequest) -> Resumable:
+        try:
+            return self._desk.open(prepared, caller, request_digest(message))
+        except BatonError as error:
+            self._metrics.request_ended(outcome_of(error))
+            raise
+
+    async def _resume(self, message: pb.ResumeGenerateRequest, context: Any, received_at: float) -> None:
+        until = received_at + self._time_allowed_s(context)
+        caller = caller_of(self._callers, context, message.tenant)
+        claim = self._desk.claim(message.resume_token, caller)
+        next_indices = next_indices_of(message)
+        continuation = continuation_from_proto(message)
+        resumable = self._desk.find(claim, next_indices, continuation)
+        if resumable is None:
+            resumable = await self._desk.go_on(
+                claim,
+                caller,
+                continuation,
+                next_indices,
+                received_at=received_at,
+                is_draining=self._is_draining,
+            )
+        about = resumable.about
+        writer = StreamWriter(
+            context,
+            response=pb.ResumeGenerateResponse,
+            started=_started(about, min(until, about.deadline_at) - received_at, pb.ResumeGenerateResponse),
+            output=about.output,
+            window=self._window,
+            deadline_at=until,
+        )
+        await writer.write_all(resumable.read(next_indices, until=until))
 
     def _time_allowed_s(self, context: Any) -> float:
         return time_allowed_s(
             context.time_remaining(), default_s=self._default_deadline_s, max_s=self._max_deadline_s
         )
+
+
+def check_key(callers: Callers, context: Any) -> None:
+    """For calls that are of no tenant. Raises UNAUTHENTICATED."""
+    caller_of(callers, context, "")
+
+
+def caller_of(callers: Callers, context: Any, tenant: str) -> Caller:
+    """Raises UNAUTHENTICATED and PERMISSION_DENIED."""
+    if not callers.asks_for_keys:
+        return callers.identify(None, tenant)
+    metadata = context.invocation_metadata() or ()
+    authorization = next((value for key, value in metadata if key == AUTHORIZATION_KEY), None)
+    return callers.identify(authorization if isinstance(authorization, str) else None, tenant)
+
+
+def _started(about: About, time_allowed_s: float, response: Any) -> Any:
+    return started_to_proto(
+        about.generation_id,
+        about.model,
+        about.prompt_token_count,
+        time_allowed_s=time_allowed_s,
+        resume_token=about.resume_token,
+        resume_grace_s=about.grace_s,
+        response=response,
+    )
 
 
 async def refuse(context: Any, error: BatonError) -> None:

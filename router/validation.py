@@ -108,6 +108,7 @@ def violations_of(request: GenerateRequest, limits: ModelLimits) -> list[FieldVi
         *_nothing_left(request, limits),
         *_output(request.output),
         *_rest(request),
+        *_resume(request),
     ]
 
 
@@ -302,6 +303,26 @@ def _rest(request: GenerateRequest) -> Iterator[FieldViolation]:
             yield FieldViolation(name, f"has {size} bytes; at most {MAX_ID_BYTES}")
     if request.tenant and not _TENANT.fullmatch(request.tenant):
         yield FieldViolation("tenant", f"must be 1 to {MAX_TENANT_LENGTH} letters, digits or any of _ . -, or absent")
+
+
+def _resume(request: GenerateRequest) -> Iterator[FieldViolation]:
+    if request.resume is None:
+        return
+    if request.resume.grace_s is not None and not request.resume.grace_s > 0:
+        yield FieldViolation(
+            "resume.grace",
+            f"is {request.resume.grace_s:g} s; must be more than 0, or absent for the server's default",
+        )
+    for name, is_asked in (
+        ("echo_prompt", request.output.echo_prompt),
+        ("prompt_logprob_count", request.output.prompt_logprob_count is not None),
+    ):
+        if is_asked:
+            yield FieldViolation(
+                f"output.{name}",
+                "cannot be had together with resume: a resumed stream has no prompt part; ask for it "
+                "in a request of one token",
+            )
 
 
 def _are_ids(token_ids: Sequence[int], limits: ModelLimits) -> bool:

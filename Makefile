@@ -21,7 +21,7 @@ ENVIRONMENT = $(if $(HAS_ENVIRONMENT),:,$(PYTHON) -m deploy.setup.environment --
 ifndef HAS_ENVIRONMENT
 .NOTPARALLEL:
 endif
-.PHONY: help python setup dev model demo serve down check lint types quick processes buf browser pages real test soak bench compare compare-quick proto freeze lock wheels clean
+.PHONY: help python setup dev model demo serve down check lint types quick processes buf examples browser pages real test soak bench compare compare-quick proto freeze lock wheels clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,11 +65,14 @@ types: dev
 quick: dev buf
 	@$(RUN) pytest -q -m "not real" --ignore=tests/grpc --ignore=tests/fleet --ignore=tests/browser --ignore=tests/e2e
 
-processes: dev
+processes: dev examples
 	@$(RUN) pytest -q -m "not real" tests/grpc tests/fleet
 
 buf: dev ## prepare buf, which checks the .proto files (33 MB from the npm registry)
 	@$(RUN) deploy.setup.prepare_buf
+
+examples: dev ## install the packages of the Node example (7 MB from the npm registry)
+	@$(RUN) deploy.setup.prepare_examples
 
 browser: dev ## prepare the headless browser that tests open reports in (70 MB from the npm registry)
 	@$(RUN) deploy.setup.prepare_browser

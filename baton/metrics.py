@@ -13,9 +13,14 @@ time per output token after the first; E2E, receipt to last message.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+import itertools
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from baton.errors import BatonError, Reason
 from baton.leg import RecomputeReason, WorkerLoad
@@ -73,6 +78,46 @@ def outcome_of(error: BatonError) -> Outcome:
             return Outcome.FAILED
 
 
+class PlainCounter(Collector):
+    """A counter for what happens with every token: an addition, where the library takes a lock. One thread counts;
+    whoever collects may be another, and reads a number that is whole."""
+
+    def __init__(self, name: str, documentation: str, registry: CollectorRegistry) -> None:
+        self._name = name
+        self._documentation = documentation
+        self.count = 0
+        registry.register(self)
+
+    def collect(self) -> Iterable[Metric]:
+        family = CounterMetricFamily(self._name, self._documentation)
+        family.add_metric([], self.count)
+        yield family
+
+
+class PlainHistogram(Collector):
+    """The same, as a histogram."""
+
+    def __init__(self, name: str, documentation: str, bounds: Sequence[float], registry: CollectorRegistry) -> None:
+        """``bounds``: upper ones, ascending; a value that equals one is within it."""
+        self._name = name
+        self._documentation = documentation
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+        registry.register(self)
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterable[Metric]:
+        counts = itertools.accumulate(self._counts)
+        names = [*map(str, map(float, self._bounds)), "+Inf"]
+        family = HistogramMetricFamily(self._name, self._documentation)
+        family.add_metric([], buckets=list(zip(names, counts, strict=True)), sum_value=self._sum)
+        yield family
+
+
 class RouterMetrics:
     """What the router tells Prometheus."""
 
@@ -97,11 +142,11 @@ class RouterMetrics:
             buckets=SECONDS_BUCKETS,
             registry=registry,
         )
-        self.itl = Histogram(
+        self.itl = PlainHistogram(
             "baton_inter_token_latency_seconds",
             "Gap between successive messages that carried tokens.",
-            buckets=ITL_BUCKETS,
-            registry=registry,
+            ITL_BUCKETS,
+            registry,
         )
         self.tpot = Histogram(
             "baton_time_per_output_token_seconds",
@@ -119,7 +164,7 @@ class RouterMetrics:
         self.cached_tokens = Counter(
             "baton_cached_prompt_tokens", "Of those, found in the prefill's prefix cache.", registry=registry
         )
-        self.output_tokens = Counter("baton_output_tokens", "Tokens sent to callers.", registry=registry)
+        self.output_tokens = PlainCounter("baton_output_tokens", "Tokens sent to callers.", registry)
         self.prompt_length = Histogram(
             "baton_prompt_length_tokens", "Prompt length.", buckets=TOKEN_BUCKETS, registry=registry
         )
@@ -241,7 +286,7 @@ class RouterMetrics:
 
     def tokens_sent(self, token_count: int, gap_s: float | None) -> None:
         """Counts a message of tokens; ``gap_s`` since the previous one, None for the first."""
-        self.output_tokens.inc(token_count)
+        self.output_tokens.count += token_count
         if gap_s is not None:
             self.itl.observe(gap_s)
 

@@ -211,6 +211,25 @@ def _from_details(code: grpc.StatusCode, text: str, data: bytes) -> BatonError |
     )
 
 
+def to_status_bytes(error: BatonError) -> bytes:
+    """``error`` as a serialised google.rpc.Status, for where it is a part of a message. See ``from_status_bytes``."""
+    _, _, trailers = to_rpc_status(error)
+    return next(value for key, value in trailers if key == DETAILS_KEY and isinstance(value, bytes))
+
+
+def from_status_bytes(data: bytes, *, peer: str = "") -> BatonError:
+    """The error that ``to_status_bytes`` wrote; INTERNAL where it is none."""
+    try:
+        status = _Status.FromString(data)
+        code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
+        found = _from_details(code, status.message, data)
+    except (message.DecodeError, StopIteration):
+        found = None
+    if found is None:
+        return _without_details(grpc.StatusCode.INTERNAL, "an error this side does not know", peer)
+    return found
+
+
 def _without_details(code: grpc.StatusCode, text: str, peer: str) -> BatonError:
     at = f" {peer}" if peer else ""
     is_broken_stream = code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN) and (

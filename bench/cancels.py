@@ -19,8 +19,9 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from baton.leg import DecodeEvent, DecodeOrder, KvAdopted, PrefillOrder, PrefillReply, WorkerInfo, WorkerLoad
-from baton.request import Role
+from baton.leg import DecodeOrder, KvAdopted, PrefillOrder, PrefillReply, WorkerInfo, WorkerLoad
+from baton.request import LegFinish, Role, TokenLogprobs
+from bench.decode_events import told
 from bench.fleet_under_test import FleetUnderTest
 from bench.virtual_cluster import Heard, ProcessClient, VirtualCluster, virtual_cluster
 from engine.sim import SimConfig
@@ -28,7 +29,7 @@ from kvtransfer.simulated import Link
 from router.answering import RoutedRequest
 from router.cluster_view import WorkerSpec
 from router.grpc_worker_client import GrpcWorkerClient
-from router.worker_client import WorkerClient
+from router.worker_client import DecodeSink, WorkerClient
 
 
 class Stage(enum.Enum):
@@ -74,6 +75,26 @@ class Watch:
             await self.changed.wait()
 
 
+class WatchingSink:
+    """Passes on what it is told of a decode, and tells where that is."""
+
+    def __init__(self, inner: DecodeSink, watch: Watch) -> None:
+        self._inner = inner
+        self._watch = watch
+
+    def adopted(self, kv: KvAdopted) -> None:
+        self._watch.went("adopted")
+        self._inner.adopted(kv)
+
+    def tokens(self, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> None:
+        self._watch.went("decoding")
+        self._inner.tokens(token_ids, logprobs)
+
+    def done(self, finish: LegFinish) -> None:
+        self._watch.went("decoding")
+        self._inner.done(finish)
+
+
 class WatchingClient:
     """A worker's client that tells where requests are. Requests without a watch pass as they are."""
 
@@ -92,14 +113,11 @@ class WatchingClient:
         watch.went("held")
         return reply
 
-    async def decode(self, order: DecodeOrder, *, timeout_s: float) -> AsyncGenerator[DecodeEvent, None]:
+    async def decode(self, order: DecodeOrder, *, timeout_s: float, sink: DecodeSink) -> None:
         watch = self._watch(order.leg_id)
         await watch.may_decode.wait()
         watch.went("ordered")
-        async with aclosing(self._inner.decode(order, timeout_s=timeout_s)) as events:
-            async for event in events:
-                watch.went("adopted" if isinstance(event, KvAdopted) else "decoding")
-                yield event
+        await self._inner.decode(order, timeout_s=timeout_s, sink=WatchingSink(sink, watch))
 
     async def release_kv(self, ticket_id: str, *, timeout_s: float) -> bool:
         return await self._inner.release_kv(ticket_id, timeout_s=timeout_s)
@@ -251,7 +269,7 @@ async def _decode_locally(client: WorkerClient, request: RoutedRequest) -> None:
         sampling=Sampling(),
         stop=EngineStop(2, ignore_eos=True),
     )
-    async with aclosing(client.decode(order, timeout_s=60.0)) as events:
+    async with aclosing(told(client, order, 60.0)) as events:
         async for _ in events:
             pass
 

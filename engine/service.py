@@ -48,24 +48,35 @@ async def answering(context: Any, phase: str, *, max_s: float | None = MAX_CALL_
     """
     limits_s = [limit_s for limit_s in (context.time_remaining(), max_s) if limit_s is not None]
     try:
-        try:
-            async with asyncio.timeout(min(limits_s, default=None)) as limit:
-                yield
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise deadline_exceeded(phase, 0) from None
+        async with failing_as_ours(phase, min(limits_s, default=None)):
+            yield
     except BatonError as error:
         await abort(context, error)
-    except grpc.aio.AbortError:
-        raise
     except grpc.aio.InternalError:
         logger.info("the caller of a %s left while we wrote to it", phase)
+
+
+@asynccontextmanager
+async def failing_as_ours(phase: str, limit_s: float | None) -> AsyncIterator[None]:
+    """Runs a body within ``limit_s``; whatever fails leaves as a ``BatonError``, but for gRPC's own words."""
+    try:
+        async with asyncio.timeout(limit_s) as limit:
+            yield
+    except TimeoutError as error:
+        if not limit.expired():
+            raise _bug(phase, error) from None
+        raise deadline_exceeded(phase, 0) from None
+    except (BatonError, grpc.aio.AbortError, grpc.aio.InternalError):
+        raise
     except Exception as error:
-        # The frames, not the text: the text of a foreign exception may quote a prompt.
-        frames = "".join(traceback.format_tb(error.__traceback__))
-        logger.error("a %s handler raised %s:\n%s", phase, type(error).__name__, frames)
-        await abort(context, internal(f"a {phase} handler raised {type(error).__name__}"))
+        raise _bug(phase, error) from None
+
+
+def _bug(phase: str, error: Exception) -> BatonError:
+    # The frames, not the text: the text of a foreign exception may quote a prompt.
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("a %s handler raised %s:\n%s", phase, type(error).__name__, frames)
+    return internal(f"a {phase} handler raised {type(error).__name__}")
 
 
 def worker_info(

@@ -1,8 +1,8 @@
 """Facts on their way to one request's handoff.
 
-Owns nothing but the order, which is that of arrival. What ends something (an answer, a failure, a deadline) is never
-refused and never waits, since whoever says it may be about to be cancelled. Bounded: a leg that brings tokens faster
-than they are handled waits, and the facts that do not wait are a few per leg.
+Owns nothing but the order, which is that of arrival. Nothing waits to be put: whoever says a fact may be about to be
+cancelled, or reads a connection that others are on. Bounded all the same: a leg's facts are acted on where they are
+said, and come here only while others wait, until the flight's next turn; the others are a few per leg.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from collections import deque
 
 from router.handoff_words import Fact
 
-MAX_WAITING_COUNT = 64
-
 
 class FactQueue:
     """Many writers, one reader, one loop."""
@@ -21,7 +19,6 @@ class FactQueue:
     def __init__(self) -> None:
         self._facts: deque[Fact] = deque()
         self._came = asyncio.Event()
-        self._left = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._facts)
@@ -30,23 +27,19 @@ class FactQueue:
         self._facts.append(fact)
         self._came.set()
 
-    async def put(self, fact: Fact) -> None:
-        """Waits for room. Cancelled meanwhile, the fact is not put."""
-        while len(self._facts) >= MAX_WAITING_COUNT:
-            self._left.clear()
-            await self._left.wait()
-        self.put_now(fact)
+    def nudge(self) -> None:
+        """Something is to be looked at that is no fact."""
+        self._came.set()
 
-    async def next(self) -> Fact:
-        while not self._facts:
-            self._came.clear()
+    async def next(self) -> Fact | None:
+        """None: nudged."""
+        if not self._facts:
             await self._came.wait()
-        self._left.set()
-        return self._facts.popleft()
+        self._came.clear()
+        return self._facts.popleft() if self._facts else None
 
     def drain(self) -> list[Fact]:
         """All that is there, now."""
         facts = list(self._facts)
         self._facts.clear()
-        self._left.set()
         return facts

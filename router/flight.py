@@ -4,7 +4,8 @@ Owns everything the request has running: its legs, its wait for a place, its lea
 cancelled, awaited and given back before ``fly`` returns, however the request ends.
 
     fly:  perform the start | until ended: next fact -> handoff.on -> perform | clean up
-    legs: one task each, saying facts; the caller's side takes from the outbox and never holds this side up
+    legs: one task each; what they have to say is acted on where it is said, so that a token goes from the worker's
+          message to the outbox without a wait; the caller's side takes from there and never holds this side up
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
 from baton.errors import BatonError, Reason, StatusName, deadline_exceeded, draining, engine_failed, internal, stalled
-from baton.leg import DecodeDone, KvAdopted, Stepped
-from baton.request import FinishReason, Usage
+from baton.leg import KvAdopted
+from baton.request import FinishReason, LegFinish, TokenLogprobs, Usage
+from baton.timeline import Phase
 from router.admission import Admission, Entry, Turn
 from router.admission import Place as GivenPlace
 from router.answering import Admitted, Answer, Completed, PhaseReport, Piece, RoutedRequest
 from router.budgets import Budget, Budgets, SilenceLimits
 from router.cluster_view import WorkerIdentity
 from router.fact_queue import FactQueue
-from router.handoff import Handoff
+from router.handoff import Handoff, State
 from router.handoff_words import (
     Abandon,
     Action,
@@ -131,6 +132,8 @@ class Flight:
         self._is_admitted = False
         self._matched_stop_sequence: str | None = None
         self._cumulative_logprob = 0.0
+        self._is_acting = False
+        self._bug: Exception | None = None
 
     # What others tell
 
@@ -150,7 +153,11 @@ class Flight:
         try:
             self._act(self.handoff.start())
             while not self.handoff.is_ended:
-                self._act(self._decided(await self._facts.next()))
+                fact = await self._facts.next()
+                if self._bug is not None:
+                    raise self._bug
+                if fact is not None:
+                    self._act(self._decided(fact))
         except Exception as error:
             logger.exception("request %s: a bug in its flight", self.request.generation_id)
             self.outbox.end(internal(f"the relay raised {type(error).__name__}", self.request.generation_id))
@@ -160,18 +167,49 @@ class Flight:
             deadline.cancel()
             await self._clean_up()
 
+    def _tell(self, fact: Fact) -> None:
+        """A fact of a leg: acted on here and now, unless others wait before it. Raises nothing: whoever says it reads
+        a worker's connection, and other requests are on that."""
+        if self._facts or self._is_acting or self.handoff.is_ended:
+            self._facts.put_now(fact)
+            return
+        try:
+            self._act(self._decided(fact))
+        except Exception as bug:
+            self._bug = bug
+        if self._bug is not None or self.handoff.is_ended:
+            self._facts.nudge()
+
     def _act(self, actions: Sequence[Action]) -> None:
         """Performs, and feeds in what is known at once from performing, until nothing is left to do."""
-        facts = deque(self._perform_all(actions))
-        while facts:
-            facts.extend(self._perform_all(self._decided(facts.popleft())))
+        self._is_acting = True
+        try:
+            facts = self._perform_all(actions)
+            if facts:
+                waiting = deque(facts)
+                while waiting:
+                    waiting.extend(self._perform_all(self._decided(waiting.popleft())))
+        finally:
+            self._is_acting = False
 
     def _decided(self, fact: Fact) -> list[Action]:
+        if type(fact) is TokensArrived and self.handoff.state is State.DECODING:
+            actions = self.handoff.on(fact)
+            if self.handoff.state is State.DECODING:
+                return actions  # nearly always; what follows looks for what these cannot bring
+            placement = self.handoff.placement
+            return self._decided_otherwise(fact, actions, Phase.DECODE, placement and placement.decode)
+        if type(fact) is Emitted and self.handoff.state is State.DECODING:
+            return []  # only the first token's is waited for
         phase, worker = self.handoff.phase, self.handoff.worker
         if isinstance(fact, LegFailed) and fact.error.reason in _WORKERS_FAULT and worker is not None:
             self._roster.doubt(worker)  # BEFORE another place is looked for, by this request or by others
         self._account(fact)
-        actions = self.handoff.on(fact)
+        return self._decided_otherwise(fact, self.handoff.on(fact), phase, worker)
+
+    def _decided_otherwise(
+        self, fact: Fact, actions: list[Action], phase: Phase, worker: WorkerIdentity | None
+    ) -> list[Action]:
         if any(_is_leg_lost(action) for action in actions):
             self._on_leg_lost(phase.value)
             why = fact.error if isinstance(fact, LegFailed) else type(fact).__name__  # a fact's text may hold tokens
@@ -192,6 +230,8 @@ class Flight:
     # Performing
 
     def _perform_all(self, actions: Sequence[Action]) -> list[Fact]:
+        if len(actions) == 1 and type(actions[0]) is Emit:
+            return [self._emit(actions[0])]
         return [fact for action in actions if (fact := self._perform(action)) is not None]
 
     def _perform(self, action: Action) -> Fact | None:
@@ -261,13 +301,14 @@ class Flight:
 
     def _emit(self, action: Emit) -> Fact:
         size = self.request.max_chunk_token_count
-        for start in range(0, len(action.token_ids), size):
-            piece = self._answer.push(action.token_ids[start : start + size])
+        token_ids = action.token_ids
+        for start in range(0, len(token_ids), size):
+            piece = self._answer.push(token_ids if len(token_ids) <= size else token_ids[start : start + size])
             # BESIDE the tokens that the piece kept: after a stop sequence fewer than were pushed.
             logprobs = action.logprobs[start : start + piece.token_count]
             for each in logprobs:
                 self._cumulative_logprob += each.logprob
-            self._put(replace(piece, logprobs=logprobs))
+            self._put(replace(piece, logprobs=logprobs) if logprobs else piece)
             if piece.matched_stop_sequence is not None:
                 return StopMatched(piece.first_token_index + piece.token_count)
         return Emitted(action.first_index + len(action.token_ids))
@@ -329,40 +370,27 @@ class Flight:
                 reply = await client.prefill(action.order, timeout_s=budget.call_timeout_s)
         except Exception as error:
             is_late = isinstance(error, TimeoutError) and limit.expired()
-            self._facts.put_now(LegFailed(action.leg, _baton_error(self._silent(budget) if is_late else error)))
+            self._tell(LegFailed(action.leg, _baton_error(self._silent(budget) if is_late else error)))
         else:
             # BEFORE anything is awaited: a cancellation must not come between an answer and its being known.
-            self._facts.put_now(PrefillDone(action.leg, reply))
+            self._tell(PrefillDone(action.leg, reply))
 
     async def _decode(self, action: StartDecode) -> None:
         loop = asyncio.get_running_loop()
-        budget = self._budgets.handoff(loop.time(), computes_prompt=not action.order.ticket)
-        token_count = 0
+        leg = _DecodeLeg(action.leg, self._tell, self._budgets, computes_prompt=not action.order.ticket)
         try:
             client = self._client_to_start_on(action.worker)
-            self._check_in_time(budget)
-            async with (
-                asyncio.timeout(budget.silence_s) as limit,
-                aclosing(client.decode(action.order, timeout_s=budget.left_s)) as events,
-            ):
-                async for event in events:
-                    limit.reschedule(None)  # how long we take to handle it is not the worker's silence
-                    match event:
-                        case KvAdopted():
-                            budget = self._budgets.decode(loop.time())
-                            await self._facts.put(Adopted(action.leg, event))
-                        case Stepped():
-                            tokens = TokensArrived(action.leg, token_count, event.token_ids, event.logprobs)
-                            await self._facts.put(tokens)
-                            token_count += len(event.token_ids)
-                        case DecodeDone():
-                            self._facts.put_now(DecodeEnded(action.leg, token_count, event.finish))
-                            return
-                    limit.reschedule(loop.time() + budget.silence_s)
-            raise engine_failed(action.worker.worker_id, "ended a decode without saying why")
+            self._check_in_time(leg.budget)
+            async with asyncio.timeout(None) as limit:
+                leg.watch_silence(lambda: limit.reschedule(loop.time()))
+                await client.decode(action.order, timeout_s=leg.budget.left_s, sink=leg)
+            if not leg.is_done:
+                raise engine_failed(action.worker.worker_id, "ended a decode without saying why")
         except Exception as error:
             is_late = isinstance(error, TimeoutError) and limit.expired()
-            self._facts.put_now(LegFailed(action.leg, _baton_error(self._silent(budget) if is_late else error)))
+            self._tell(LegFailed(action.leg, _baton_error(self._silent(leg.budget) if is_late else error)))
+        finally:
+            leg.close()
 
     def _client_to_start_on(self, worker: WorkerIdentity) -> WorkerClient:
         """Raises ENGINE_FAILED for a worker that was lost between its placement and its leg: the news of it came when
@@ -455,6 +483,69 @@ class Flight:
             mode=handoff.mode,
             placement_reason=handoff.placement.reason if handoff.placement is not None else "",
         )
+
+
+class _DecodeLeg:
+    """One decode's sink: numbers its tokens, says facts of it, and notices its silence. The silence is looked for now
+    and then: a timer that moved with each token would cost more than the token."""
+
+    __slots__ = (
+        "_budgets",
+        "_heard_at",
+        "_is_silent",
+        "_leg",
+        "_loop",
+        "_tell",
+        "_timer",
+        "_token_count",
+        "budget",
+        "is_done",
+    )
+
+    def __init__(self, leg: int, tell: Callable[[Fact], None], budgets: Budgets, *, computes_prompt: bool) -> None:
+        self._leg = leg
+        self._tell = tell
+        self._budgets = budgets
+        self._loop = asyncio.get_running_loop()
+        self._heard_at = self._loop.time()
+        self._token_count = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_silent: Callable[[], None] = lambda: None
+        self.budget = budgets.handoff(self._heard_at, computes_prompt=computes_prompt)
+        self.is_done = False
+
+    def watch_silence(self, is_silent: Callable[[], None]) -> None:
+        """``is_silent`` is called when nothing was heard for the budget's time. Until ``close``."""
+        self._is_silent = is_silent
+        self._look()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def adopted(self, kv: KvAdopted) -> None:
+        self._heard_at = self._loop.time()
+        self.budget = self._budgets.decode(self._heard_at)
+        self._look()  # the silence allowed from now on may be shorter
+        self._tell(Adopted(self._leg, kv))
+
+    def tokens(self, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> None:
+        self._heard_at = self._loop.time()
+        first_index = self._token_count
+        self._token_count = first_index + len(token_ids)
+        self._tell(TokensArrived(self._leg, first_index, token_ids, logprobs))
+
+    def done(self, finish: LegFinish) -> None:
+        self.is_done = True
+        self._tell(DecodeEnded(self._leg, self._token_count, finish))
+
+    def _look(self) -> None:
+        self.close()
+        silent_at = self._heard_at + self.budget.silence_s
+        if self._loop.time() >= silent_at:
+            self._is_silent()
+        else:
+            self._timer = self._loop.call_at(silent_at, self._look)
 
 
 def _now() -> float:

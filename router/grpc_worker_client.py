@@ -14,25 +14,15 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 
 from baton.errors import BatonError, Reason, engine_failed, internal
-from baton.leg import (
-    DecodeDone,
-    DecodeEvent,
-    DecodeOrder,
-    Introduced,
-    KvAdopted,
-    PrefillOrder,
-    PrefillReply,
-    RecomputeReason,
-    Stepped,
-    WorkerInfo,
-    WorkerLoad,
-    pack_token_ids,
-)
-from baton.request import EngineStop, LegFinish, Role, Sampling, StructureKind, TokenLogprobs
+from baton.leg import DecodeOrder, Introduced, PrefillOrder, PrefillReply, WorkerInfo, WorkerLoad
+from baton.request import Role
 from baton.secret import TOKEN_KEY, cluster_token
 from baton.status import from_rpc_error
 from baton.worker.v1 import worker_pb2 as pb
 from baton.worker.v1 import worker_pb2_grpc
+from router.leg_messages_client import finish_of, logprobs_of, prefill_request
+from router.leg_stream_client import LegStreamClient
+from router.worker_client import DecodeSink
 
 T = TypeVar("T")
 
@@ -58,22 +48,6 @@ LATE_RELEASE_PAUSE_S = 0.2
 
 logger = logging.getLogger(__name__)
 
-_FINISH = {pb.LEG_FINISH_STOP: LegFinish.STOP, pb.LEG_FINISH_LENGTH: LegFinish.LENGTH}
-_RECOMPUTE_REASONS = {
-    pb.RECOMPUTE_REASON_FAILED: RecomputeReason.FAILED,
-    pb.RECOMPUTE_REASON_TIMED_OUT: RecomputeReason.TIMED_OUT,
-    pb.RECOMPUTE_REASON_EXPIRED: RecomputeReason.EXPIRED,
-    pb.RECOMPUTE_REASON_STALE: RecomputeReason.STALE,
-    pb.RECOMPUTE_REASON_CORRUPT: RecomputeReason.CORRUPT,
-}
-_STRUCTURE_KINDS = {
-    StructureKind.JSON_SCHEMA: pb.STRUCTURE_KIND_JSON_SCHEMA,
-    StructureKind.JSON_OBJECT: pb.STRUCTURE_KIND_JSON_OBJECT,
-    StructureKind.REGEX: pb.STRUCTURE_KIND_REGEX,
-    StructureKind.CHOICE: pb.STRUCTURE_KIND_CHOICE,
-    StructureKind.GRAMMAR: pb.STRUCTURE_KIND_GRAMMAR,
-}
-
 
 class GrpcWorkerClient:
     """Satisfies ``WorkerClient``."""
@@ -86,6 +60,9 @@ class GrpcWorkerClient:
         self._decode_stub: Any = worker_pb2_grpc.DecodeServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._worker_stub: Any = worker_pb2_grpc.WorkerServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._late_releases: set[asyncio.Task[None]] = set()
+        self._legs = LegStreamClient(
+            lambda: self._open_stream(self._decode_stub.DecodeMany), self._answer, self.address
+        )
 
     def __repr__(self) -> str:
         return f"<GrpcWorkerClient {self.address}>"
@@ -102,14 +79,14 @@ class GrpcWorkerClient:
             raise
         return PrefillReply(
             first_token_id=reply.first_token_id,
-            finish=_FINISH.get(reply.finish),
+            finish=finish_of(reply),
             ticket=reply.ticket,
             ticket_id=reply.ticket_id,
             queue_s=reply.queue_s,
             compute_s=reply.compute_s,
             cached_token_count=reply.cached_token_count,
             kv_bytes=reply.kv_byte_count,
-            first_logprobs=_logprobs(reply.first_logprobs) if reply.HasField("first_logprobs") else None,
+            first_logprobs=logprobs_of(reply.first_logprobs) if reply.HasField("first_logprobs") else None,
         )
 
     async def release_kv(self, ticket_id: str, *, timeout_s: float) -> bool:
@@ -124,14 +101,8 @@ class GrpcWorkerClient:
         reply = await self._answer(call)
         return bool(reply.is_held)
 
-    async def decode(self, order: DecodeOrder, *, timeout_s: float) -> AsyncGenerator[DecodeEvent, None]:
-        call = self._open(self._decode_stub.Decode, decode_request(order), timeout_s)
-        try:
-            while (message := await self._answer(call.read())) is not grpc.aio.EOF:
-                for event in events_from_proto(message):
-                    yield event
-        finally:
-            call.cancel()  # of no effect on a call that is over
+    async def decode(self, order: DecodeOrder, *, timeout_s: float, sink: DecodeSink) -> None:
+        await self._legs.decode(order, timeout_s=timeout_s, sink=sink)
 
     async def watch_load(self, interval_s: float) -> AsyncGenerator[WorkerLoad, None]:
         request = pb.WatchLoadRequest(interval_ms=round(1000 * interval_s))
@@ -184,11 +155,18 @@ class GrpcWorkerClient:
     async def close(self) -> None:
         if self._late_releases:
             await asyncio.wait(self._late_releases, timeout=RELEASE_TIMEOUT_S)
+        await self._legs.close()
         await self._channel.close()
 
     def _open(self, method: Any, request: Any, timeout_s: float | None) -> Any:
         try:
             return method(request, timeout=timeout_s, metadata=self._metadata, wait_for_ready=False)
+        except grpc.aio.UsageError:
+            self._raise_closed()
+
+    def _open_stream(self, method: Any) -> Any:
+        try:
+            return method(metadata=self._metadata, wait_for_ready=False)
         except grpc.aio.UsageError:
             self._raise_closed()
 
@@ -225,98 +203,3 @@ class GrpcWorkerClient:
                 await asyncio.sleep(LATE_RELEASE_PAUSE_S)
             except asyncio.CancelledError:
                 return  # the channel was closed: the worker is gone or we are
-
-
-def prefill_request(order: PrefillOrder) -> pb.PrefillRequest:
-    return pb.PrefillRequest(
-        leg_id=order.leg_id,
-        prompt_token_ids=pack_token_ids(order.prompt_token_ids),
-        sampling=_sampling(order.sampling),
-        stop=_stop(order.stop),
-        lease_s=order.lease_s,
-        priority=order.priority,
-        output_token_count=order.output_token_count,
-        top_logprob_count=order.top_logprob_count,
-        tenant=order.tenant,
-    )
-
-
-def decode_request(order: DecodeOrder) -> pb.DecodeRequest:
-    return pb.DecodeRequest(
-        leg_id=order.leg_id,
-        prompt_token_ids=pack_token_ids(order.prompt_token_ids),
-        sampling=_sampling(order.sampling),
-        stop=_stop(order.stop),
-        ticket=order.ticket,
-        priority=order.priority,
-        output_token_count=order.output_token_count,
-        top_logprob_count=order.top_logprob_count,
-        tenant=order.tenant,
-    )
-
-
-def events_from_proto(message: Any) -> list[DecodeEvent]:
-    """In the order they happened in. Raises INTERNAL for a message without an event."""
-    events: list[DecodeEvent] = []
-    if message.HasField("adopted"):
-        events.append(_adopted(message.adopted, is_with_tokens=message.HasField("step")))
-    if message.HasField("step"):
-        events.append(Stepped(tuple(message.step.token_ids), tuple(map(_logprobs, message.step.logprobs))))
-    if message.HasField("finished") and message.finished.finish in _FINISH:
-        events.append(DecodeDone(_FINISH[message.finished.finish]))
-    if not events:
-        raise internal("a decode brought an event this router does not know")
-    return events
-
-
-def _adopted(adopted: Any, *, is_with_tokens: bool) -> KvAdopted:
-    return KvAdopted(
-        wait_s=adopted.wait_s,
-        transfer_s=adopted.transfer_s,
-        decode_wait_s=adopted.decode_wait_s,
-        transfer_bytes=adopted.transfer_byte_count,
-        descriptor_count=adopted.descriptor_count,
-        recomputed_token_count=adopted.recomputed_token_count,
-        prefill_s=adopted.prefill_s,
-        cached_token_count=adopted.cached_token_count,
-        first_step_s=adopted.first_step_s,
-        recompute_reason=_RECOMPUTE_REASONS.get(adopted.recompute_reason),
-        pull_count=adopted.pull_count,
-        post_s=adopted.post_s,
-        wire_s=adopted.wire_s,
-        verify_s=adopted.verify_s,
-        is_with_tokens=is_with_tokens,
-    )
-
-
-def _logprobs(message: Any) -> TokenLogprobs:
-    return TokenLogprobs(message.logprob, message.rank, tuple((each.token_id, each.logprob) for each in message.top))
-
-
-def _sampling(sampling: Sampling) -> pb.SamplingSpec:
-    structure = sampling.structure
-    return pb.SamplingSpec(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        seed=sampling.seed,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        repetition_penalty=sampling.repetition_penalty,
-        logit_bias=[pb.TokenBias(token_id=token_id, bias=bias) for token_id, bias in sampling.logit_bias],
-        allowed_token_ids=sampling.allowed_token_ids,
-        bad_token_sequences=[pb.TokenSequence(token_ids=each) for each in sampling.bad_token_sequences],
-        structure=None
-        if structure is None
-        else pb.StructureSpec(kind=_STRUCTURE_KINDS[structure.kind], text=structure.text, choices=structure.choices),
-    )
-
-
-def _stop(stop: EngineStop) -> pb.StopSpec:
-    return pb.StopSpec(
-        max_token_count=stop.max_token_count,
-        stop_token_ids=stop.stop_token_ids,
-        ignore_eos=stop.ignore_eos,
-        min_token_count=stop.min_token_count,
-    )

@@ -206,6 +206,8 @@ class Handoff:
 
     def on(self, fact: Fact) -> list[Action]:
         """What to do now. Late, repeated and foreign facts give nothing to do but the release of late KV."""
+        if type(fact) is TokensArrived and self._state is State.DECODING and fact.leg == self._leg:
+            return self._stepped(fact)  # nearly every fact there is: ahead of the others
         match self._state, fact:
             case _, PrefillDone() if fact.leg != self._leg or self._state is not State.PREFILLING:
                 return self._release_late(fact)
@@ -232,8 +234,6 @@ class Handoff:
                 return self._adopted(fact.kv)
             case State.STARTING, TokensArrived() | DecodeEnded() if fact.leg == self._leg:
                 return self._lost(internal("tokens came before their KV was adopted"))
-            case State.DECODING, TokensArrived() if fact.leg == self._leg:
-                return self._stepped(fact)
             case State.DECODING, DecodeEnded() if fact.leg == self._leg:
                 return self._decode_ended(fact)
             case State.PREFILLING | State.STARTING | State.DECODING, LegFailed() if fact.leg == self._leg:

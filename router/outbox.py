@@ -22,33 +22,38 @@ class Outbox:
         self._max_chunk_token_count = max_chunk_token_count
         self._items: deque[Admitted | Piece] = deque()
         self._end: Finish | BatonError | None = None
-        self._came = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
 
     def put(self, item: Admitted | Piece) -> None:
-        last = self._items[-1] if self._items else None
-        if isinstance(item, Piece) and isinstance(last, Piece) and self._fits(last, item):
-            self._items[-1] = _merged(last, item)
-        else:
-            self._items.append(item)
-        self._came.set()
+        if self._items:
+            last = self._items[-1]
+            if isinstance(item, Piece) and isinstance(last, Piece) and self._fits(last, item):
+                self._items[-1] = _merged(last, item)
+                return
+        self._items.append(item)
+        self._wake()
 
     def end(self, end: Finish | BatonError) -> None:
         """After what is there. Only the first end counts."""
         if self._end is None:
             self._end = end
-            self._came.set()
+            self._wake()
 
     async def take(self) -> Admitted | Piece | Finish:
         """The next item, or the end. Raises the end if it is an error."""
         while not self._items and self._end is None:
-            self._came.clear()
-            await self._came.wait()
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         if self._items:
             return self._items.popleft()
         assert self._end is not None
         if isinstance(self._end, BatonError):
             raise self._end
         return self._end
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def _fits(self, last: Piece, item: Piece) -> bool:
         is_open = last.matched_stop_sequence is None

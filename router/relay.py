@@ -121,10 +121,16 @@ class Relay:
             if received_at >= deadline_at or _now() >= deadline_at:
                 raise deadline_exceeded(flight.handoff.phase.value, 0)
             self._flights[flight] = asyncio.create_task(flight.fly(), name=f"{request.generation_id} flight")
+            clock = asyncio.get_running_loop().time
             sent_at: float | None = None
             while completed is None:
                 item = await flight.outbox.take()
-                now = _now()
+                now = clock()
+                if type(item) is Piece and item.token_ids and sent_at is not None:  # nearly every item there is
+                    self._metrics.tokens_sent(len(item.token_ids), now - sent_at)
+                    sent_at = now
+                    yield item
+                    continue
                 match item:
                     case Finish():
                         completed = flight.completed(item, now)

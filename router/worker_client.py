@@ -12,10 +12,34 @@ from contextlib import aclosing
 from typing import Protocol, TypeVar
 
 from baton.errors import deadline_exceeded, engine_failed
-from baton.leg import DecodeEvent, DecodeOrder, Introduced, PrefillOrder, PrefillReply, WorkerInfo, WorkerLoad
+from baton.leg import (
+    DecodeDone,
+    DecodeEvent,
+    DecodeOrder,
+    Introduced,
+    KvAdopted,
+    PrefillOrder,
+    PrefillReply,
+    Stepped,
+    WorkerInfo,
+    WorkerLoad,
+)
+from baton.request import LegFinish, TokenLogprobs
 from router.cluster_view import WorkerSpec
 
 T = TypeVar("T")
+
+
+class DecodeSink(Protocol):
+    """Whom a decode is told to: ``adopted tokens* done``, or less before it fails. Called as things arrive, from
+    within whatever reads the connection: quick, and raises nothing."""
+
+    def adopted(self, kv: KvAdopted) -> None: ...
+
+    def tokens(self, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> None:
+        """The next of the leg, in order; ``logprobs`` has one of each, or none."""
+
+    def done(self, finish: LegFinish) -> None: ...
 
 
 class WorkerClient(Protocol):
@@ -24,8 +48,9 @@ class WorkerClient(Protocol):
     async def prefill(self, order: PrefillOrder, *, timeout_s: float) -> PrefillReply:
         """Cancelling aborts it. If an answer was on its way, whoever sent it lets go when its lease ends."""
 
-    def decode(self, order: DecodeOrder, *, timeout_s: float) -> AsyncGenerator[DecodeEvent, None]:
-        """``KvAdopted Stepped* DecodeDone``. Closing the generator aborts the decode."""
+    async def decode(self, order: DecodeOrder, *, timeout_s: float, sink: DecodeSink) -> None:
+        """Tells ``sink``; returns when all was told. Cancelling aborts the decode, and nothing is told any more. A
+        decode that ended without ``done`` did not say why, and is as good as failed."""
 
     async def release_kv(self, ticket_id: str, *, timeout_s: float) -> bool:
         """False: it was gone already."""
@@ -65,6 +90,20 @@ class DecodePart(Protocol):
     def decode(self, order: DecodeOrder) -> AsyncGenerator[DecodeEvent, None]: ...
 
 
+async def tell(events: AsyncGenerator[DecodeEvent, None], sink: DecodeSink) -> None:
+    """Tells ``sink`` of a decode in this process, and closes it."""
+    async with aclosing(events):
+        async for event in events:
+            match event:
+                case Stepped():
+                    sink.tokens(event.token_ids, event.logprobs)
+                case KvAdopted():
+                    sink.adopted(event)
+                case DecodeDone():
+                    sink.done(event.finish)
+                    return
+
+
 class InProcessWorkerClient:
     """Calls the worker's objects directly; same deadlines, no wire. For tests and the simulator."""
 
@@ -94,21 +133,15 @@ class InProcessWorkerClient:
     async def extend_lease(self, ticket_id: str, lease_s: float, *, timeout_s: float) -> bool:
         return await self._call(lambda: self._prefill.extend_lease(ticket_id, lease_s), "extend", timeout_s)
 
-    async def decode(self, order: DecodeOrder, *, timeout_s: float) -> AsyncGenerator[DecodeEvent, None]:
-        ends_at = asyncio.get_running_loop().time() + timeout_s
+    async def decode(self, order: DecodeOrder, *, timeout_s: float, sink: DecodeSink) -> None:
         self._check_there()
-        async with aclosing(self._decode.decode(order)) as events:
-            while True:
-                try:
-                    async with asyncio.timeout_at(ends_at) as limit:
-                        event = await anext(events)
-                except StopAsyncIteration:
-                    return
-                except TimeoutError:
-                    if not limit.expired():
-                        raise
-                    raise deadline_exceeded("decode", 0) from None
-                yield event
+        try:
+            async with asyncio.timeout(timeout_s) as limit:
+                await tell(self._decode.decode(order), sink)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise deadline_exceeded("decode", 0) from None
 
     async def watch_load(self, interval_s: float) -> AsyncGenerator[WorkerLoad, None]:
         while True:

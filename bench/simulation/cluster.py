@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from baton.leg import DecodeEvent, DecodeOrder, PrefillOrder, PrefillReply, WorkerLoad
+from baton.leg import DecodeOrder, PrefillOrder, PrefillReply, WorkerLoad
 from baton.metrics import RouterMetrics, WorkerMetrics
 from baton.request import Role
 from bench.results.records import TimelineSample
@@ -36,6 +36,7 @@ from router.placement import PlacementPolicy
 from router.relay import Relay
 from router.roster import Roster, RosterLimits
 from router.validation import ModelLimits
+from router.worker_client import DecodeSink, tell
 
 SAMPLE_INTERVAL_S = 1.0
 
@@ -145,13 +146,11 @@ class WireClient(ProcessClient):
         await _sleep(self._delays.reply_s(count))
         return reply
 
-    async def decode(self, order: DecodeOrder, *, timeout_s: float) -> AsyncGenerator[DecodeEvent, None]:
+    async def decode(self, order: DecodeOrder, *, timeout_s: float, sink: DecodeSink) -> None:
         count = len(order.prompt_token_ids)  # with a ticket, the first token is in it
         await _sleep(self._delays.rest_of_handoff_s(count - 1) if order.ticket else self._delays.admit_s(count))
         self._check_there()
-        async with aclosing(self._worker.decode.decode(order)) as events:
-            async for event in events:
-                yield event
+        await tell(self._worker.decode.decode(order), sink)
 
 
 class SimulatedCluster:

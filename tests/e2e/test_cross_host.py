@@ -30,6 +30,7 @@ from baton.errors import BatonError
 from baton.leg import DecodeDone, DecodeOrder, KvAdopted, PrefillOrder, PrefillReply, Stepped, WorkerInfo
 from baton.request import EngineStop, OutputOptions, Sampling, StopConditions
 from baton.secret import SECRET_VARIABLE, new_secret, side_channel_key
+from bench.decode_events import told
 from fleet.roster_client import RosterClient
 from kvtransfer.peer import PeerAddress, open_peer, seal_peer
 from kvtransfer.side_channel import NONCE_BYTES, ClientSession, ServerSession, SideChannelError
@@ -160,7 +161,7 @@ async def prefilled(by: RunningWorker, ids: tuple[int, ...], leg: str = "prefill
 
 
 async def decoded(by: RunningWorker, order: DecodeOrder) -> tuple[KvAdopted, list[int]]:
-    adopted, *steps, done = [event async for event in by.client.decode(order, timeout_s=CALL_S)]
+    adopted, *steps, done = [event async for event in told(by.client, order, CALL_S)]
     assert isinstance(adopted, KvAdopted)
     assert isinstance(done, DecodeDone)
     return adopted, [token for step in steps if isinstance(step, Stepped) for token in step.token_ids]

@@ -20,6 +20,7 @@ from baton.errors import BatonError, Reason
 from baton.leg import DecodeDone, DecodeOrder, KvAdopted, PrefillOrder, Stepped
 from baton.metrics import WorkerMetrics
 from baton.request import EngineStop, LegFinish, Role, Sampling
+from bench.decode_events import told
 from bench.virtual_cluster import TokenAnswer
 from decode_worker.service import add_decode_service
 from decode_worker.worker import DecodeWorker
@@ -117,7 +118,7 @@ async def test_a_prefill_and_its_decode_cross_the_wire_whole() -> None:
         assert reply.finish is None
         assert reply.kv_bytes > 0
         order = decode_order((*PROMPT, reply.first_token_id), 4, ticket=reply.ticket)
-        async with aclosing(decode.decode(order, timeout_s=5)) as stream:
+        async with aclosing(told(decode, order)) as stream:
             adopted, *steps, done = [event async for event in stream]
         assert isinstance(adopted, KvAdopted)
         assert adopted.transfer_bytes > 0
@@ -166,7 +167,7 @@ async def test_an_end_at_the_first_token_crosses_without_a_ticket() -> None:
 
 async def test_closing_a_decode_aborts_it_on_the_worker() -> None:
     async with hosted("d") as [(worker, client)]:
-        async with aclosing(client.decode(decode_order(count=5000), timeout_s=60)) as stream:
+        async with aclosing(told(client, decode_order(count=5000), 60)) as stream:
             async for event in stream:
                 if isinstance(event, Stepped):
                     break
@@ -194,7 +195,7 @@ async def test_errors_keep_their_reason() -> None:
         assert caught.value.reason is Reason.INVALID_REQUEST
         assert caught.value.violations[0].field == "lease_s"
         with pytest.raises(BatonError) as caught:
-            async for _ in client.decode(decode_order(ticket=b"forged"), timeout_s=5):
+            async for _ in told(client, decode_order(ticket=b"forged")):
                 pass
         assert caught.value.reason is Reason.TICKET_REFUSED
 
@@ -240,7 +241,7 @@ async def test_closing_the_client_fails_its_calls_and_does_not_cancel_their_call
         client = GrpcWorkerClient(worker.host.address, SECRET)
 
         async def consume() -> None:
-            async with aclosing(client.decode(decode_order(count=5000), timeout_s=60)) as stream:
+            async with aclosing(told(client, decode_order(count=5000), 60)) as stream:
                 async for _ in stream:
                     started.set()
 
@@ -310,7 +311,7 @@ async def test_a_killed_process_is_noticed_within_a_second() -> None:
         async with asyncio.timeout(60):
             address = (await process.stdout.readline()).decode().strip()
         client = GrpcWorkerClient(address, SECRET)
-        async with aclosing(client.decode(decode_order(count=8000), timeout_s=60)) as stream:
+        async with aclosing(told(client, decode_order(count=8000), 60)) as stream:
             while not isinstance(await anext(stream), Stepped):
                 pass
             process.send_signal(signal.SIGKILL)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
 
-from baton.leg import DecodeEvent, DecodeOrder, RecomputeReason, Stepped
-from baton.request import Handover, TokenLogprobs
+from baton.leg import DecodeOrder, KvAdopted, RecomputeReason
+from baton.request import Handover, LegFinish, TokenLogprobs
 from baton.testing import in_virtual_time
 from bench.virtual_cluster import RULE, ProcessClient, TokenAnswer, VirtualCluster, virtual_cluster
 from router.answering import Completed, Piece, RoutedRequest
 from router.placement import PlacementPolicy
+from router.worker_client import DecodeSink
 
 
 class Listened:
@@ -128,20 +129,32 @@ def test_a_stop_sequence_cuts_ids_logprobs_counts_and_sum_at_the_same_token(max_
 class HastyClient(ProcessClient):
     """Five tokens come at once, as after a pause of the network."""
 
-    async def decode(self, order: DecodeOrder, *, timeout_s: float) -> AsyncGenerator[DecodeEvent, None]:
-        waiting: list[Stepped] = []
-        async with aclosing(super().decode(order, timeout_s=timeout_s)) as events:
-            async for event in events:
-                if isinstance(event, Stepped):
-                    waiting.append(event)
-                if waiting and (len(waiting) == 5 or not isinstance(event, Stepped)):
-                    yield Stepped(
-                        tuple(token_id for each in waiting for token_id in each.token_ids),
-                        tuple(logprobs for each in waiting for logprobs in each.logprobs),
-                    )
-                    waiting.clear()
-                if not isinstance(event, Stepped):
-                    yield event
+    async def decode(self, order: DecodeOrder, *, timeout_s: float, sink: DecodeSink) -> None:
+        await super().decode(order, timeout_s=timeout_s, sink=FiveAtOnce(sink))
+
+
+class FiveAtOnce:
+    def __init__(self, sink: DecodeSink) -> None:
+        self._sink = sink
+        self._waiting: list[tuple[int, TokenLogprobs]] = []
+
+    def adopted(self, kv: KvAdopted) -> None:
+        self._sink.adopted(kv)
+
+    def tokens(self, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> None:
+        self._waiting += zip(token_ids, logprobs, strict=True)
+        if len(self._waiting) >= 5:
+            self._let_go()
+
+    def done(self, finish: LegFinish) -> None:
+        if self._waiting:
+            self._let_go()
+        self._sink.done(finish)
+
+    def _let_go(self) -> None:
+        token_ids, logprobs = zip(*self._waiting, strict=True)
+        self._waiting.clear()
+        self._sink.tokens(token_ids, logprobs)
 
 
 @pytest.mark.parametrize("stop_at", range(6, 12))

@@ -9,9 +9,9 @@ import pytest
 from baton.errors import BatonError
 from baton.leg import DecodeDone, DecodeEvent, DecodeOrder, KvAdopted, PrefillOrder, RecomputeReason, Stepped
 from baton.request import EngineStop, LegFinish, Sampling, Structure, StructureKind, TokenLogprobs
-from decode_worker import service as decode_service
+from decode_worker import leg_messages_proto
 from prefill_worker import service as prefill_service
-from router.grpc_worker_client import decode_request, events_from_proto, prefill_request
+from router.leg_messages_client import decode_request, events_from_proto, prefill_request
 
 SAMPLING = Sampling(
     temperature=0.7,
@@ -57,35 +57,35 @@ def test_an_order_crosses_the_wire_whole(structure: Structure | None, top_logpro
     prefill = PrefillOrder("leg", (1, 2, 3), sampling, STOP, 2.5, 1, 2, top_logprob_count, "t")
     assert prefill_service.order_from_proto(_sent(prefill_request(prefill))) == prefill
     decode = DecodeOrder("leg", (1, 2, 3), sampling, STOP, b"ticket", 1, 2, top_logprob_count, "t")
-    assert decode_service.order_from_proto(_sent(decode_request(decode))) == decode
+    assert leg_messages_proto.order_from_proto(_sent(decode_request(decode))) == decode
 
 
 def test_the_defaults_cross_the_wire_too() -> None:
     order = DecodeOrder("leg", (1,), Sampling(), EngineStop(1))
-    assert decode_service.order_from_proto(_sent(decode_request(order))) == order
+    assert leg_messages_proto.order_from_proto(_sent(decode_request(order))) == order
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=str)
 def test_an_event_crosses_the_wire_whole(event: DecodeEvent) -> None:
-    assert events_from_proto(_sent(decode_service.events_to_proto(event))) == [event]
+    assert events_from_proto(_sent(leg_messages_proto.events_to_proto(event))) == [event]
 
 
 def test_what_is_told_together_is_heard_in_the_order_it_happened_in() -> None:
     adopted = KvAdopted(1, 2, 3, 4, 5, 6, 7, 8, recompute_reason=RecomputeReason.STALE, is_with_tokens=True)
     together: list[DecodeEvent] = [adopted, Stepped((3, 6), LOGPROBS), DecodeDone(LegFinish.STOP)]
-    assert events_from_proto(_sent(decode_service.events_to_proto(*together))) == together
+    assert events_from_proto(_sent(leg_messages_proto.events_to_proto(*together))) == together
 
 
 def test_a_message_of_a_decode_without_an_event_is_refused() -> None:
     with pytest.raises(BatonError):
-        events_from_proto(decode_service.events_to_proto())
+        events_from_proto(leg_messages_proto.events_to_proto())
 
 
 def test_a_structure_of_an_unknown_kind_is_refused() -> None:
     request: Any = decode_request(DecodeOrder("leg", (1,), Sampling(structure=STRUCTURES[1]), EngineStop(1)))
     request.sampling.structure.kind = 99
     with pytest.raises(BatonError, match="structure"):
-        decode_service.order_from_proto(request)
+        leg_messages_proto.order_from_proto(request)
 
 
 def _sent(message: Any) -> Any:

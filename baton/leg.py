@@ -8,10 +8,76 @@ from __future__ import annotations
 import enum
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from baton.request import EngineStop, LegFinish, Role, Sampling, TokenLogprobs
+
+
+class PromptLogprobs:
+    """How likely each token of a prompt was, packed: 12 bytes a token and 12 for each of its likeliest.
+
+    A sequence with one entry for each token; None for the prompt's very first, which has nothing before it.
+    """
+
+    __slots__ = ("logprobs", "ranks", "top_count", "top_logprobs", "top_token_ids")
+
+    def __init__(self, top_count: int) -> None:
+        self.top_count = top_count
+        self.logprobs = array("d")
+        self.ranks = array("i")
+        """1 is the likeliest; 0 for the very first token."""
+        self.top_token_ids = array("i")
+        """``top_count`` for each token, likeliest first; zeros for the very first, as in ``top_logprobs``."""
+        self.top_logprobs = array("d")
+
+    def extend(
+        self,
+        logprobs: Iterable[float],
+        ranks: Iterable[int],
+        top_token_ids: Iterable[int],
+        top_logprobs: Iterable[float],
+    ) -> None:
+        """More tokens. Raises ``ValueError`` unless the lists fit together."""
+        self.logprobs.extend(logprobs)
+        self.ranks.extend(ranks)
+        self.top_token_ids.extend(top_token_ids)
+        self.top_logprobs.extend(top_logprobs)
+        count = len(self.logprobs)
+        if not (
+            len(self.ranks) == count and len(self.top_token_ids) == len(self.top_logprobs) == count * self.top_count
+        ):
+            raise ValueError("logprobs, ranks and likeliest tokens of a prompt are not of the same tokens")
+
+    def append_first(self) -> None:
+        """The prompt's very first token."""
+        self.extend((0.0,), (0,), (0,) * self.top_count, (0.0,) * self.top_count)
+
+    def append(self, each: TokenLogprobs) -> None:
+        """Raises ``ValueError`` unless it has ``top_count`` likeliest."""
+        top_ids, top_logprobs = [token_id for token_id, _ in each.top], [logprob for _, logprob in each.top]
+        self.extend((each.logprob,), (each.rank,), top_ids, top_logprobs)
+
+    def __len__(self) -> int:
+        return len(self.logprobs)
+
+    def __getitem__(self, index: int) -> TokenLogprobs | None:
+        rank = self.ranks[index]
+        if rank == 0:
+            return None
+        start, stop = index * self.top_count, (index + 1) * self.top_count
+        top = zip(self.top_token_ids[start:stop], self.top_logprobs[start:stop], strict=True)
+        return TokenLogprobs(self.logprobs[index], rank, tuple(top))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PromptLogprobs) and all(
+            getattr(self, name) == getattr(other, name) for name in self.__slots__
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # it grows
+
+    def __repr__(self) -> str:
+        return f"<PromptLogprobs of {len(self)} tokens, with {self.top_count} likeliest>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +97,9 @@ class PrefillOrder:
     top_logprob_count: int | None = None
     """See ``baton.request.OutputOptions``."""
     tenant: str = ""
+    prompt_logprob_count: int | None = None
+    """Of the prompt's tokens, as ``top_logprob_count`` is of those drawn. Only of a prompt of which nothing was
+    generated; it is then computed whole, without the prefix cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +116,8 @@ class PrefillReply:
     cached_token_count: int
     kv_bytes: int
     first_logprobs: TokenLogprobs | None = None
+    prompt_logprobs: PromptLogprobs | None = field(default=None, repr=False)
+    """One of each token of the prompt, if they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,12 +104,21 @@ def check_order(
         violations.append(FieldViolation("output_token_count", "must leave at least one token of prompt"))
     if order.top_logprob_count is not None and not 0 <= order.top_logprob_count <= MAX_TOP_LOGPROB_COUNT:
         violations.append(FieldViolation("top_logprob_count", f"must be within 0 to {MAX_TOP_LOGPROB_COUNT}"))
+    if isinstance(order, PrefillOrder) and order.prompt_logprob_count is not None:
+        violations += _prompt_logprob_violations(order.prompt_logprob_count, order.output_token_count)
     if len(order.tenant.encode()) > MAX_TENANT_BYTES:
         violations.append(FieldViolation("tenant", f"has more than {MAX_TENANT_BYTES} bytes"))
     violations += sampling_violations(order.sampling, info)
     violations += _stop_violations(order.stop, len(prompt_token_ids), info)
     if violations:
         raise invalid_request(violations)
+
+
+def _prompt_logprob_violations(count: int, output_token_count: int) -> Iterator[FieldViolation]:
+    if not 0 <= count <= MAX_TOP_LOGPROB_COUNT:
+        yield FieldViolation("prompt_logprob_count", f"must be within 0 to {MAX_TOP_LOGPROB_COUNT}")
+    if output_token_count:
+        yield FieldViolation("prompt_logprob_count", "is set for a prompt of which a part was generated")
 
 
 def _are_ids(token_ids: Collection[int], info: EngineInfo) -> bool:

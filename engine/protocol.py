@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from baton.leg import DecodeDone, DecodeEvent, Introduced, KvAdopted, Stepped
+from baton.leg import DecodeDone, DecodeEvent, Introduced, KvAdopted, PromptLogprobs, Stepped
 from baton.request import EngineStop, LegFinish, Sampling, TokenLogprobs
 from kvtransfer.peer import PeerAddress
 
@@ -76,6 +76,8 @@ class PrefillJob:
     top_logprob_count: int | None = None
     tenant: str = ""
     """Prefixes are cached and shared within a tenant only."""
+    prompt_logprob_count: int | None = None
+    """See ``baton.leg.PrefillOrder``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ class Prefilled:
     compute_s: float
     cached_token_count: int
     first_logprobs: TokenLogprobs | None = None
+    prompt_logprobs: PromptLogprobs | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,6 +176,9 @@ class SimEngine:
                 compute_s=sequence.first_token_at - sequence.scheduled_at,
                 cached_token_count=sequence.cached_token_count,
                 first_logprobs=sequence.logprobs[0] if sequence.logprobs else None,
+                prompt_logprobs=None
+                if job.prompt_logprob_count is None
+                else self.config.tokens.prompt_logprobs(job.prompt_token_ids, job.prompt_logprob_count),
             )
         finally:
             self._leave(leg)
@@ -474,6 +477,8 @@ class SimEngine:
             answer_token_count=job.output_token_count,
             top_logprob_count=job.top_logprob_count,
             tenant=job.tenant,
+            # As a real engine: what is computed to score every token is not looked for in the cache.
+            reads_cache=not isinstance(job, PrefillJob) or job.prompt_logprob_count is None,
         )
         leg = _Leg(sequence, _now(), job.leg_id)
         self._legs[sequence] = leg

@@ -19,7 +19,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from baton.request import EngineStop, LegFinish, TokenLogprobs
-from engine.blocks import BlockPool, BlockTable, block_count_for, chain_hashes
+from engine.blocks import BlockHash, BlockPool, BlockTable, block_count_for, chain_hashes
 from engine.cost import Chunk
 from engine.sim_tokens import EMPTY_CONTENT, TokenRule, extend_content
 
@@ -50,8 +50,10 @@ class Sequence:
         answer_token_count: int = 0,
         top_logprob_count: int | None = None,
         tenant: str = "",
+        reads_cache: bool = True,
     ) -> None:
-        """``answer_token_count``: how many of the last ``prompt_token_ids`` are the answer's already."""
+        """``answer_token_count``: how many of the last ``prompt_token_ids`` are the answer's already.
+        ``reads_cache``: False computes all of the prompt."""
         self.token_ids = list(prompt_token_ids)
         self.prompt_token_count = len(self.token_ids)
         self.stop = stop
@@ -63,6 +65,7 @@ class Sequence:
         self.logprobs: list[TokenLogprobs] = []
         """One of each output token, if they are wanted."""
         self.salt = tenant.encode()
+        self.reads_cache = reads_cache
         self.sort_key = (-priority, order)
         self.state = State.WAITING
         output_limit = 1 if is_prefill else stop.max_token_count
@@ -80,6 +83,10 @@ class Sequence:
         self.scheduled_at: float | None = None
         """Start of its first step."""
         self.first_token_at: float | None = None
+
+    @property
+    def hashes_to_find(self) -> SequenceOf[BlockHash]:
+        return self.hashes if self.reads_cache else ()
 
     @property
     def output_token_ids(self) -> list[int]:
@@ -302,13 +309,13 @@ class Scheduler:
         return wanted < self.max_batched_token_count
 
     def _can_admit(self, sequence: Sequence) -> bool:
-        if not self.pool.can_allocate(sequence.hashes, sequence.block_count):
+        if not self.pool.can_allocate(sequence.hashes_to_find, sequence.block_count):
             return False
         # A pull needs no slot. One whose KV is all cached already does, which only costs it a turn.
         return bool(sequence.pull_token_count) or len(self._running) < self.max_running_count
 
     def _allocate(self, sequence: Sequence) -> None:
-        table = self.pool.allocate(sequence.hashes, sequence.block_count)
+        table = self.pool.allocate(sequence.hashes_to_find, sequence.block_count)
         sequence.table = table
         sequence.published_block_count = table.cached_block_count
         sequence.cached_token_count = table.cached_block_count * self.pool.block_token_count

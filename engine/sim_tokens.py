@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from baton.leg import PromptLogprobs
 from baton.request import LegFinish, TokenLogprobs
 
 EMPTY_CONTENT = 0x243F6A8885A308D3
@@ -103,6 +104,18 @@ class TokenRule:
             (other % self.vocab_size, likeliest - rank) for rank, other in enumerate(others, start=1)
         ]
         return TokenLogprobs(likeliest, 1, tuple(top[:top_count]))
+
+    def prompt_logprobs(self, prompt_token_ids: Sequence[int], top_count: int) -> PromptLogprobs:
+        """Of each token of a prompt, as ``logprobs`` would have it said after those before it."""
+        told = PromptLogprobs(top_count)
+        content = EMPTY_CONTENT
+        for index, token_id in enumerate(prompt_token_ids):
+            if index == 0:
+                told.append_first()
+            else:
+                told.append(self.logprobs(content, token_id, top_count))
+            content = extend_content(content, (token_id,))
+        return told
 
     def _ends(self, content: int, position: int) -> bool:
         if self.eos_when is not None and self.eos_when(position):

@@ -39,7 +39,7 @@ from engine.config import EngineConfig, EngineIdentity
 from engine.environment import engine_environment, hand_down_key, put_in_force
 from engine.legs import RETRY_AFTER_S, sampling_violations
 from engine.protocol import DecodeJob, EngineInfo, EngineLoad, HeldKv, Prefilled, PrefillJob
-from engine.vllm_sampling import can_be_read, sampling_params, token_logprobs
+from engine.vllm_sampling import can_be_read, prompt_logprobs, sampling_params, token_logprobs
 from kvtransfer.connector_parent import claim_ownership
 from kvtransfer.emitted_tokens import STRUCTURE_FAILED
 from kvtransfer.hold_keeper import MAX_HOLD_COUNT
@@ -185,11 +185,13 @@ class VllmEngine:
         transfer = {"do_remote_decode": True, "baton_lease_s": float(job.lease_s)} if wants_more else None
         handle = self._mint_id(job.leg_id)
         last = None
+        scores = None
         is_handed_over = False
         try:
             async with aclosing(self._generate(handle, job, 1, transfer)) as outputs:
                 async for output in outputs:
                     last = output
+                    scores = prompt_logprobs(job, output.prompt_logprobs) or scores
             if last is None or not last.outputs[0].token_ids:
                 raise self._failed("the engine ended a prefill without a token")
             finish = LegFinish.STOP if last.outputs[0].finish_reason == "stop" else None
@@ -211,6 +213,7 @@ class VllmEngine:
                 compute_s=max(0.0, last.metrics.first_token_ts - last.metrics.scheduled_ts),
                 cached_token_count=last.num_cached_tokens or 0,
                 first_logprobs=(*token_logprobs(job, last.outputs[0]), None)[0],
+                prompt_logprobs=scores,
             )
             is_handed_over = True
             return prefilled

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from baton.leg import PromptLogprobs
 from baton.request import Structure, StructureKind, TokenLogprobs
 from engine.protocol import DecodeJob, PrefillJob
 from kvtransfer.emitted_tokens import extra_args
@@ -35,6 +36,8 @@ def sampling_params(job: PrefillJob | DecodeJob, max_token_count: int, transfer:
         allowed_token_ids=list(sampling.allowed_token_ids) or None,
         structured_outputs=None if sampling.structure is None else _structured_outputs(sampling.structure),
         logprobs=job.top_logprob_count,
+        prompt_logprobs=job.prompt_logprob_count if isinstance(job, PrefillJob) else None,
+        flat_logprobs=isinstance(job, PrefillJob) and job.prompt_logprob_count is not None,
         stop_token_ids=list(stop.stop_token_ids),
         ignore_eos=stop.ignore_eos,
         detokenize=False,
@@ -93,3 +96,21 @@ def token_logprobs(job: PrefillJob | DecodeJob, completion: Any) -> tuple[TokenL
         top = tuple((other_id, logprob) for rank, other_id, logprob in likeliest if rank <= count)
         told.append(TokenLogprobs(drawn.logprob, drawn.rank, top))
     return tuple(told)
+
+
+def prompt_logprobs(job: PrefillJob, told: Any) -> PromptLogprobs | None:
+    """Of the prompt's tokens. ``told``: vLLM's flat lists, in which each token but the first has itself and then its
+    likeliest; nothing of them is copied twice, since a long prompt has hundreds of thousands."""
+    count = job.prompt_logprob_count
+    if count is None or not told:
+        return None
+    logprobs = PromptLogprobs(count)
+    for start, end in zip(told.start_indices, told.end_indices, strict=True):
+        if start == end:
+            logprobs.append_first()
+            continue
+        likeliest = slice(start + 1, start + 1 + count)
+        logprobs.extend(
+            (told.logprobs[start],), (told.ranks[start],), told.token_ids[likeliest], told.logprobs[likeliest]
+        )
+    return logprobs

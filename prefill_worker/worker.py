@@ -140,6 +140,7 @@ class PrefillWorker:
                     output_token_count=order.output_token_count,
                     top_logprob_count=order.top_logprob_count,
                     tenant=order.tenant,
+                    prompt_logprob_count=order.prompt_logprob_count,
                 )
             )
             # From here to the grant nothing awaits: no cancellation can fall between held KV and its lease.
@@ -179,6 +180,7 @@ class PrefillWorker:
             cached_token_count=prefilled.cached_token_count,
             kv_bytes=held.kv_bytes,
             first_logprobs=prefilled.first_logprobs,
+            prompt_logprobs=prefilled.prompt_logprobs,
         )
 
     def _reply_without_ticket(self, prefilled: Prefilled) -> PrefillReply:
@@ -194,6 +196,7 @@ class PrefillWorker:
             cached_token_count=prefilled.cached_token_count,
             kv_bytes=0,
             first_logprobs=prefilled.first_logprobs,
+            prompt_logprobs=prefilled.prompt_logprobs,
         )
 
     def _seal(self, order: PrefillOrder, prefilled: Prefilled, held: HeldKv) -> tuple[bytes, str]:

@@ -172,6 +172,34 @@ class PrefillResponse(_message.Message):
     first_logprobs: DrawnLogprobs
     def __init__(self, first_token_id: _Optional[int] = ..., finish: _Optional[_Union[LegFinish, str]] = ..., ticket: _Optional[bytes] = ..., ticket_id: _Optional[str] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., cached_token_count: _Optional[int] = ..., kv_byte_count: _Optional[int] = ..., first_logprobs: _Optional[_Union[DrawnLogprobs, _Mapping]] = ...) -> None: ...
 
+class PrefillScoredRequest(_message.Message):
+    __slots__ = ("prefill", "prompt_logprob_count")
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROB_COUNT_FIELD_NUMBER: _ClassVar[int]
+    prefill: PrefillRequest
+    prompt_logprob_count: int
+    def __init__(self, prefill: _Optional[_Union[PrefillRequest, _Mapping]] = ..., prompt_logprob_count: _Optional[int] = ...) -> None: ...
+
+class PrefillScoredResponse(_message.Message):
+    __slots__ = ("part", "prefilled")
+    PART_FIELD_NUMBER: _ClassVar[int]
+    PREFILLED_FIELD_NUMBER: _ClassVar[int]
+    part: PromptScores
+    prefilled: PrefillResponse
+    def __init__(self, part: _Optional[_Union[PromptScores, _Mapping]] = ..., prefilled: _Optional[_Union[PrefillResponse, _Mapping]] = ...) -> None: ...
+
+class PromptScores(_message.Message):
+    __slots__ = ("logprobs", "ranks", "top_token_ids", "top_logprobs")
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    TOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    logprobs: _containers.RepeatedScalarFieldContainer[float]
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    top_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    top_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, logprobs: _Optional[_Iterable[float]] = ..., ranks: _Optional[_Iterable[int]] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
+
 class ReleaseKvRequest(_message.Message):
     __slots__ = ("ticket_id",)
     TICKET_ID_FIELD_NUMBER: _ClassVar[int]

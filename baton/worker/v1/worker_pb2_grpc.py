@@ -40,6 +40,11 @@ class PrefillServiceStub(object):
                 request_serializer=baton_dot_worker_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=baton_dot_worker_dot_v1_dot_worker__pb2.PrefillResponse.FromString,
                 _registered_method=True)
+        self.PrefillScored = channel.unary_stream(
+                '/baton.worker.v1.PrefillService/PrefillScored',
+                request_serializer=baton_dot_worker_dot_v1_dot_worker__pb2.PrefillScoredRequest.SerializeToString,
+                response_deserializer=baton_dot_worker_dot_v1_dot_worker__pb2.PrefillScoredResponse.FromString,
+                _registered_method=True)
         self.ReleaseKv = channel.unary_unary(
                 '/baton.worker.v1.PrefillService/ReleaseKv',
                 request_serializer=baton_dot_worker_dot_v1_dot_worker__pb2.ReleaseKvRequest.SerializeToString,
@@ -59,6 +64,15 @@ class PrefillServiceServicer(object):
     def Prefill(self, request, context):
         """Computes the prompt, samples the first token, holds the KV under a lease.
         Cancelling the call aborts the computation and frees everything.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PrefillScored(self, request, context):
+        """Like Prefill, and says how likely the prompt's tokens were: any number of
+        messages with `part`, in order, then one with `prefilled`. The prompt is
+        computed whole, without the prefix cache.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -85,6 +99,11 @@ def add_PrefillServiceServicer_to_server(servicer, server):
                     servicer.Prefill,
                     request_deserializer=baton_dot_worker_dot_v1_dot_worker__pb2.PrefillRequest.FromString,
                     response_serializer=baton_dot_worker_dot_v1_dot_worker__pb2.PrefillResponse.SerializeToString,
+            ),
+            'PrefillScored': grpc.unary_stream_rpc_method_handler(
+                    servicer.PrefillScored,
+                    request_deserializer=baton_dot_worker_dot_v1_dot_worker__pb2.PrefillScoredRequest.FromString,
+                    response_serializer=baton_dot_worker_dot_v1_dot_worker__pb2.PrefillScoredResponse.SerializeToString,
             ),
             'ReleaseKv': grpc.unary_unary_rpc_method_handler(
                     servicer.ReleaseKv,
@@ -125,6 +144,33 @@ class PrefillService(object):
             '/baton.worker.v1.PrefillService/Prefill',
             baton_dot_worker_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
             baton_dot_worker_dot_v1_dot_worker__pb2.PrefillResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PrefillScored(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/baton.worker.v1.PrefillService/PrefillScored',
+            baton_dot_worker_dot_v1_dot_worker__pb2.PrefillScoredRequest.SerializeToString,
+            baton_dot_worker_dot_v1_dot_worker__pb2.PrefillScoredResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -84,6 +84,10 @@ class Intake:
         routed = self._routed(request, prompt_token_ids, limits)
         return Prepared(request, routed, limits.model, deadline_at, received_at)
 
+    def limits(self) -> ModelLimits:
+        """What the model can take, now."""
+        return self._limits()
+
     def answer(self, prepared: Prepared) -> TextAnswer:
         """What turns the tokens of one answer into text."""
         routed = prepared.routed

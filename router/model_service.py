@@ -28,6 +28,7 @@ from baton.v1 import model_pb2 as pb
 from baton.v1 import model_pb2_grpc as pb_grpc
 from router.model_card import ModelCard
 from router.prompt_encoder import PromptEncoder
+from router.service_lengths import check_chat_lengths
 from router.service_messages import chat_from_proto
 from router.tokenizer import OFF_LOOP_BYTES, Tokenizer
 from router.validation import check, shown, violations_of
@@ -101,12 +102,13 @@ class ModelService(pb_grpc.ModelServiceServicer):
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
         async def answer() -> pb.DetokenizeResponse:
-            token_ids = tuple(request.token_ids.ids)
             card = self._card_of(request.model)
             most = card.limits.max_context_token_count
-            if len(token_ids) > most:
-                what = f"has {len(token_ids)} ids; at most {most}, the model's context. Send it in parts."
+            count = len(request.token_ids.ids)
+            if count > most:
+                what = f"has {count} ids; at most {most}, the model's context. Send it in parts."
                 raise invalid_request([FieldViolation("token_ids.ids", what)])
+            token_ids = tuple(request.token_ids.ids)
             violations = violations_of(GenerateRequest(TokenPrompt(token_ids)), card.limits)
             if violations:
                 raise invalid_request(violations)
@@ -166,6 +168,7 @@ class ModelService(pb_grpc.ModelServiceServicer):
         violations: list[FieldViolation] = []
         prompt: Prompt = TextPrompt(request.text)  # an absent prompt is an empty one, and refused as such
         if request.WhichOneof("prompt") == "chat":
+            check_chat_lengths(request.chat)
             prompt = chat_from_proto(request.chat, violations)
         check(GenerateRequest(prompt, request.model), limits, [*violations, *self._encoder.violations(prompt)])
         async with self._turn(prompt):

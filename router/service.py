@@ -32,6 +32,7 @@ from router.pipeline import Pipeline
 from router.resumables import About, Resumable
 from router.resume_desk import ResumeDesk
 from router.service_events import started_to_proto
+from router.service_lengths import check_continuation_lengths, check_lengths
 from router.service_messages import request_from_proto
 from router.service_resuming import continuation_from_proto, next_indices_of, request_digest
 from router.stream_writer import StreamWriter
@@ -136,12 +137,13 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             error = draining()
             self._metrics.request_ended(outcome_of(error))
             raise error
-        request, violations = request_from_proto(message)
         try:
-            caller = caller_of(self._callers, context, request.tenant)
+            caller = caller_of(self._callers, context, message.tenant)
+            check_lengths(message, self._intake.limits)
         except BatonError as error:
             self._metrics.request_ended(outcome_of(error))
             raise
+        request, violations = request_from_proto(message)
         if caller.tenant != request.tenant:
             request = replace(request, tenant=caller.tenant)
         prepared = await self._intake.prepare(request, violations, deadline_at=deadline_at, received_at=received_at)
@@ -178,6 +180,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         until = received_at + self._time_allowed_s(context)
         caller = caller_of(self._callers, context, message.tenant)
         claim = self._desk.claim(message.resume_token, caller)
+        check_continuation_lengths(message, self._intake.limits)
         next_indices = next_indices_of(message)
         continuation = continuation_from_proto(message)
         resumable = self._desk.find(claim, next_indices, continuation)

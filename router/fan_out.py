@@ -5,8 +5,9 @@
     sample i                                  '-- (seed + i)
 
 Each sample is a flight of its own, with the retry rule of any request; a sample whose worker was lost is computed
-elsewhere, the others go on. A sample that fails for good fails the call, and ends the others. Owns the tasks that read
-the samples and the one bounded queue between them and the caller; nothing of them is left when the stream is closed.
+elsewhere, the others go on. A sample that fails for good fails the call, and ends the others. Owns the tasks that
+read the samples and the one bounded queue between them and the caller; nothing of them is left when the stream is
+closed.
 """
 
 from __future__ import annotations

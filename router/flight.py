@@ -54,12 +54,14 @@ from router.handoff_words import (
     StartDecode,
     StartPrefill,
     StopMatched,
+    TellPrompt,
     TokensArrived,
     WorkerLost,
 )
 from router.outbox import Outbox
 from router.phase_account import PhaseAccount
 from router.roster import Roster
+from router.sample_group import Seat
 from router.worker_client import WorkerClient
 
 logger = logging.getLogger(__name__)
@@ -107,9 +109,10 @@ class Flight:
         release: Callable[[ReleaseKv], None],
         on_leg_lost: Callable[[str], None],
         on_no_room: Callable[[], None],
+        seat: Seat | None = None,
     ) -> None:
         """``release`` lets go of KV in its own time. ``on_leg_lost`` is told the phase; ``on_no_room``, that a decode
-        was refused for want of room."""
+        was refused for want of room. ``seat``: of one of several samples."""
         self.request = request
         self.handoff = Handoff(request, max_attempt_count=limits.max_attempt_count, lease_s=limits.lease_s)
         self.account = PhaseAccount(received_at)
@@ -123,6 +126,7 @@ class Flight:
         self._release = release
         self._on_leg_lost = on_leg_lost
         self._on_no_room = on_no_room
+        self._seat = seat
         self._facts = FactQueue()
         # What is running for this request, and what it has:
         self._legs: dict[int, asyncio.Task[None]] = {}
@@ -205,7 +209,10 @@ class Flight:
         if isinstance(fact, LegFailed) and fact.error.reason in _WORKERS_FAULT and worker is not None:
             self._roster.doubt(worker)  # BEFORE another place is looked for, by this request or by others
         self._account(fact)
-        return self._decided_otherwise(fact, self.handoff.on(fact), phase, worker)
+        actions = self.handoff.on(fact)
+        if isinstance(fact, Adopted) and self._seat is not None and self.handoff.state is State.DECODING:
+            self._seat.on_adopted(self.handoff.decode_worker_id)
+        return self._decided_otherwise(fact, actions, phase, worker)
 
     def _decided_otherwise(
         self, fact: Fact, actions: list[Action], phase: Phase, worker: WorkerIdentity | None
@@ -256,6 +263,8 @@ class Flight:
                 if (keeper := self._lease_keepers.get(action.ticket_id)) is not None:
                     keeper.cancel()
                 self._release(action)
+            case TellPrompt():
+                self.outbox.put(action.logprobs)
             case Emit():
                 return self._emit(action)
             case Finish():
@@ -279,6 +288,7 @@ class Flight:
             is_retry=action.attempt > 1,
             excluded=action.excluded,
             needs_recompute=action.needs_recompute,
+            seat=self._seat,
         )
         try:
             place = self._admission.try_enter(entry)

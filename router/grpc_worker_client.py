@@ -14,7 +14,15 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 
 from baton.errors import BatonError, Reason, engine_failed, internal
-from baton.leg import DecodeOrder, Introduced, PrefillOrder, PrefillReply, WorkerInfo, WorkerLoad
+from baton.leg import (
+    DecodeOrder,
+    Introduced,
+    PrefillOrder,
+    PrefillReply,
+    PromptLogprobs,
+    WorkerInfo,
+    WorkerLoad,
+)
 from baton.request import Role
 from baton.secret import TOKEN_KEY, cluster_token
 from baton.status import from_rpc_error
@@ -68,9 +76,14 @@ class GrpcWorkerClient:
         return f"<GrpcWorkerClient {self.address}>"
 
     async def prefill(self, order: PrefillOrder, *, timeout_s: float) -> PrefillReply:
-        call = self._open(self._prefill_stub.Prefill, prefill_request(order), timeout_s)
+        scores: PromptLogprobs | None = None
+        call = self._open_prefill(order, timeout_s)
         try:
-            reply = await self._answer(call)
+            if order.prompt_logprob_count is None:
+                reply = await self._answer(call)
+            else:
+                scores = PromptLogprobs(order.prompt_logprob_count)
+                reply = await self._scored(call, scores, len(order.prompt_token_ids))
         except (asyncio.CancelledError, BatonError):
             # Its answer may be on the way all the same, and nobody would ever know of the KV that is held. The ticket
             # has the leg's id, so it can be let go unseen; AFTER the cancel, which goes out on the same connection.
@@ -87,7 +100,29 @@ class GrpcWorkerClient:
             cached_token_count=reply.cached_token_count,
             kv_bytes=reply.kv_byte_count,
             first_logprobs=logprobs_of(reply.first_logprobs) if reply.HasField("first_logprobs") else None,
+            prompt_logprobs=scores,
         )
+
+    def _open_prefill(self, order: PrefillOrder, timeout_s: float) -> Any:
+        request = prefill_request(order)
+        if order.prompt_logprob_count is None:
+            return self._open(self._prefill_stub.Prefill, request, timeout_s)
+        scored = pb.PrefillScoredRequest(prefill=request, prompt_logprob_count=order.prompt_logprob_count)
+        return self._open(self._prefill_stub.PrefillScored, scored, timeout_s)
+
+    async def _scored(self, call: Any, scores: PromptLogprobs, token_count: int) -> Any:
+        """The answer after the scores, which are put into ``scores``. Raises INTERNAL for what does not fit."""
+        while (message := await self._answer(call.read())) is not grpc.aio.EOF:
+            if message.WhichOneof("event") == "prefilled":
+                return message.prefilled
+            part = message.part
+            try:
+                scores.extend(part.logprobs, part.ranks, part.top_token_ids, part.top_logprobs)
+            except ValueError as error:
+                raise internal(f"a worker's {error}") from None
+            if len(scores) > token_count:
+                raise internal("a worker brought logprobs of more tokens than the prompt has")
+        raise engine_failed(self.address, "ended a prefill without an answer")
 
     async def release_kv(self, ticket_id: str, *, timeout_s: float) -> bool:
         request = pb.ReleaseKvRequest(ticket_id=ticket_id)

@@ -71,6 +71,7 @@ from router.handoff_words import (
     StartDecode,
     StartPrefill,
     StopMatched,
+    TellPrompt,
     TokensArrived,
     WorkerLost,
 )
@@ -110,6 +111,7 @@ class Handoff:
         self._state = State.PLACING
         self._emitted: list[int] = list(request.emitted_token_ids)
         self._attempt = 0
+        self._is_prompt_told = False
         self._excluded: frozenset[WorkerIdentity] = frozenset()
         self._stall: tuple[Phase, float] | None = None  # if the last leg was lost to silence: where, and for how long
         # Of prefills, in all attempts: where each was started, and which have been answered.
@@ -180,7 +182,8 @@ class Handoff:
         """The worker of the present leg."""
         if self._placement is None or not self._is_leg_running:
             return None
-        return self._placement.prefill if self._state is State.PREFILLING else self._placement.decode
+        is_prefill = self._state is State.PREFILLING
+        return self._prefill_workers[self._leg] if is_prefill else self._placement.decode
 
     @property
     def phase(self) -> Phase:
@@ -257,26 +260,32 @@ class Handoff:
         self._placement = placement
         self.decode_worker_id = ""
         self.handover = Handover.NONE
-        if placement.prefill is None:
+        prefill, stop = placement.prefill, self._stop()
+        if prefill is None:
             # It computes the prompt too.
-            self.prefill_worker_id = placement.decode.worker_id
-            return self._start_decode(ticket=b"")
+            prefill = placement.decode
+            self.prefill_worker_id = prefill.worker_id
+            if not self._wants_prompt_logprobs:
+                return self._start_decode(ticket=b"")
+            # Only a prefill scores a prompt: one that holds nothing, after which the same worker goes on.
+            stop = dataclasses.replace(stop, max_token_count=1)
         self._state = State.PREFILLING
         leg = self._next_leg()
-        self._prefill_workers[leg] = placement.prefill
-        self.prefill_worker_id = placement.prefill.worker_id
+        self._prefill_workers[leg] = prefill
+        self.prefill_worker_id = prefill.worker_id
         order = PrefillOrder(
             leg_id=self._leg_id(leg),
             prompt_token_ids=self._prompt_so_far(),
             sampling=self._request.sampling,
-            stop=self._stop(),
+            stop=stop,
             lease_s=self._lease_s,
             priority=self._request.priority,
             output_token_count=len(self._emitted),
             top_logprob_count=self._request.top_logprob_count,
             tenant=self._request.tenant,
+            prompt_logprob_count=self._request.prompt_logprob_count if self._wants_prompt_logprobs else None,
         )
-        return [StartPrefill(leg, placement.prefill, order)]
+        return [StartPrefill(leg, prefill, order)]
 
     def _prefilled(self, reply: PrefillReply) -> list[Action]:
         worker = self._prefill_workers[self._leg]
@@ -293,12 +302,28 @@ class Handoff:
         logprobs = () if reply.first_logprobs is None else (reply.first_logprobs,)
         if bool(logprobs) != self._wants_logprobs:
             return self._lost(internal(f"worker {worker.worker_id} brought logprobs unasked, or did not"))
-        return [*keep, self._emit((reply.first_token_id,), logprobs)]
+        told = self._tell_prompt(reply)
+        if told is None:
+            return self._lost(internal(f"worker {worker.worker_id} brought other logprobs of the prompt than asked"))
+        return [*keep, *told, self._emit((reply.first_token_id,), logprobs)]
+
+    def _tell_prompt(self, reply: PrefillReply) -> list[Action] | None:
+        """None: the reply has not what was asked for. Told once, whatever is lost later."""
+        scores = reply.prompt_logprobs
+        if not self._wants_prompt_logprobs:
+            return [] if scores is None else None
+        if scores is None or len(scores) != len(self._request.prompt_token_ids):
+            return None
+        if scores.top_count != self._request.prompt_logprob_count:
+            return None
+        self._is_prompt_told = True
+        return [TellPrompt(scores)]
 
     def _hand_over(self) -> list[Action]:
         reply = self._reply
         assert reply is not None
-        if reply.finish is not None:
+        is_scored_here = not self._is_split and reply.finish is LegFinish.LENGTH
+        if reply.finish is not None and not is_scored_here:
             return self._finish(reply.finish)
         if len(self._emitted) >= self._request.max_output_token_count:
             return self._finish(LegFinish.LENGTH)
@@ -466,7 +491,7 @@ class Handoff:
         if self._placement is None:
             return None
         is_prefill = self._state in (State.PREFILLING, State.PREFILLED)
-        return self._placement.prefill if is_prefill else self._placement.decode
+        return self._prefill_workers[self._leg] if is_prefill else self._placement.decode
 
     def _next_leg(self) -> int:
         self._leg += 1
@@ -489,6 +514,10 @@ class Handoff:
         )
 
     @property
+    def _wants_prompt_logprobs(self) -> bool:
+        return self._request.prompt_logprob_count is not None and not self._is_prompt_told
+
+    @property
     def _wants_logprobs(self) -> bool:
         return self._request.top_logprob_count is not None
 
@@ -498,4 +527,6 @@ class Handoff:
         return Emit(first_index, token_ids, logprobs)
 
     def _note_cached(self, token_count: int) -> None:
-        self.cached_prompt_token_count = min(token_count, len(self._request.prompt_token_ids))
+        """Of the prefill that the answer began with: what a later one finds may be what the first one left there."""
+        if len(self._emitted) == len(self._request.emitted_token_ids):
+            self.cached_prompt_token_count = min(token_count, len(self._request.prompt_token_ids))

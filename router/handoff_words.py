@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from baton.errors import BatonError
-from baton.leg import DecodeOrder, KvAdopted, PrefillOrder, PrefillReply
+from baton.leg import DecodeOrder, KvAdopted, PrefillOrder, PrefillReply, PromptLogprobs
 from baton.request import FinishReason, LegFinish, TokenLogprobs
 from router.cluster_view import WorkerIdentity
 from router.placement import Placement
@@ -190,6 +190,13 @@ class Emit:
 
 
 @dataclass(frozen=True, slots=True)
+class TellPrompt:
+    """How likely the prompt's tokens were: once, before the first token."""
+
+    logprobs: PromptLogprobs = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     reason: FinishReason
     matched_stop_token_id: int | None
@@ -207,5 +214,16 @@ class Abandon:
 
 
 Action = (
-    Place | StartPrefill | StartDecode | FindRoom | CancelLeg | KeepLease | ReleaseKv | Emit | Finish | Fail | Abandon
+    Place
+    | StartPrefill
+    | StartDecode
+    | FindRoom
+    | CancelLeg
+    | KeepLease
+    | ReleaseKv
+    | TellPrompt
+    | Emit
+    | Finish
+    | Fail
+    | Abandon
 )

@@ -11,6 +11,7 @@ import asyncio
 from collections import deque
 
 from baton.errors import BatonError
+from baton.leg import PromptLogprobs
 from router.answering import Admitted, Piece
 from router.handoff_words import Finish
 
@@ -20,11 +21,11 @@ class Outbox:
 
     def __init__(self, max_chunk_token_count: int) -> None:
         self._max_chunk_token_count = max_chunk_token_count
-        self._items: deque[Admitted | Piece] = deque()
+        self._items: deque[Admitted | PromptLogprobs | Piece] = deque()
         self._end: Finish | BatonError | None = None
         self._reader: asyncio.Future[None] | None = None
 
-    def put(self, item: Admitted | Piece) -> None:
+    def put(self, item: Admitted | PromptLogprobs | Piece) -> None:
         if self._items:
             last = self._items[-1]
             if isinstance(item, Piece) and isinstance(last, Piece) and self._fits(last, item):
@@ -39,7 +40,7 @@ class Outbox:
             self._end = end
             self._wake()
 
-    async def take(self) -> Admitted | Piece | Finish:
+    async def take(self) -> Admitted | PromptLogprobs | Piece | Finish:
         """The next item, or the end. Raises the end if it is an error."""
         while not self._items and self._end is None:
             self._reader = asyncio.get_running_loop().create_future()

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry
 
 from baton.errors import BatonError, deadline_exceeded, draining
+from baton.leg import PromptLogprobs
 from baton.metrics import Outcome, RouterMetrics, outcome_of
 from baton.request import Role
 from baton.timeline import PHASES
@@ -28,7 +29,9 @@ from router.cluster_view import Assigned, WorkerIdentity
 from router.flight import Flight, FlightLimits
 from router.handoff import State
 from router.handoff_words import Finish, ReleaseKv
+from router.prompt_parts import prompt_parts
 from router.roster import Roster
+from router.sample_group import Seat
 
 __all__ = ["Admitted", "Answer", "Completed", "PhaseReport", "Piece", "Relay", "RelayEvent", "RoutedRequest"]
 
@@ -104,14 +107,20 @@ class Relay:
     # Effects
 
     async def run(
-        self, request: RoutedRequest, answer: Answer, deadline_at: float, *, received_at: float
+        self,
+        request: RoutedRequest,
+        answer: Answer,
+        deadline_at: float,
+        *,
+        received_at: float,
+        seat: Seat | None = None,
     ) -> AsyncGenerator[RelayEvent, None]:
-        """Serves one request. Times are the loop's. Consume with ``aclosing``.
+        """Serves one request. Times are the loop's. ``seat``: of one of several samples. Consume with ``aclosing``.
 
         Raises QUEUE_FULL, NO_WORKER, DRAINING, ATTEMPTS_EXHAUSTED, DEADLINE_EXCEEDED, what a worker says against
         the request (INVALID_REQUEST, PROMPT_TOO_LONG), INTERNAL. Pieces made before a failure are yielded first.
         """
-        flight = self._take_off(request, answer, deadline_at, received_at)
+        flight = self._take_off(request, answer, deadline_at, received_at, seat)
         outcome = Outcome.CANCELLED
         completed: Completed | None = None
         failure: BatonError | None = None
@@ -146,6 +155,10 @@ class Relay:
                         yield item
                     case Admitted():
                         yield item
+                    case PromptLogprobs():
+                        # Made as they are taken: of a long prompt all of them at once would be megabytes.
+                        for part in prompt_parts(request.prompt_token_ids, request.prompt_logprob_count, item):
+                            yield part
         except BatonError as error:
             outcome, failure = outcome_of(error), error
             raise
@@ -168,7 +181,9 @@ class Relay:
 
     # Parts
 
-    def _take_off(self, request: RoutedRequest, answer: Answer, deadline_at: float, received_at: float) -> Flight:
+    def _take_off(
+        self, request: RoutedRequest, answer: Answer, deadline_at: float, received_at: float, seat: Seat | None
+    ) -> Flight:
         return Flight(
             request,
             answer,
@@ -180,6 +195,7 @@ class Relay:
             release=self._release,
             on_leg_lost=lambda phase: self._metrics.lost_legs.labels(phase).inc(),
             on_no_room=self._metrics.no_room.inc,
+            seat=seat,
         )
 
     async def _land(self, flight: Flight) -> None:

@@ -32,24 +32,16 @@ def samples(request: GenerateRequest) -> Iterator[FieldViolation]:
     if seed is not None and 0 <= seed <= MAX_SEED < seed + count - 1:
         yield FieldViolation(
             "sampling.seed",
-            f"is {seed}; with sample_count {count} the last sample is drawn with seed + {count - 1}, which must be at "
-            f"most {MAX_SEED}",
+            f"is {seed}; with sample_count {count} the last sample is drawn with seed + {count - 1}, which must be "
+            f"at most {MAX_SEED}",
         )
 
 
 def prompt_output(request: GenerateRequest) -> Iterator[FieldViolation]:
-    """Rules of ``echo_prompt`` and ``prompt_logprob_count``."""
-    output = request.output
-    count = output.prompt_logprob_count
+    """Rules of ``prompt_logprob_count``."""
+    count = request.output.prompt_logprob_count
     if count is not None and not 0 <= count <= MAX_TOP_LOGPROB_COUNT:
         yield FieldViolation(
             "output.prompt_logprob_count",
             f"is {count}; must be 0 to {MAX_TOP_LOGPROB_COUNT}, or absent for no logprobs of the prompt",
         )
-    if request.resume is None:
-        return
-    remedy = "is set with resume, which keeps the answer only; leave one out"
-    if output.echo_prompt:
-        yield FieldViolation("output.echo_prompt", remedy)
-    if count is not None:
-        yield FieldViolation("output.prompt_logprob_count", remedy)

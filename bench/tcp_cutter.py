@@ -11,6 +11,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 _RESET_AT_CLOSE = struct.pack("ii", 1, 0)
 _PIECE_BYTES = 4096
@@ -25,7 +26,7 @@ class TcpCutter:
         self.address = ""
         self.cut_count = 0
         self._budget = budget
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
 
     def cut_all(self) -> None:

@@ -10,7 +10,7 @@ VENV ?= .venv
 CONFIG ?= deploy/baton.toml
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
-TYPED := baton kvtransfer engine prefill_worker decode_worker router fleet bench deploy tests
+TYPED := baton kvtransfer engine prefill_worker decode_worker router fleet bench deploy examples tests
 
 # For targets that need nothing of each other: two at a time, what each says kept together, any failure the end's.
 # Who asks for it has made the environment.

@@ -128,7 +128,7 @@ class Finished:
 
     reason: FinishReason | None
     """None: a reason this client does not know."""
-    matched_stop_sequence: str | None
+    matched_stop_sequence: str | None = field(repr=False)
     matched_stop_token_id: int | None
     usage: Usage
     phases: PhaseTimings

@@ -39,6 +39,8 @@ SECRET = bytes(range(32))
 SYSTEMS = ("send", "relay", "router")
 PROMPT = pb.TokenIds(ids=range(300, 364))
 LONGEST_START_S = 60.0
+SATURATING_TOKENS_PER_S = 100_000
+"""What the worker offers a router that is to be saturated: several times what one process can send one by one."""
 
 
 def cpu_s(pid: int) -> float:
@@ -226,8 +228,8 @@ class Bench:
         for name in ("send", "worker"):
             await self.parts[name].tell("pace", start_pace_s)
         await readers.tell("open", self._address[system], stream_count, self._request(CONTEXT - 1000))
-        for name in ("send", "worker"):
-            await self.parts[name].tell("pace", step_s)
+        await self.parts["send"].tell("pace", step_s)
+        await self.parts["worker"].tell("pace", step_s or stream_count / SATURATING_TOKENS_PER_S)
         await asyncio.sleep(0.5)
         watched = [part.pid for part in self.parts.values()]
         machine, ours = MachineClock.read(), sum(map(cpu_s, watched))

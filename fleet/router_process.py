@@ -21,6 +21,7 @@ from baton.log_lines import log_to_stderr
 from baton.secret import secret_from_environment
 from fleet.lifeline import Reports, die_with_parent
 from fleet.toml_table import ConfigError
+from router import collector
 from router.config import RouterConfig
 from router.server import RouterEndpoint, ServerError, run_router
 
@@ -48,6 +49,7 @@ async def _main(config: RouterConfig, secret: bytes, reports: Reports) -> None:
         loop.add_signal_handler(number, on_signal)
 
     def on_ready(endpoint: RouterEndpoint) -> None:
+        collector.settle()
         reports.ready(asdict(endpoint))
 
     await run_router(config, secret=secret, stop=stop, hurry=hurry, on_ready=on_ready)

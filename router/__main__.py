@@ -17,6 +17,7 @@ from pathlib import Path
 from baton import event_loop
 from baton.log_lines import log_to_stderr
 from baton.secret import SECRET_VARIABLE, secret_from_environment
+from router import collector
 from router.config import ConfigError, RouterConfig
 from router.server import RouterEndpoint, ServerError, endpoint_line, run_router
 
@@ -53,6 +54,7 @@ async def serve_until_signal(config: RouterConfig, secret: bytes) -> None:
         loop.add_signal_handler(number, on_signal)
 
     def on_ready(endpoint: RouterEndpoint) -> None:
+        collector.settle()
         print(endpoint_line(endpoint), flush=True)
 
     await run_router(config, secret=secret, stop=stop, hurry=hurry, on_ready=on_ready)

@@ -42,40 +42,78 @@ class StreamWriter:
         self._output = output
         self._window = window
         self._deadline_at = deadline_at
+        # The mutable state: what was written, when, and whether a write waits.
+        self._plain = response()
         self._written_token_count = 0
+        self._last_tokens_at: float | None = None
+        self._limit: asyncio.Timeout | None = None
+        self._is_writing = False
+        self._is_grace_over = False
 
     async def write_all(self, events: AsyncGenerator[RelayEvent, None]) -> None:
         """Raises what ``events`` raises, DEADLINE_EXCEEDED for a caller that does not read, and whatever gRPC raises
         for one that is gone. ``events`` is closed in any case."""
         loop = asyncio.get_running_loop()
-        last_tokens_at: float | None = None
-        # aclosing: leaving in any way, a failed write included, ends what makes the events before this call ends.
-        async with aclosing(events):
-            async for event in events:
-                match event:
-                    case Piece():
-                        if not (event.token_ids or event.text or event.reasoning_text or event.tool_calls):
-                            continue
-                        now = loop.time()
-                        if event.token_ids:
-                            if last_tokens_at is not None:
-                                self._window.gap(now - last_tokens_at, now)
-                            last_tokens_at = now
-                        await self._write(chunk_to_proto(event, self._output, response=self._response))
-                        self._written_token_count += event.token_count
-                    case PromptPart():
-                        await self._write(prompt_to_proto(event, self._output))
-                    case Admitted():
-                        await self._write(self._started)
-                    case Completed():
-                        self._window.finished(event.report, event.usage.prompt_token_count, loop.time())
-                        await self._write(finished_to_proto(event, response=self._response))
+        # One timer for all the writes: one for each would cost more than to make its message.
+        timer = loop.call_at(self._deadline_at + WRITE_GRACE_S, self._grace_passed)
+        try:
+            # aclosing: leaving in any way, a failed write included, ends what makes the events before this call ends.
+            async with asyncio.timeout(None) as self._limit, aclosing(events):
+                async for event in events:
+                    if isinstance(event, Piece):  # nearly every event there is
+                        if event.token_ids or event.text or event.reasoning_text or event.tool_calls:
+                            await self._write(self._chunk(event, loop.time()))
+                            self._written_token_count += len(event.token_ids)
+                    else:
+                        await self._write(self._message(event, loop.time()))
+        except TimeoutError:
+            if self._limit is None or not self._limit.expired():
+                raise
+            raise deadline_exceeded(Phase.DECODE.value, self._written_token_count) from None
+        finally:
+            timer.cancel()
 
     async def _write(self, message: Any) -> None:
+        self._is_writing = True
+        if self._is_grace_over:
+            self._give_up()
+        await self._context.write(message)
+        self._is_writing = False
+
+    def _grace_passed(self) -> None:
         # A caller without a deadline of its own that does not read would keep the call, and its place among the
         # calls there may be, for ever: what the relay has to say of the deadline, it would not hear.
-        try:
-            async with asyncio.timeout_at(self._deadline_at + WRITE_GRACE_S):
-                await self._context.write(message)
-        except TimeoutError:
-            raise deadline_exceeded(Phase.DECODE.value, self._written_token_count) from None
+        self._is_grace_over = True
+        if self._is_writing:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        assert self._limit is not None
+        self._limit.reschedule(asyncio.get_running_loop().time())
+
+    def _chunk(self, piece: Piece, now: float) -> Any:
+        token_ids = piece.token_ids
+        if token_ids:
+            if self._last_tokens_at is not None:
+                self._window.gap(now - self._last_tokens_at, now)
+            self._last_tokens_at = now
+        if piece.logprobs or piece.reasoning_text or piece.tool_calls or self._output.wants_token_ids:
+            return chunk_to_proto(piece, self._output, response=self._response)
+        # The same message again: gRPC serialises it before anything else runs.
+        message = self._plain
+        chunk = message.chunk
+        chunk.first_token_index = piece.first_token_index
+        chunk.text = piece.text
+        chunk.token_count = len(token_ids)
+        chunk.sample_index = piece.sample_index
+        return message
+
+    def _message(self, event: Admitted | PromptPart | Completed, now: float) -> Any:
+        match event:
+            case Admitted():
+                return self._started
+            case PromptPart():
+                return prompt_to_proto(event, self._output)
+            case Completed():
+                self._window.finished(event.report, event.usage.prompt_token_count, now)
+                return finished_to_proto(event, response=self._response)

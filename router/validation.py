@@ -32,6 +32,7 @@ from baton.request import (
     TokenPrompt,
 )
 from baton.structures import structure_problem
+from router.validation_samples import prompt_output, samples
 
 MAX_TEMPERATURE = 2.0
 MAX_STOP_SEQUENCE_COUNT = 16
@@ -107,7 +108,9 @@ def violations_of(request: GenerateRequest, limits: ModelLimits) -> list[FieldVi
         *_stop(request.stop, limits),
         *_nothing_left(request, limits),
         *_output(request.output),
+        *prompt_output(request),
         *_rest(request),
+        *samples(request),
         *_resume(request),
     ]
 

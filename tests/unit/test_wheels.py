@@ -48,6 +48,13 @@ def test_client_wheel_depends_on_grpcio_and_protobuf_alone(built: dict[str, Path
     assert sorted(line.split("<")[0].split(">")[0] for line in required) == ["grpcio", "protobuf"]
 
 
+def test_client_wheel_is_typed_and_brings_the_fixture_for_pytest(built: dict[str, Path]) -> None:
+    with zipfile.ZipFile(built["baton_client"]) as archive:
+        assert "baton/py.typed" in archive.namelist()
+        (name,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+        assert "[pytest11]\nbaton = baton.pytest_plugin" in archive.read(name).decode()
+
+
 def test_serve_wheel_has_every_room_and_no_tests(built: dict[str, Path]) -> None:
     rooms = {"baton", "kvtransfer", "engine", "prefill_worker", "decode_worker", "router", "fleet", "bench"}
     assert packages(built["baton_serve"]) == rooms
@@ -109,6 +116,7 @@ def test_every_eager_import_of_serve_is_a_declared_dependency() -> None:
     }
     with_engine = {"vllm", "torch", "nixl", "xxhash", "zmq", "msgspec", "numpy", "transformers"}
     ours = {"baton", "kvtransfer", "engine", "prefill_worker", "decode_worker", "router", "fleet"}
+    by_pytest = {"pytest"}  # baton/pytest_plugin.py, which nothing but pytest loads
     unknown: dict[str, str] = {}
     for room in ours:
         for path in (wheels.ROOT / room).rglob("*.py"):
@@ -119,7 +127,7 @@ def test_every_eager_import_of_serve_is_a_declared_dependency() -> None:
                 elif isinstance(node, ast.ImportFrom) and node.level == 0:
                     names = [node.module or ""]
                 for top in (name.split(".")[0] for name in names):
-                    if top not in {*declared_names, *with_engine, *ours, *sys.stdlib_module_names}:
+                    if top not in {*declared_names, *with_engine, *ours, *by_pytest, *sys.stdlib_module_names}:
                         unknown[top] = str(path.relative_to(wheels.ROOT))
     assert unknown == {}
 

@@ -25,11 +25,15 @@ class TextAnswer:
         stop_sequences: Sequence[str] = (),
         silent_token_ids: Collection[int] = (),
         min_token_count: int = 0,
+        keeps_special_tokens: bool = False,
     ) -> None:
         """``silent_token_ids``: tokens that end the answer; counted, sent as ids, never text. ``min_token_count``: a
-        stop sequence that is complete within so many tokens is text like any other."""
+        stop sequence that is complete within so many tokens is text like any other. ``keeps_special_tokens``: spelled
+        out, for whoever looks for them in the text."""
         is_text_needed = output.wants_text or bool(stop_sequences)
-        self._detokenizer = tokenizer.detokenizer() if is_text_needed else None
+        self._detokenizer = (
+            tokenizer.detokenizer(keep_special_tokens=keeps_special_tokens) if is_text_needed else None
+        )
         self._matcher = StopMatcher(stop_sequences) if stop_sequences else None
         self._silent = frozenset(silent_token_ids)
         self._min_token_count = min_token_count

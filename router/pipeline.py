@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Protocol
 
+from router.answer_parsing import AnswerParsing
 from router.answering import Answer, RelayEvent, RoutedRequest
 from router.beginning import (
     Beginning,
@@ -35,21 +36,19 @@ class Relay(Protocol):
 class Pipeline:
     """One per process; stateless."""
 
-    def __init__(self, relay: Relay, intake: Intake) -> None:
+    def __init__(self, relay: Relay, intake: Intake, parsing: AnswerParsing | None = None) -> None:
         self._relay = relay
         self._intake = intake
+        self._parsing = parsing
 
     def run(self, prepared: Prepared) -> AsyncGenerator[RelayEvent, None]:
         """``Admitted PromptPart* Piece* Completed``, or a raised ``BatonError``. Consume with ``aclosing``: closing
         it ends everything that the request has running."""
         if prepared.beginnings:
             return self._go_on(prepared, prepared.beginnings[0])
-        return self._relay.run(
-            prepared.routed,
-            self._intake.answer(prepared),
-            prepared.deadline_at,
-            received_at=prepared.received_at,
-        )
+        answer = self._intake.answer(prepared)
+        events = self._relay.run(prepared.routed, answer, prepared.deadline_at, received_at=prepared.received_at)
+        return self._parsed(events, answer, prepared)
 
     def _go_on(self, prepared: Prepared, beginning: Beginning) -> AsyncGenerator[RelayEvent, None]:
         """Raises INVALID_REQUEST for a beginning that cannot be one of this answer."""
@@ -63,4 +62,20 @@ class Pipeline:
         else:
             routed = replace(prepared.routed, emitted_token_ids=beginning.token_ids)
             events = self._relay.run(routed, answer, prepared.deadline_at, received_at=prepared.received_at)
-        return without_beginning(with_beginning(events, read), beginning)
+        events = self._parsed(with_beginning(events, read), answer, prepared)
+        return without_beginning(events, beginning)
+
+    def _parsed(
+        self, events: AsyncGenerator[RelayEvent, None], answer: Answer, prepared: Prepared, sample_index: int = 0
+    ) -> AsyncGenerator[RelayEvent, None]:
+        """One answer's events with thinking and calls apart; as they are, where the request asks for neither."""
+        if prepared.plan is None or self._parsing is None:
+            return events
+        return self._parsing.run(
+            events,
+            prepared.plan,
+            answer,
+            prepared.routed,
+            deadline_at=prepared.deadline_at,
+            sample_index=sample_index,
+        )

@@ -28,6 +28,7 @@ from baton.v1 import generation_pb2_grpc, model_pb2_grpc, status_pb2_grpc
 from router import admin_service, model_service, service, status_service
 from router.admin_service import AdminService, Counts
 from router.admission import Admission, AdmissionLimits
+from router.answer_parsing import AnswerParsing
 from router.callers import ApiKeys, ApiKeysError, Callers
 from router.chat_template import ChatTemplate
 from router.config import RouterConfig, is_loopback
@@ -38,6 +39,7 @@ from router.intake import Intake
 from router.introductions import Introductions
 from router.model_card import Capabilities, ModelCard
 from router.model_service import ModelService
+from router.parser_child import ParserStartError, parsers_of
 from router.phase_window import PhaseWindow
 from router.pipeline import Pipeline
 from router.placement import PlacementPolicy
@@ -149,13 +151,16 @@ class RouterServer:
             template_argument_names=config.template_arguments,
         )
         encoder = PromptEncoder(self._tokenizer, self._template, self.chat_abilities)
+        self.parsers = parsers_of(config)
+        parsing = None if self.parsers is None else AnswerParsing(self.parsers, self.chat_abilities)
         intake = Intake(
             tokenizer=self._tokenizer,
             encoder=encoder,
             limits=self.limits,
             metrics=self.metrics,
+            parsing=parsing,
         )
-        pipeline = Pipeline(self.relay, intake)
+        pipeline = Pipeline(self.relay, intake, parsing)
         callers = Callers(load_api_keys(config))
         self.resumables = Resumables(
             ResumeLimits(
@@ -239,8 +244,14 @@ class RouterServer:
         )
 
     async def start(self) -> RouterEndpoint:
-        """Listens. Raises ``ServerError``, naming the port and its key, when one is taken."""
+        """Listens. Raises ``ServerError``, naming the port and its key, when one is taken, or the parser that cannot
+        be had."""
         config = self.config
+        if self.parsers is not None:  # BEFORE anybody can call: they take seconds to come
+            try:
+                await self.parsers.start()
+            except ParserStartError as error:
+                raise ServerError(str(error)) from error
         public = self._server(*public_options(config))
         readable = RefusesUnreadable(public, service.refuse)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self.generation, readable)  # type: ignore[no-untyped-call]
@@ -296,6 +307,8 @@ class RouterServer:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.resumables.close()
         await self.relay.close()
+        if self.parsers is not None:
+            await self.parsers.close()
         await self.introductions.close()
         await self.roster.close()
         metrics_server, self._metrics_server = self._metrics_server, None

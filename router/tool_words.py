@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from baton.request import ChatPrompt, Structure, StructureKind, Tool, ToolCall, ToolChoice
@@ -80,7 +81,15 @@ def required_structure(chat: ChatPrompt) -> Structure | None:
     return Structure(StructureKind.JSON_SCHEMA, json.dumps(schema))
 
 
-def call_id(generation_id: str, sample_index: int, call_index: int) -> str:
-    """The id of a call. Not drawn: a generation that another router goes on with names its calls the same."""
-    said = f"{generation_id}/{sample_index}/{call_index}"
-    return "call_" + hashlib.sha256(said.encode()).hexdigest()[:24]
+def call_names(prompt_token_ids: Sequence[int], sample_index: int) -> Callable[[int], str]:
+    """The ids of an answer's calls, by their index. Not drawn: an answer that another router goes on with names its
+    calls the same. Unique in a conversation, since each of its answers has another prompt."""
+    digest = hashlib.sha256(array("i", prompt_token_ids).tobytes())
+    digest.update(b"/%d/" % sample_index)
+
+    def name(index: int) -> str:
+        each = digest.copy()
+        each.update(b"%d" % index)
+        return f"call_{each.hexdigest()[:24]}"
+
+    return name

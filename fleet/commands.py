@@ -24,7 +24,7 @@ from fleet import preflight, process_tree
 from fleet.child_process import SOURCE_ROOT
 from fleet.config import FleetConfig
 from fleet.lifeline import PARENT_VARIABLE
-from fleet.members import ROUTER
+from fleet.members import is_router
 from fleet.ray_fleet import RayFleet
 from fleet.state_dir import FleetRecord, StateDir, process_start
 from fleet.supervisor import AlreadyRunning, make_fleet, supervise
@@ -187,7 +187,7 @@ async def until_router_sees(admin_address: str, worker_ids: Collection[str], tim
 
 
 async def _until_serving(record: FleetRecord) -> None:
-    workers = [str(member["name"]) for member in record.members if member["name"] != ROUTER]
+    workers = [str(member["name"]) for member in record.members if not is_router(str(member["name"]))]
     try:
         # A cluster without one of them serves as well, so the time is all that this may cost; but what comes first
         # should not be placed as if that one did not exist.

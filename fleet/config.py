@@ -56,6 +56,9 @@ class RayConfig:
         _number("outage_tolerance_s", self.outage_tolerance_s, 1, 86400 * 30)
 
 
+MAX_ROUTER_COUNT = 16
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
     """The fleet as a whole."""
@@ -72,6 +75,9 @@ class ClusterConfig:
     bind_host: str = "127.0.0.1"
     """Address that workers listen on. "node": the address of the Ray node a worker runs on; needed as soon as
     workers are on more than one machine."""
+    router_count: int = 1
+    """Routers over the same workers. Each further one listens 10 ports above the one before it (metrics: 1 above).
+    With two, one may be restarted: callers who asked to be resumable go on at the other."""
     start_deadline_s: float = 240.0
     """A worker that is not ready by then is killed and started again. Loading a model takes its time."""
     stop_deadline_s: float = 10.0
@@ -93,6 +99,7 @@ class ClusterConfig:
             raise ConfigError('bind_host: is empty; give an address, or "node" for that of each Ray node')
         if self.bind_host == "node" and self.runner != "ray":
             raise ConfigError('bind_host: is "node", which only runner = "ray" knows; give an address')
+        _whole("router_count", self.router_count, 1, MAX_ROUTER_COUNT)
         _number("start_deadline_s", self.start_deadline_s, 1, 3600)
         _number("stop_deadline_s", self.stop_deadline_s, 0.1, 600)
         _number("restart_delay_s", self.restart_delay_s, 0.01, 60)

@@ -14,32 +14,37 @@ from typing import Any
 
 from fleet.child_process import ChildProcess, Listener
 from fleet.keeper import Keeper, Launched, MemberState
-from fleet.members import ROUTER, Member
+from fleet.members import Member, is_router
 from fleet.reconcile import Policy
 from fleet.roster_client import RosterClient
 
 
 class RosterPublisher:
-    """Publishes to whichever router is ready. Owns the client of the present one."""
+    """Publishes to every router that is ready. Owns a client for each."""
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
-        self._client: RosterClient | None = None
-        self._router: Mapping[str, Any] | None = None
+        self._clients: dict[str, RosterClient] = {}  # by the router's admin address
 
     async def publish(self, endpoints: Sequence[Mapping[str, Any]]) -> None:
-        """``endpoints`` of all ready members. Without a router among them there is nobody to tell."""
-        router = next((each for each in endpoints if "admin_address" in each), None)
-        if router is None:
-            return
-        if self._client is None or router != self._router:
-            await self.close()
-            self._client, self._router = RosterClient(router["admin_address"], self._secret), router
-        await self._client.publish([each for each in endpoints if "worker_id" in each])
+        """``endpoints`` of all ready members. Without a router among them there is nobody to tell. Raises what one of
+        them raised, once all were told."""
+        routers = {str(each["admin_address"]) for each in endpoints if "admin_address" in each}
+        for gone in self._clients.keys() - routers:
+            await self._clients.pop(gone).close()
+        for address in routers - self._clients.keys():
+            self._clients[address] = RosterClient(address, self._secret)
+        workers = [each for each in endpoints if "worker_id" in each]
+        told = await asyncio.gather(
+            *(self._clients[address].publish(workers) for address in sorted(routers)), return_exceptions=True
+        )
+        for result in told:
+            if result is not None:
+                raise result
 
     async def close(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
+        clients, self._clients = self._clients, {}
+        for client in clients.values():
             await client.close()
 
 
@@ -87,13 +92,14 @@ class LocalFleet:
         self._run = asyncio.create_task(self.keeper.run(), name="local-fleet")
 
     async def stop(self) -> None:
-        """The router first: it refuses new requests and lets the running ones finish on their workers. Idempotent."""
+        """The routers first: they refuse new requests and let the running ones finish on workers. Idempotent."""
         run, self._run = self._run, None
         if run is None:
             return
         try:
             if not run.done():
-                await self.keeper.stop_member(ROUTER, self._stop_timeout_s + 5)
+                routers = [name for name in self._members if is_router(name)]
+                await asyncio.gather(*(self.keeper.stop_member(name, self._stop_timeout_s + 5) for name in routers))
                 self.keeper.stop()
                 async with asyncio.timeout(self._stop_timeout_s + 5):
                     await asyncio.shield(run)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from baton.request import Role
@@ -17,8 +17,10 @@ from baton.secret import SECRET_VARIABLE
 from fleet.child_process import ChildSpec
 from fleet.config import FleetConfig, PoolConfig
 from fleet.reconcile import Desired, Policy
+from router.config import RouterConfig
 
 ROUTER = "router"
+PORTS_BETWEEN_ROUTERS, METRICS_PORTS_BETWEEN_ROUTERS = 10, 1
 WORKER_MODULE = "fleet.worker_process"
 ROUTER_MODULE = "fleet.router_process"
 
@@ -45,17 +47,19 @@ class Member:
 
 
 def members_of(config: FleetConfig, secret: bytes) -> tuple[Member, ...]:
-    """The router first, then prefill and decode workers in order."""
+    """The routers first, then prefill and decode workers in order."""
     env = {SECRET_VARIABLE: secret.hex()}
-    router = Member(
-        child=_child(ROUTER, ROUTER_MODULE, asdict(config.router), env),
-        role=None,
-        cpu_count=0,
-        gpu_count=0,
-        resources={},
-        stop_grace_s=config.router.drain_grace_s,
-    )
-    members = [router]
+    members = [
+        Member(
+            child=_child(router_name(index), ROUTER_MODULE, asdict(router), env),
+            role=None,
+            cpu_count=0,
+            gpu_count=0,
+            resources={},
+            stop_grace_s=config.router.drain_grace_s,
+        )
+        for index, router in enumerate(router_configs(config))
+    ]
     slot = 0
     gpu = 0.0
     for role in Role:
@@ -65,6 +69,28 @@ def members_of(config: FleetConfig, secret: bytes) -> tuple[Member, ...]:
             slot += pool.cores_per_worker
             gpu += pool.gpus_per_worker
     return tuple(members)
+
+
+def router_configs(config: FleetConfig) -> list[RouterConfig]:
+    """Of every router: alike but for the ports."""
+    return [
+        replace(
+            config.router,
+            listen_address=_moved(config.router.listen_address, index * PORTS_BETWEEN_ROUTERS),
+            admin_address=_moved(config.router.admin_address, index * PORTS_BETWEEN_ROUTERS),
+            metrics_address=_moved(config.router.metrics_address, index * METRICS_PORTS_BETWEEN_ROUTERS),
+        )
+        for index in range(config.cluster.router_count)
+    ]
+
+
+def router_name(index: int) -> str:
+    return f"{ROUTER}-{index}" if index else ROUTER
+
+
+def is_router(name: str) -> bool:
+    """Workers are named by their role and number."""
+    return name == ROUTER or name.startswith(f"{ROUTER}-")
 
 
 def policy_of(config: FleetConfig) -> Policy:
@@ -120,6 +146,12 @@ def _child(name: str, module: str, arguments: Mapping[str, Any], env: Mapping[st
     said = json.dumps(arguments, sort_keys=True)
     digest = hashlib.sha256(f"{module}\n{said}\n{json.dumps(dict(env), sort_keys=True)}".encode()).hexdigest()
     return ChildSpec(name=name, module=module, arguments=("--config", said), env=env, fingerprint=digest[:16])
+
+
+def _moved(address: str, by: int) -> str:
+    """The address with its port counted up; 0 stays: any free port."""
+    host, _, port = address.rpartition(":")
+    return f"{host}:{_counted_up(int(port), by)}"
 
 
 def _counted_up(first: int, index: int) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from baton.request import Role
 from fleet.config import FleetConfig, check_model_directory
+from fleet.members import router_configs
 from fleet.toml_table import ConfigError
 
 STATE_DISK_BYTES = 200 << 20
@@ -101,10 +102,11 @@ def check_ports(config: FleetConfig) -> None:
 
 
 def _ports(config: FleetConfig) -> Iterator[tuple[str, str, int]]:
-    for key in ("listen_address", "admin_address", "metrics_address"):
-        host, _, port = getattr(config.router, key).rpartition(":")
-        if int(port):
-            yield f"router.{key}", host.strip("[]"), int(port)
+    for router in router_configs(config):
+        for key in ("listen_address", "admin_address", "metrics_address"):
+            host, _, port = getattr(router, key).rpartition(":")
+            if int(port):
+                yield f"router.{key}", host.strip("[]"), int(port)
     if config.cluster.runner == "ray" and config.cluster.ray.address:
         return
     bind_host = "127.0.0.1" if config.cluster.bind_host == "node" else config.cluster.bind_host

@@ -25,7 +25,7 @@ from ray.exceptions import ActorDiedError, RayActorError
 from fleet.child_process import ChildProcess, ChildSpec, Listener
 from fleet.keeper import Keeper, Launched, MemberState
 from fleet.local_fleet import RosterPublisher
-from fleet.members import ROUTER, Member
+from fleet.members import Member, is_router
 from fleet.reconcile import Policy
 
 T = TypeVar("T")
@@ -251,10 +251,11 @@ class SupervisorActor:
         }
 
     def stop(self, timeout_s: float) -> bool:
-        """Stops the router, then the workers. True: every actor is gone."""
+        """Stops the routers, then the workers. True: every actor is gone."""
 
         async def stop() -> bool:
-            await self._keeper.stop_member(ROUTER, timeout_s)
+            routers = [name for name in self._members if is_router(name)]
+            await asyncio.gather(*(self._keeper.stop_member(name, timeout_s) for name in routers))
             self._keeper.stop()
             done, _ = await asyncio.wait([self._run], timeout=timeout_s)
             await self._publisher.close()

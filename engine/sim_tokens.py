@@ -35,6 +35,8 @@ class TokenRule:
     eos_token_id: int | None = 2
     eos_when: Callable[[int], bool] | None = None
     """Whether the token at this position (tokens before it, prompt included) is the end of sequence."""
+    scripted: Callable[[int], int | None] | None = None
+    """What is said at this position (tokens before it, prompt included); None: what follows from the tokens."""
     eos_probability: float = 0.0
     """The share of positions at which the model ends; like every token, fixed by the tokens before."""
 
@@ -51,11 +53,15 @@ class TokenRule:
 
     @property
     def never_ends(self) -> bool:
-        """Whether no answer ends by its own will."""
+        """Whether no answer ends by its own will, or says anything but what follows from its tokens."""
+        if self.scripted is not None:
+            return False
         return self.eos_token_id is None or (self.eos_when is None and self.eos_probability == 0)
 
     def next_token(self, content: int, position: int, forbidden: Collection[int] = ()) -> int:
         """``forbidden``: not to be said here, a small part of the vocabulary; the next word is said instead."""
+        if self.scripted is not None and (said := self.scripted(position)) is not None:
+            return said
         may_end = self.eos_token_id not in forbidden
         if self.eos_token_id is not None and may_end and self._ends(content, position):
             return self.eos_token_id

@@ -57,7 +57,10 @@ def write_tiny_model(directory: Path, *, max_context_token_count: int = 2048) ->
     tokenizer.save(str(directory / "tokenizer.json"))
     vocab_size = tokenizer.get_vocab_size()
     config = {"vocab_size": vocab_size, "max_position_embeddings": max_context_token_count, "eos_token_id": END_ID}
-    tokens = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
+    tokens = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"},
+    }
     for name, content in (
         ("config.json", config),
         ("generation_config.json", {"eos_token_id": [END_ID]}),

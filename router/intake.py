@@ -19,7 +19,7 @@ from router.answer_parsing import AnswerParsing, AnswerPlan, ParsedAnswer, text_
 from router.answering import RoutedRequest
 from router.beginning import Beginning
 from router.prompt_encoder import PromptEncoder
-from router.tokenizer import Tokenizer
+from router.tokenizer import Detokenizer, Tokenizer
 from router.tool_words import required_structure
 from router.validation import ModelLimits, check, resolved_output_token_count
 from router.validation_chat import answer_violations
@@ -111,6 +111,10 @@ class Intake:
             keeps_special_tokens=keeps_special_tokens,
         )
         return answer if plan is None else ParsedAnswer(answer, keeps_special_tokens=keeps_special_tokens)
+
+    def prompt_detokenizer(self) -> Detokenizer:
+        """What spells a prompt as the model read it: special tokens are text like any other."""
+        return self._tokenizer.detokenizer(keep_special_tokens=True)
 
     def _keeps_special_tokens(self, plan: AnswerPlan) -> bool:
         assert self._parsing is not None, "it made the plan"

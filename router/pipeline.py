@@ -1,6 +1,6 @@
 """From a prepared request to the events its caller gets: the relay, and the stages after it, put together.
 
-    relay.run -> (each sample: thinking and tool calls parsed) -> (samples together) -> events
+    relay.run -> (each sample: thinking and tool calls parsed) -> (samples together) -> (the prompt) -> events
 
 Every stage takes and gives ``router.answering.RelayEvent``s, and closes what it reads from when it is closed.
 """
@@ -14,7 +14,6 @@ from typing import Protocol
 from router.answer_parsing import AnswerParsing
 from router.answering import Answer, RelayEvent, RoutedRequest
 from router.beginning import (
-    Beginning,
     end_only,
     how_it_ended,
     no_tail_yet,
@@ -22,15 +21,26 @@ from router.beginning import (
     with_beginning,
     without_beginning,
 )
+from router.fan_out import fan_out
 from router.intake import Intake, Prepared
+from router.prompt_echo import with_prompt
+from router.sample_group import SampleGroup, Seat
 
 
 class Relay(Protocol):
     """What this needs of ``relay.Relay``."""
 
     def run(
-        self, request: RoutedRequest, answer: Answer, deadline_at: float, *, received_at: float
+        self,
+        request: RoutedRequest,
+        answer: Answer,
+        deadline_at: float,
+        *,
+        received_at: float,
+        seat: Seat | None = None,
     ) -> AsyncGenerator[RelayEvent, None]: ...
+
+    def samples(self, sample_count: int) -> SampleGroup: ...
 
 
 class Pipeline:
@@ -44,29 +54,56 @@ class Pipeline:
     def run(self, prepared: Prepared) -> AsyncGenerator[RelayEvent, None]:
         """``Admitted PromptPart* Piece* Completed``, or a raised ``BatonError``. Consume with ``aclosing``: closing
         it ends everything that the request has running."""
-        if prepared.beginnings:
-            return self._go_on(prepared, prepared.beginnings[0])
-        answer = self._intake.answer(prepared)
-        events = self._relay.run(prepared.routed, answer, prepared.deadline_at, received_at=prepared.received_at)
-        return self._parsed(events, answer, prepared)
+        count = prepared.request.sample_count
+        if count == 1:
+            events = self._sample(prepared, prepared.routed)
+        else:
+            events = fan_out(
+                prepared.routed,
+                self._relay.samples(count),
+                lambda request, seat: self._sample(prepared, request, seat),
+            )
+        return self._with_prompt(events, prepared)
 
-    def _go_on(self, prepared: Prepared, beginning: Beginning) -> AsyncGenerator[RelayEvent, None]:
+    def _sample(
+        self, prepared: Prepared, request: RoutedRequest, seat: Seat | None = None
+    ) -> AsyncGenerator[RelayEvent, None]:
+        """One answer."""
+        if prepared.beginnings:
+            return self._go_on(prepared, request, seat)
+        answer = self._intake.answer(prepared)
+        return self._parsed(self._relayed(prepared, request, answer, seat), answer, prepared, request, seat)
+
+    def _go_on(
+        self, prepared: Prepared, request: RoutedRequest, seat: Seat | None
+    ) -> AsyncGenerator[RelayEvent, None]:
         """Raises INVALID_REQUEST for a beginning that cannot be one of this answer."""
+        beginning = prepared.beginnings[_index(seat)]
         answer = self._intake.answer(prepared)
         read = read_again(answer, beginning)
-        how = how_it_ended(prepared.routed, read)
+        how = how_it_ended(request, read)
         if how is not None:
-            events = end_only(prepared.routed, answer, read, how, prepared.received_at)
+            events = end_only(request, answer, read, how, prepared.received_at)
         elif beginning.has_tail:
             raise no_tail_yet()
         else:
-            routed = replace(prepared.routed, emitted_token_ids=beginning.token_ids)
-            events = self._relay.run(routed, answer, prepared.deadline_at, received_at=prepared.received_at)
-        events = self._parsed(with_beginning(events, read), answer, prepared)
+            routed = replace(request, emitted_token_ids=beginning.token_ids)
+            events = self._relayed(prepared, routed, answer, seat)
+        events = self._parsed(with_beginning(events, read), answer, prepared, request, seat)
         return without_beginning(events, beginning)
 
+    def _relayed(
+        self, prepared: Prepared, request: RoutedRequest, answer: Answer, seat: Seat | None
+    ) -> AsyncGenerator[RelayEvent, None]:
+        return self._relay.run(request, answer, prepared.deadline_at, received_at=prepared.received_at, seat=seat)
+
     def _parsed(
-        self, events: AsyncGenerator[RelayEvent, None], answer: Answer, prepared: Prepared, sample_index: int = 0
+        self,
+        events: AsyncGenerator[RelayEvent, None],
+        answer: Answer,
+        prepared: Prepared,
+        request: RoutedRequest,
+        seat: Seat | None,
     ) -> AsyncGenerator[RelayEvent, None]:
         """One answer's events with thinking and calls apart; as they are, where the request asks for neither."""
         if prepared.plan is None or self._parsing is None:
@@ -75,7 +112,25 @@ class Pipeline:
             events,
             prepared.plan,
             answer,
-            prepared.routed,
+            request,
             deadline_at=prepared.deadline_at,
-            sample_index=sample_index,
+            sample_index=_index(seat),
         )
+
+    def _with_prompt(
+        self, events: AsyncGenerator[RelayEvent, None], prepared: Prepared
+    ) -> AsyncGenerator[RelayEvent, None]:
+        output, routed = prepared.request.output, prepared.routed
+        if not output.echo_prompt and routed.prompt_logprob_count is None:
+            return events
+        is_spelled = output.echo_prompt and output.wants_text
+        return with_prompt(
+            events,
+            routed.prompt_token_ids,
+            is_brought=routed.prompt_logprob_count is not None,
+            detokenizer=self._intake.prompt_detokenizer() if is_spelled else None,
+        )
+
+
+def _index(seat: Seat | None) -> int:
+    return 0 if seat is None else seat.sample_index

@@ -31,7 +31,7 @@ from router.handoff import State
 from router.handoff_words import Finish, ReleaseKv
 from router.prompt_parts import prompt_parts
 from router.roster import Roster
-from router.sample_group import Seat
+from router.sample_group import SampleGroup, Seat
 
 __all__ = ["Admitted", "Answer", "Completed", "PhaseReport", "Piece", "Relay", "RelayEvent", "RoutedRequest"]
 
@@ -105,6 +105,10 @@ class Relay:
         return not self._is_closed and self.admission.could_serve
 
     # Effects
+
+    def samples(self, sample_count: int) -> SampleGroup:
+        """The group whose seats the samples of one request run with; the caller closes it."""
+        return self.admission.samples(sample_count)
 
     async def run(
         self,

@@ -38,6 +38,8 @@ CONTEXT = 2000
 VOCABULARY: int = tiny_tokenizer().get_vocab_size()
 RULE: dict[str, Any] = {"vocab_size": VOCABULARY, "special_token_count": 3, "eos_token_id": END_ID}
 KV_BYTES_PER_TOKEN = 1000
+MOST_RUNNING = 4096
+"""Of one engine, as its configuration has it."""
 SETTLE_S = 5.0
 """Between two spans: what changed has changed by then."""
 MOVE_LIMIT = 0.05
@@ -328,7 +330,9 @@ def _cpu_s(pid: int) -> float:
 def fleet_config(plan: Plan, folder: Path) -> FleetConfig:
     model = write_tiny_model(folder / "model", max_context_token_count=CONTEXT)
     listen, admin, metrics = free_ports(3)
-    per_worker = 2 * math.ceil(plan.stream_count / plan.worker_count)
+    per_worker = math.ceil(1.5 * plan.stream_count / plan.worker_count)
+    if per_worker > MOST_RUNNING:
+        raise SystemExit(f"{plan.stream_count} streams want more than {plan.worker_count} workers")
     tokens = ", ".join(f"{key} = {value}" for key, value in RULE.items())
 
     def pool(role: str, count: int, running: int) -> str:
@@ -449,7 +453,7 @@ def plan_of(words: Sequence[str] | None = None) -> tuple[Plan, argparse.Namespac
     parser.add_argument("--span-s", type=float, default=30.0, help="length of each of the four measured spans")
     parser.add_argument("--per-s", type=float, default=150.0, help="streams opened a second")
     parser.add_argument("--stalled-share", type=float, default=0.1)
-    parser.add_argument("--workers", type=int, default=2, help="decode workers")
+    parser.add_argument("--workers", type=int, default=4, help="decode workers")
     parser.add_argument("--clients", type=int, default=2, help="client processes")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     options = parser.parse_args(words)

@@ -172,7 +172,9 @@ async def run_worker(
     )
     shared: dict[str, Any] = {"worker_id": config.worker_id, "epoch": epoch, "secret": secret, "metrics": metrics}
     prefill = PrefillWorker(engine, limits=PrefillLimits(transfer=transfer), **shared)
-    decode = DecodeWorker(engine, limits=DecodeLimits(transfer=transfer), **shared)
+    # What runs, and as many again that wait: an engine with room must not be refused by its own worker.
+    leg_count = max(DecodeLimits().max_leg_count, 2 * on_machine.max_running_count)
+    decode = DecodeWorker(engine, limits=DecodeLimits(max_leg_count=leg_count, transfer=transfer), **shared)
     parts: tuple[WorkerPart, ...] = (prefill, decode)
     board = LoadBoard(engine, parts, epoch=epoch, metrics=metrics)
     introductions = Introductions(

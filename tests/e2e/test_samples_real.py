@@ -1,0 +1,266 @@
+"""Several samples, log probabilities and cached tokens on real engines in float32, beside one plain vLLM engine.
+
+In float32 an answer does not depend on what else is in the batch, so tokens must be equal and log probabilities equal
+within its rounding.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.request
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from baton.v1 import generation_pb2 as pb
+from baton.v1 import generation_pb2_grpc
+from bench.cores import pinned_engine_environment
+from bench.corpus import Corpus
+from bench.fleet_under_test import FleetUnderTest, running_fleet
+from bench.real_fleet import fleet_config
+
+pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(420)]
+
+BLOCK = 128
+PROMPT_LENGTH, SCORED_LENGTH, CACHED_LENGTH = 1100, 700, 900
+SAMPLE_COUNT, OUTPUT_LENGTH, SEED = 8, 40, 1234
+KV_BYTES_PER_TOKEN = 2 * 23_040
+"""30 layers, 3 KV heads of 64, K and V, float32."""
+TOLERANCE = 2e-3
+TOP_COUNT = 5
+
+
+@dataclass
+class Heard:
+    """What one call brought."""
+
+    ids: dict[int, list[int]] = field(default_factory=dict)
+    logprobs: dict[int, list[pb.TokenLogprobs]] = field(default_factory=dict)
+    prompt: list[pb.TokenLogprobs] = field(default_factory=list)
+    prompt_ids: list[int] = field(default_factory=list)
+    prompt_text: str = ""
+    generation_id: str = ""
+    finished: pb.Finished = field(default_factory=pb.Finished)
+    largest_part_bytes: int = 0
+    used_block_counts: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Baton:
+    """The fleet, a stub, and what a plain engine says to the same questions."""
+
+    fleet: FleetUnderTest
+    stub: Any
+    plain: list[dict[str, Any]]
+    prompts: list[tuple[int, ...]]
+
+
+@pytest.fixture(scope="module")
+def prompts(model_path: Path) -> list[tuple[int, ...]]:
+    corpus = Corpus(model_path, 55)
+    return [corpus.prompt(length) for length in (PROMPT_LENGTH, SCORED_LENGTH, CACHED_LENGTH)]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def baton(
+    model_path: Path, prompts: list[tuple[int, ...]], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Baton]:
+    folder = tmp_path_factory.mktemp("samples")
+    plain = await asyncio.to_thread(plain_answers, model_path, folder, prompts)  # BEFORE the fleet: two cores
+    config = fleet_config(model_path, folder / "fleet", prefill_cores="[[0]]", decode_cores="[[1]]", dtype="float32")
+    async with running_fleet(config) as fleet, grpc.aio.insecure_channel(fleet.address) as channel:
+        yield Baton(fleet, generation_pb2_grpc.GenerationServiceStub(channel), plain, prompts)  # type: ignore[no-untyped-call]
+
+
+def plain_answers(model_path: Path, folder: Path, prompts: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
+    samples = {
+        "n": SAMPLE_COUNT,
+        "temperature": 1.0,
+        "seed": SEED,
+        "max_tokens": OUTPUT_LENGTH,
+        "ignore_eos": True,
+        "logprobs": 0,
+    }
+    scored = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True, "logprobs": TOP_COUNT, "prompt_logprobs": 5}
+    questions = [
+        {"prompt_token_ids": prompts[0], "params": samples},
+        {"prompt_token_ids": prompts[1], "params": scored},
+    ]
+    (folder / "questions.json").write_text(json.dumps(questions))
+    command = [sys.executable, str(Path(__file__).with_name("plain_engine.py")), "--core", "0"]
+    for name, value in (
+        ("model", model_path),
+        ("questions", folder / "questions.json"),
+        ("out", folder / "out.json"),
+    ):
+        command += [f"--{name}", str(value)]
+    environment = pinned_engine_environment(os.environ, (0,))
+    root = Path(__file__).resolve().parents[2]
+    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": str(root)}
+    subprocess.run(command, check=True, env=environment, cwd=root, timeout=180)
+    answers: list[dict[str, Any]] = json.loads((folder / "out.json").read_text())
+    return answers
+
+
+async def ask(baton: Baton, request: pb.GenerateRequest) -> Heard:
+    heard = Heard()
+    async for event in baton.stub.Generate(request, timeout=120):
+        match event.WhichOneof("event"):
+            case "started":
+                heard.generation_id = event.started.generation_id
+            case "prompt":
+                heard.prompt += event.prompt.logprobs
+                heard.prompt_ids += event.prompt.token_ids
+                heard.prompt_text += event.prompt.text
+                heard.largest_part_bytes = max(heard.largest_part_bytes, event.ByteSize())
+            case "chunk":
+                ids = heard.ids.setdefault(event.chunk.sample_index, [])
+                assert event.chunk.first_token_index == len(ids), "no gap, no repeat within a sample"
+                ids += event.chunk.token_ids
+                heard.logprobs.setdefault(event.chunk.sample_index, []).extend(event.chunk.logprobs)
+                if len(heard.ids) == SAMPLE_COUNT and len(ids) == OUTPUT_LENGTH // 2:
+                    books = await baton.fleet.books()
+                    heard.used_block_counts.append(max(each.used_block_count for each in books.values()))
+            case "finished":
+                heard.finished = event.finished
+    return heard
+
+
+def request(prompt: Sequence[int], **fields: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), **fields)
+
+
+def samples_of(prompt: Sequence[int]) -> pb.GenerateRequest:
+    return request(
+        prompt,
+        sampling=pb.Sampling(temperature=1.0, seed=SEED),
+        stop=pb.StopConditions(max_output_token_count=OUTPUT_LENGTH, ignore_eos=True),
+        output=pb.OutputOptions(content=pb.OutputOptions.CONTENT_TOKEN_IDS, top_logprob_count=0),
+        sample_count=SAMPLE_COUNT,
+    )
+
+
+def worker_metric(fleet: FleetUnderTest, name: str) -> dict[str, float]:
+    """Of each worker, summed over labels."""
+    return {
+        worker_id: scraped(str(endpoint["metrics_address"]), name)
+        for worker_id, endpoint in fleet.endpoints().items()
+    }
+
+
+def scraped(address: str, name: str) -> float:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as page:
+        text = page.read().decode()
+    return sum(float(each) for each in re.findall(rf"^{name}(?:\{{[^}}]*\}})? ([-+0-9.eE]+)$", text, re.M))
+
+
+def cached_by_sample(fleet: FleetUnderTest, generation_id: str) -> dict[str, int]:
+    """What the router's log says of each sample."""
+    found = {}
+    for path in (Path(fleet.config.cluster.state_dir) / "logs").glob("router*"):
+        for line in path.read_text().splitlines():
+            start = line.find('{"generation_id"')
+            if start >= 0:
+                said = json.loads(line[start:].replace('\\"', '"'))
+                if said["generation_id"].split(":")[0] == generation_id:
+                    found[said["generation_id"]] = said["cached_tokens"]
+    return found
+
+
+async def test_eight_samples_share_one_prefill_and_equal_those_of_one_plain_engine(baton: Baton) -> None:
+    prompt = baton.prompts[0]
+    before = worker_metric(baton.fleet, "baton_worker_prefill_tokens_total")
+    bytes_before = scraped(baton.fleet.config.router.metrics_address, "baton_kv_transfer_bytes_total")
+    heard = await ask(baton, samples_of(prompt))
+    after = worker_metric(baton.fleet, "baton_worker_prefill_tokens_total")
+    bytes_after = scraped(baton.fleet.config.router.metrics_address, "baton_kv_transfer_bytes_total")
+
+    plain = baton.plain[0]["samples"]
+    assert [heard.ids[index] for index in range(SAMPLE_COUNT)] == [each["token_ids"] for each in plain]
+    assert len({tuple(ids) for ids in heard.ids.values()}) == SAMPLE_COUNT, "each has a seed of its own"
+    for index, sample in enumerate(plain):
+        for said, (logprob, rank) in zip(heard.logprobs[index], sample["logprobs"], strict=True):
+            assert said.logprob == pytest.approx(logprob, abs=TOLERANCE)
+            assert is_rank_like(said.rank, rank)
+
+    # The KV: one prefill, one pull, and the prompt's blocks once.
+    full_blocks = PROMPT_LENGTH // BLOCK
+    (prefill_id,) = [each for each in after if each.startswith("p")]
+    (decode_id,) = [each for each in after if each.startswith("d")]
+    assert after[prefill_id] - before[prefill_id] == PROMPT_LENGTH
+    tail = PROMPT_LENGTH - full_blocks * BLOCK
+    assert after[decode_id] - before[decode_id] == (SAMPLE_COUNT - 1) * tail
+    assert bytes_after - bytes_before == heard.finished.phases.kv_transfer_byte_count
+    assert bytes_after - bytes_before == (full_blocks + 1) * BLOCK * KV_BYTES_PER_TOKEN
+    cached = cached_by_sample(baton.fleet, heard.generation_id)
+    assert sorted(cached.values()) == [0] + [full_blocks * BLOCK] * (SAMPLE_COUNT - 1)
+    assert heard.used_block_counts, "the books were read while all samples ran"
+    assert max(heard.used_block_counts) <= full_blocks + SAMPLE_COUNT * 2
+
+    finished = heard.finished
+    assert finished.usage.prompt_token_count == PROMPT_LENGTH
+    assert finished.usage.output_token_count == SAMPLE_COUNT * OUTPUT_LENGTH
+    assert finished.usage.cached_prompt_token_count == 0
+    assert [each.sample_index for each in finished.samples] == list(range(SAMPLE_COUNT))
+    await baton.fleet.quiet_after_s(None, 10.0)
+
+
+async def test_prompt_and_answer_logprobs_equal_those_of_one_plain_engine(baton: Baton) -> None:
+    prompt = baton.prompts[1]
+    output = pb.OutputOptions(
+        content=pb.OutputOptions.CONTENT_BOTH, top_logprob_count=TOP_COUNT, prompt_logprob_count=5, echo_prompt=True
+    )
+    stop = pb.StopConditions(max_output_token_count=8, ignore_eos=True)
+    plain = baton.plain[1]
+    for _ in range(2):  # the second time the prompt is in the cache, which must not be read
+        heard = await ask(baton, request(prompt, stop=stop, output=output))
+        assert heard.ids[0] == plain["samples"][0]["token_ids"]
+        for said, (logprob, rank) in zip(heard.logprobs[0], plain["samples"][0]["logprobs"], strict=True):
+            assert said.logprob == pytest.approx(logprob, abs=TOLERANCE)
+            assert is_rank_like(said.rank, rank)
+        assert heard.prompt_ids == list(prompt)
+        assert [each.token_id for each in heard.prompt] == list(prompt)
+        assert heard.prompt[0].rank == 0
+        for entry, (logprob, rank, likeliest) in zip(heard.prompt[1:], plain["prompt"], strict=True):
+            assert entry.logprob == pytest.approx(logprob, abs=TOLERANCE)
+            assert is_rank_like(entry.rank, rank)
+            expected = dict(likeliest)
+            assert len(entry.top) == TOP_COUNT
+            for top in entry.top:
+                nearest = min(abs(top.logprob - other) for other in expected.values())
+                assert nearest <= TOLERANCE
+                assert top.token_id not in expected or top.logprob == pytest.approx(
+                    expected[top.token_id], abs=TOLERANCE
+                )
+        assert heard.finished.usage.cached_prompt_token_count == 0
+        assert heard.largest_part_bytes <= 256 * 1024
+
+
+async def test_the_second_ask_of_a_prompt_counts_the_tokens_that_the_engine_found_in_its_cache(baton: Baton) -> None:
+    prompt = baton.prompts[2]
+    stop = pb.StopConditions(max_output_token_count=4, ignore_eos=True)
+    found, computed = [], []
+    for _ in range(3):
+        before = worker_metric(baton.fleet, "baton_worker_prefill_tokens_total")
+        heard = await ask(baton, request(prompt, stop=stop))
+        after = worker_metric(baton.fleet, "baton_worker_prefill_tokens_total")
+        found.append(heard.finished.usage.cached_prompt_token_count)
+        computed.append(sum(after.values()) - sum(before.values()))
+    cached = (CACHED_LENGTH - 1) // BLOCK * BLOCK
+    assert found == [0, cached, cached]
+    assert computed == [CACHED_LENGTH - each for each in found], "what was not found was computed"
+
+
+def is_rank_like(said: int, rank: int) -> bool:
+    """Far from the likeliest, tokens lie so close together that rounding swaps them."""
+    return abs(said - rank) <= max(1 if rank > TOP_COUNT else 0, rank // 50)

@@ -15,6 +15,7 @@ import itertools
 import json
 import logging
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -40,6 +41,8 @@ LATE_S = 2.0
 LONGEST_TURN_S = 0.1
 """CPU time that one call may keep the event loop from all others."""
 REST_LIMIT_S = 30.0
+MOST_MEMORY_BYTES = 6 * 2**30
+"""Of addresses; what is used is a tenth of it."""
 GROWTH_BYTES, GROWTH_SHARE = 48 * 2**20, 0.25
 """Memory that may come on top after the warm-up: the allocator's, at most the larger of the two."""
 OBJECTS = 20_000
@@ -57,7 +60,7 @@ REASONS = {
     "RESUME_TOO_LATE": ("OUT_OF_RANGE",),
     "ATTACHED_ELSEWHERE": ("ABORTED",),
     "TOO_MANY_RESUMABLE": ("RESOURCE_EXHAUSTED",),
-    "by gRPC": ("CANCELLED", "DEADLINE_EXCEEDED"),
+    "by gRPC": ("CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"),
 }
 """What a call here may end with, and the statuses of each. No worker is lost here, so the reasons that tell of one
 would be a fault."""
@@ -317,6 +320,8 @@ def main() -> int:
     parser.add_argument("--by-wire", action="store_true")
     options = parser.parse_args()
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
+    # A request that makes the router take all memory there is shall end this process, not the machine.
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY_BYTES, MOST_MEMORY_BYTES))
     with runner() as loop:
         if options.part is not None:
             part = fuzz_part(range(*options.part), seed=options.seed, by_wire=options.by_wire, tell=True)

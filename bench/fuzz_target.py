@@ -207,6 +207,8 @@ class FuzzTarget:
         return await self._call(case, data)
 
     async def _call(self, case: Case, data: bytes) -> Ending:
+        if len(data) > self.router.config.max_message_bytes:
+            return Ending("RESOURCE_EXHAUSTED", "by gRPC")  # as it does before anybody sees the message
         handler = self.router.handlers[case.path]
         parse = message_factory.GetMessageClass(METHODS[case.path].output_type).FromString
         context = Context(case, handler.response_serializer, parse)
@@ -298,7 +300,8 @@ class FuzzTarget:
                 timer.cancel()
         if not case.does_read and ending.status == "OK":
             ending.status = "CANCELLED"
-        if not ending.reason and ending.status in ("CANCELLED", "DEADLINE_EXCEEDED"):
+        is_too_large = ending.status == "RESOURCE_EXHAUSTED" and "larger than max" in ending.text
+        if not ending.reason and (ending.status in ("CANCELLED", "DEADLINE_EXCEEDED") or is_too_large):
             ending.reason = "by gRPC"
         ending.seconds = loop.time() - began_at
         return ending

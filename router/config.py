@@ -85,6 +85,9 @@ class RouterConfig:
     """Between load reports of a worker."""
     worker_silence_s: float = 1.0
     """A worker silent for longer gets no new requests."""
+    drain_notice_s: float = 0.5
+    """After SIGTERM, how long calls are still taken while health says NOT_SERVING already, so that whoever watches it
+    turns away before anybody is refused. Part of drain_grace_s; nobody waits where nothing runs."""
     drain_grace_s: float = 30.0
     """After SIGTERM, how long running requests may take to finish."""
     chat_template_path: str = ""
@@ -144,6 +147,7 @@ class RouterConfig:
         self._check_range("local_prompt_token_count", 0, 10_000_000)
         self._check_range("load_interval_s", 0.01, 10)
         self._check_range("worker_silence_s", 0.05, 60)
+        self._check_range("drain_notice_s", 0, 3600)
         self._check_range("drain_grace_s", 0, 3600)
         self._check_range("parser_deadline_s", 0.1, 600)
         self._check_range("parser_start_deadline_s", 1, 3600)

@@ -3,7 +3,7 @@
 Owns every long-lived object of the process and nothing of what they decide.
 
     start  tokenizer -> roster -> services -> sockets -> ready
-    stop   health flips -> new calls refused -> running calls finish -> sockets -> roster
+    stop   health flips -> new calls refused, clients told to go -> running calls finish -> sockets -> roster
 """
 
 from __future__ import annotations
@@ -205,6 +205,7 @@ class RouterServer:
         self._status = StatusService(roster=self.roster, window=self.window, counts=self.counts)
         # What runs: servers, the HTTP server of /metrics and its thread, background tasks.
         self._servers: list[grpc.aio.Server] = []
+        self._public: grpc.aio.Server | None = None
         self._metrics_server: tuple[Any, Any] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -252,7 +253,7 @@ class RouterServer:
                 await self.parsers.start()
             except ParserStartError as error:
                 raise ServerError(str(error)) from error
-        public = self._server(*public_options(config))
+        public = self._public = self._server(*public_options(config))
         readable = RefusesUnreadable(public, service.refuse)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self.generation, readable)  # type: ignore[no-untyped-call]
         model_pb2_grpc.add_ModelServiceServicer_to_server(self.models, readable)  # type: ignore[no-untyped-call]
@@ -281,20 +282,31 @@ class RouterServer:
         return RouterEndpoint(address, admin_address, metrics_address)
 
     async def drain(self, hurry: asyncio.Event) -> None:
-        """Health flips before anything else; then new calls are refused with DRAINING, and those that run may
-        finish, for ``drain_grace_s`` at most or until ``hurry`` is set."""
+        """Health flips before anything else, and whoever watches it has ``drain_notice_s`` to turn away while calls
+        are still served. Then no connection is taken any more, every client is told to connect anew (GOAWAY: its next
+        call goes elsewhere) and what comes all the same gets DRAINING. What runs may finish, for ``drain_grace_s``
+        from the beginning at most, or until ``hurry`` is set. Nobody waits where nothing runs."""
+        config = self.config
+        ends_at = asyncio.get_running_loop().time() + config.drain_grace_s
         await self.health.drain()
+        await self._until_idle(hurry, min(config.drain_notice_s, config.drain_grace_s))
         self.generation.begin_drain()
         self.models.begin_drain()
+        if self._public is not None:
+            goodbye = self._public.stop(config.drain_grace_s)
+            self._tasks.append(asyncio.create_task(goodbye, name="clients are told to go"))
+        await self._until_idle(hurry, ends_at - asyncio.get_running_loop().time())
+        if count := self._call_count:
+            logger.warning("%d calls were still running after draining and are cancelled", count)
+
+    async def _until_idle(self, hurry: asyncio.Event, limit_s: float) -> None:
         waits = [asyncio.create_task(self._wait_idle()), asyncio.create_task(hurry.wait())]
         try:
-            await asyncio.wait(waits, timeout=self.config.drain_grace_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waits, timeout=max(0.0, limit_s), return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
-        if count := self._call_count:
-            logger.warning("%d calls were still running after draining and are cancelled", count)
 
     async def close(self) -> None:
         """Ends everything. Idempotent."""

@@ -96,6 +96,10 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             return None  # the call has its status already
         return pb.CancelGenerationResponse(was_running=was_running)
 
+    @property
+    def is_draining(self) -> bool:
+        return self._is_draining
+
     def begin_drain(self) -> None:
         """From now on new calls get DRAINING; those that run go on, and what runs here may be attached to."""
         self._is_draining = True

@@ -18,7 +18,7 @@ from baton.admin.v1 import cluster_pb2 as pb
 from baton.admin.v1 import cluster_pb2_grpc as pb_grpc
 from baton.admin_client import AdminClient, ClusterView
 from baton.client import BatonClient, Finished
-from baton.errors import BatonError, Reason
+from baton.errors import BatonError, Reason, StatusName
 from baton.request import PlacementMode, Role, StopConditions
 from baton.secret import TOKEN_KEY, cluster_token
 from baton.status import from_rpc_error
@@ -181,19 +181,21 @@ async def test_health_follows_the_roster_for_every_service_name(tmp_path: Path) 
 async def test_draining_flips_health_refuses_new_calls_and_lets_running_ones_finish(tmp_path: Path) -> None:
     slow = CostModel(decode=DecodeCost(base_s=0.04))
     async with (
-        sim_cluster(tmp_path, sim={"cost": slow}) as cluster,
+        sim_cluster(tmp_path, sim={"cost": slow}, drain_notice_s=1.5) as cluster,
         BatonClient(cluster.endpoint.address) as client,
     ):
-        running = asyncio.create_task(answer(client, 40))
+        running = asyncio.create_task(answer(client, 120))
         await cluster.until(lambda: cluster.server.generation.call_count == 1, "a call")
         draining = asyncio.create_task(cluster.server.drain(asyncio.Event()))
         await cluster.until(lambda: not cluster.server.health.is_serving, "health flips")
         assert await health_of(cluster.endpoint.address) == {NOT_SERVING}
+        assert (await answer(client)).usage.output_token_count == 4, "who has not seen it yet is still served"
+        await cluster.until(lambda: cluster.server.generation.is_draining, "the notice is over")
         with pytest.raises(BatonError) as refused:
             await answer(client)
-        assert refused.value.reason is Reason.DRAINING
+        assert refused.value.status is StatusName.UNAVAILABLE
         assert not draining.done()
-        assert (await running).usage.output_token_count == 40
+        assert (await running).usage.output_token_count == 120
         await draining
 
 

@@ -63,6 +63,8 @@ class ParserSpec:
     deadline_s: float = 10.0
     """Of one step of one answer."""
     start_deadline_s: float = 120.0
+    command: tuple[str, ...] = ("-m", "router.parser_process")
+    """What the interpreter runs; a test may have it run something quicker."""
     wait_s: float = 30.0
     """How long a request waits for a process that is being started again: that takes some ten seconds."""
 
@@ -128,6 +130,11 @@ class ParserChild:
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+        running, self._running = self._running, None
+        if running is not None:  # cancelled before its first step, the task ended nothing
+            self._is_ready.clear()
+            running.end()
+            await _ended(running.process)
 
     async def ready(self) -> None:
         """Returns when there is a process that serves. Raises NO_WORKER after ``wait_s``."""
@@ -203,7 +210,7 @@ class ParserChild:
         self.start_count += 1
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-m", "router.parser_process", spec.model_dir, spec.tool_parser, spec.reasoning_parser),
+            *(*spec.command, spec.model_dir, spec.tool_parser, spec.reasoning_parser),
             stdin=PIPE,
             stdout=PIPE,
             stderr=DEVNULL,  # tracebacks of parsers may quote answers; why it did not start comes as a frame

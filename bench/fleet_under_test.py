@@ -74,6 +74,14 @@ class FleetUnderTest:
                 found[str(state.endpoint["worker_id"])] = state.endpoint
         return found
 
+    def routers(self) -> dict[str, Mapping[str, object]]:
+        """Ready routers by name."""
+        return {
+            state.name: state.endpoint
+            for state in self._fleet.states()
+            if state.endpoint is not None and "admin_address" in state.endpoint
+        }
+
     def ids(self, role: Role) -> list[str]:
         return sorted(name for name, endpoint in self.endpoints().items() if endpoint["role"] == role.value)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.request import Role
-from bench import evidence, modes, soak_books, soak_faults, stock_modes, validity
+from bench import evidence, modes, soak_books, soak_faults, soak_resume, stock_modes, validity
 from bench.drills import (
     Overrun,
     answer_of,
@@ -250,6 +250,7 @@ SECTIONS: dict[str, Section] = {
     "interleavings": Section(interleavings),
     "modes": Section(modes.run, modes.add_options),
     "modes-stock": Section(stock_modes.run, stock_modes.add_options),
+    "resume": Section(soak_resume.run, soak_resume.add_options),
     "faults": Section(soak_faults.run, soak_faults.add_options),
     "faults-real": Section(soak_faults.run_real),
     "validity": Section(validity.run, validity.add_options),

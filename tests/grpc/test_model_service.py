@@ -45,7 +45,8 @@ async def started(cluster: SimCluster, request: generation.GenerateRequest) -> g
     async with grpc.aio.insecure_channel(cluster.endpoint.address) as channel:
         call = generation_pb2_grpc.GenerationServiceStub(channel).Generate(request, timeout=20)  # type: ignore[no-untyped-call]
         events = [event async for event in call]
-    return events[0].started
+    first: generation.Started = events[0].started
+    return first
 
 
 async def test_a_model_says_its_limits_its_tokens_its_template_and_what_may_be_asked_of_it(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def prompt_of(events: Sequence[Any]) -> list[pb.Prompt]:
 @pytest.mark.parametrize("scored", [False, True])
 async def test_the_prompt_comes_back_in_the_form_of_the_answer(tmp_path: Path, content: str, scored: bool) -> None:
     async with generation(tmp_path) as (stub, _):
-        output = pb.OutputOptions(content=pb.OutputOptions.Content.Value(f"CONTENT_{content}"), echo_prompt=True)
+        output = pb.OutputOptions(content=f"CONTENT_{content}", echo_prompt=True)
         if scored:
             output.prompt_logprob_count = 0
         for text in (TEXT, LONG):

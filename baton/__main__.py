@@ -1,5 +1,5 @@
-"""The ``baton`` command. ``generate``, ``chat``, ``top`` and ``health`` need only the client; the commands that run
-a cluster come from the fleet, where it is installed."""
+"""The ``baton`` command. ``generate``, ``chat``, ``models``, ``top`` and ``health`` need only the client and
+the public API; the commands that run a cluster come from the fleet, where it is installed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ without them that thread reads itself: about 0.7 instead of 0.8 of a core at 10,
 if sys.argv[1:3] == ["bench", "run"]:
     os.environ.setdefault("GRPC_EXPERIMENTS", BENCH_RUN_EXPERIMENTS)  # read once, when grpc is imported: just below
 
-from baton.cli import chat, exits, generate, health, top  # noqa: E402
+from baton.cli import chat, exits, generate, health, models, top  # noqa: E402
 
 _FLEET_VERBS = ("up", "down", "status", "demo")
 _NEEDS_FLEET = "The commands that run a cluster (up, down, status, demo) and the workbench (bench) need baton-serve."
 _EXIT_CODES = (
     "Exit codes: 0 done, 1 failed, 2 wrong command line or request, 3 not reachable or cannot serve now, "
-    "4 the deadline passed, 130 interrupted."
+    "4 the deadline passed, 5 not permitted (API key), 130 interrupted, 141 the reader of our output has gone."
 )
 
 
@@ -39,7 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exits.USAGE
     parser = _parser(has_fleet, arguments)
     parsed = parser.parse_args(arguments)  # argparse itself exits with 2 on a usage error
-    code: int = parsed.run(parsed)
+    try:
+        code: int = parsed.run(parsed)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `baton generate ... | head -1`: the answer was cancelled on the way here. What the interpreter still flushes
+        # when it ends must not fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exits.PIPE_CLOSED
     return code
 
 
@@ -51,7 +58,7 @@ def _parser(has_fleet: bool, arguments: Sequence[str] = ()) -> argparse.Argument
     )
     parser.add_argument("--version", action="version", version=f"baton {__version__}")
     subparsers = parser.add_subparsers(metavar="command", required=True, title="commands")
-    for command in (generate, chat, top, health):
+    for command in (generate, chat, models, top, health):
         command.add_command(subparsers)
     if has_fleet:
         # By name, so that the client's package never depends on the server's.

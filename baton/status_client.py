@@ -10,7 +10,7 @@ from typing import Self
 import grpc
 import grpc.aio
 
-from baton.client import DEFAULT_ADDRESS, channel_options
+from baton.channels import DEFAULT_ADDRESS, call_metadata, channel_options
 from baton.request import Role
 from baton.status import from_rpc_error
 from baton.v1 import status_pb2 as pb
@@ -77,10 +77,10 @@ class ServiceStatus:
 class StatusClient:
     """A client of one router's StatusService. Failures are ``BatonError``."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str = "") -> None:
-        """``api_key``: where the server asks for keys. Must be made inside the event loop that uses it."""
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str | None = None) -> None:
+        """``api_key``: where the server asks for one. Must be made inside the event loop that uses it."""
         self.address = address
-        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        self._metadata = call_metadata(api_key)
         self._channel = grpc.aio.insecure_channel(address, options=channel_options(address))
         self._stub = pb_grpc.StatusServiceStub(self._channel)  # type: ignore[no-untyped-call]
 

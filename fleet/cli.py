@@ -17,7 +17,7 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from baton import event_loop
-from baton.admin_client import DEFAULT_ADMIN_ADDRESS, AdminClient
+from baton.admin_client import AdminClient
 from baton.cli import exits
 from baton.cli.phase_table import phase_lines
 from baton.client import DEFAULT_ADDRESS, BatonClient, Chunk, Finished
@@ -133,11 +133,10 @@ async def _up(config: FleetConfig, wait_s: float, is_foreground: bool) -> int:
 def next_steps(record: FleetRecord) -> list[str]:
     """Commands that work as they stand: what is not where they look by themselves is named. Pure."""
     address = "" if record.address == DEFAULT_ADDRESS else f" --address {record.address}"
-    admin = "" if record.admin_address == DEFAULT_ADMIN_ADDRESS else f" --address {record.admin_address}"
     config = "" if record.config_path == DEFAULT_CONFIG else f" --config {shlex.quote(record.config_path)}"
     return [
         f'  try   baton generate "What is the capital of France?" --phases{address}',
-        f"  watch baton top{admin}",
+        f"  watch baton top{address}",
         f"  stop  baton down{config}",
     ]
 

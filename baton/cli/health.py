@@ -8,36 +8,46 @@ from typing import Any
 
 from baton import event_loop
 from baton.cli import exits
-from baton.client import DEFAULT_ADDRESS, BatonClient
+from baton.cli.arguments import add_connection_arguments, add_json_argument, addresses_of, client_of
+from baton.cli.json_lines import json_line
 from baton.errors import BatonError
+
+CHECK_TIMEOUT_S = 5.0
 
 
 def add_command(subparsers: Any) -> None:
-    parser = subparsers.add_parser("health", help="say whether requests can be served now")
-    parser.add_argument("--address", default=DEFAULT_ADDRESS, help="host:port of the router (default %(default)s)")
+    parser = subparsers.add_parser(
+        "health", help="say whether requests can be served now", description="Exits 0 if requests can be served now."
+    )
+    add_connection_arguments(parser)
     parser.add_argument("--wait", type=float, default=0.0, metavar="S", help="wait up to S seconds for it")
+    add_json_argument(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     try:
         with event_loop.runner() as runner:
-            is_serving = runner.run(_is_serving(arguments.address, arguments.wait))
+            is_serving = runner.run(_is_serving(arguments))
+    except (OSError, ValueError) as error:
+        return exits.usage(error)
     except KeyboardInterrupt:
         return exits.INTERRUPTED
-    if is_serving:
+    if arguments.json:
+        print(json_line({"event": "health", "addresses": addresses_of(arguments), "is_serving": is_serving}))
+    elif is_serving:
         print("serving")
-        return exits.OK
-    print(f"baton: {arguments.address} is not serving", file=sys.stderr)
-    return exits.UNAVAILABLE
+    if not is_serving:
+        print(f"baton: {arguments.address} is not serving", file=sys.stderr)
+    return exits.OK if is_serving else exits.UNAVAILABLE
 
 
-async def _is_serving(address: str, wait_s: float) -> bool:
-    async with BatonClient(address) as client:
-        if wait_s <= 0:
-            return await client.is_serving(timeout=5)
+async def _is_serving(arguments: argparse.Namespace) -> bool:
+    async with client_of(arguments) as client:
+        if arguments.wait <= 0:
+            return await client.is_serving(timeout=CHECK_TIMEOUT_S)
         try:
-            await client.wait_until_serving(timeout=wait_s)
+            await client.wait_until_serving(timeout=arguments.wait)
         except BatonError:
             return False
         return True

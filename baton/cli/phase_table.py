@@ -1,4 +1,5 @@
-"""The table of phases of ``baton generate --phases`` and ``baton demo``. Pure: a ``Finished`` to lines of text."""
+"""The table of phases of ``baton generate --phases`` and ``baton demo``, and the line that ``baton chat`` prints.
+Pure: a ``Finished`` to lines of text."""
 
 from __future__ import annotations
 
@@ -56,6 +57,22 @@ def phase_lines(finished: Finished, client_total_s: float | None = None) -> list
         lines.append(f"recomputed           {redone} prompt tokens: their KV could not be used{reason}")
     lines.append(f"ended by             {_ending(finished)}")
     return lines
+
+
+def summary_line(finished: Finished) -> str:
+    """One line for after an answer: tokens, their pace, the first one, and each phase in ms."""
+    phases, usage = finished.phases, finished.usage
+    count = usage.output_token_count
+    parts = ["1 token" if count == 1 else f"{count} tokens"]
+    if phases.time_to_first_token_s is not None:
+        after_first_s = phases.total_s - phases.time_to_first_token_s
+        if count > 1 and after_first_s > 0:
+            parts.append(f"{(count - 1) / after_first_s:.1f} tokens/s")
+        parts.append(f"first after {phases.time_to_first_token_s * 1e3:.0f} ms")
+    if finished.resume_count:
+        parts.append("resumed once" if finished.resume_count == 1 else f"resumed {finished.resume_count} times")
+    durations = ", ".join(f"{title} {phases[phase] * 1e3:.1f}" for phase, title in _TITLES.items())
+    return f"[{', '.join(parts)}; ms: {durations}]"
 
 
 def _transfer_note(finished: Finished) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import re
 import signal
@@ -53,9 +54,9 @@ def at(cluster: SimCluster) -> tuple[str, str]:
 async def test_generate_prints_the_text_and_the_phases(tmp_path: Path) -> None:
     async with sim_cluster(tmp_path) as cluster:
         code, out, err = await run("generate", "hi", "--max-tokens", "12", "--phases", *at(cluster))
-        assert (code, err) == (0, "")
+        assert (code, out.count("\n")) == (0, 1)
         for words in ("KV transfer", "sum", "time to first token", "prefill-0 → decode-0", "12 out"):
-            assert words in out
+            assert words in err
 
 
 async def test_the_python_example_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
@@ -104,12 +105,24 @@ async def test_generate_takes_every_mode_and_prints_logprobs_under_the_answer(tm
     schema.write_text('{"type": "object"}')
     async with sim_cluster(tmp_path) as cluster:
         code, out, err = await run(
-            *("generate", "hi", "--max-tokens", "6", "--min-tokens", "6", "--logprobs", "2", "--seed", "3"),
+            *(
+                "generate",
+                "hi",
+                "--max-tokens",
+                "6",
+                "--min-tokens",
+                "6",
+                "--logprobs",
+                "2",
+                "--seed",
+                "3",
+                "--ignore-eos",
+            ),
             *("--temperature", "0.5", "--presence-penalty", "1", "--frequency-penalty", "-1", "--tenant", "blue"),
             *("--repetition-penalty", "1.5", "--stop-token-id", "200", *at(cluster)),
         )
-        assert (code, err) == (0, "")
-        table = out.splitlines()[-8:]
+        assert (code, out.count("\n")) == (0, 1)
+        table = err.splitlines()
         assert table[0].split()[:3] == ["id", "logprob", "rank"]
         assert [line.split()[0] for line in table[1:]] == ["0", "1", "2", "3", "4", "5", "sum"]
         code, out, err = await run("generate", "hi", "--max-tokens", "6", "--json-schema", str(schema), *at(cluster))
@@ -165,7 +178,7 @@ async def test_an_interrupt_in_a_chat_cancels_the_answer_and_not_the_program(tmp
 
 async def test_top_prints_a_frame_and_health_says_serving(tmp_path: Path) -> None:
     async with sim_cluster(tmp_path) as cluster:
-        code, out, _ = await run("top", "--once", "--address", cluster.endpoint.admin_address)
+        code, out, _ = await run("top", "--once", *at(cluster))
         assert code == 0
         for words in ("decode-0", "prefill-0", "ready", "KV transfer", "serving"):
             assert words in out
@@ -174,3 +187,101 @@ async def test_top_prints_a_frame_and_health_says_serving(tmp_path: Path) -> Non
         code, _, err = await run("health", *at(cluster))
         assert code == 3
         assert "not serving" in err
+
+
+async def test_top_and_health_as_json_are_objects_a_line(tmp_path: Path) -> None:
+    async with sim_cluster(tmp_path) as cluster:
+        code, out, err = await run("top", "--once", "--json", *at(cluster))
+        (status,) = map(json.loads, out.splitlines())
+        assert (code, err, status["event"], status["is_serving"]) == (0, "", "status", True)
+        assert [worker["worker_id"] for worker in status["workers"]] == ["decode-0", "prefill-0"]
+        async with command("top", "--json", "--interval", "0.1", *at(cluster)) as process, asyncio.timeout(30):
+            assert process.stdout is not None
+            for _ in range(3):
+                assert json.loads(await process.stdout.readline())["event"] == "status"
+            process.send_signal(signal.SIGINT)
+            assert await process.wait() == 0
+        code, out, _ = await run("health", "--json", *at(cluster))
+        assert (code, json.loads(out)["is_serving"]) == (0, True)
+        cluster.set_workers()
+        code, out, err = await run("health", "--json", *at(cluster))
+        assert (code, json.loads(out)["is_serving"], err.count("\n")) == (3, False, 1)
+
+
+async def test_models_are_listed_with_their_limits(tmp_path: Path) -> None:
+    async with sim_cluster(tmp_path) as cluster:
+        code, out, err = await run("models", *at(cluster))
+        assert (code, out.splitlines()[0], err) == (0, "tiny", "")
+        assert "2048 tokens" in out
+        code, out, _ = await run("models", "tiny", "--json", *at(cluster))
+        assert (code, json.loads(out)["max_context_token_count"]) == (0, 2048)
+        code, out, err = await run("models", "gpt-9", "--json", *at(cluster))
+        assert (code, json.loads(out)["reason"], err.count("\n")) == (2, "MODEL_NOT_FOUND", 1)
+
+
+async def test_a_failure_as_json_is_the_last_line_and_the_exit_code(tmp_path: Path) -> None:
+    async with sim_cluster(tmp_path) as cluster:
+        code, out, err = await run("generate", "hi", "--json", "--temperature", "9", *at(cluster))
+        error = json.loads(out.splitlines()[-1])
+        assert (code, error["event"], error["reason"], err.count("\n")) == (2, "error", "INVALID_REQUEST", 1)
+        assert error["violations"][0]["field"] == "sampling.temperature"
+
+
+async def test_several_samples_are_drawn_and_the_prompt_echoed(tmp_path: Path) -> None:
+    async with sim_cluster(tmp_path) as cluster:
+        drawn = ("--samples", "3", "--temperature", "1", "--seed", "5", "--max-tokens", "4")
+        code, out, err = await run("generate", "hi", "--raw", *drawn, *at(cluster))
+        assert (code, err) == (0, "")
+        assert [line for line in out.splitlines() if line.startswith("--- ")] == [f"--- sample {i}" for i in range(3)]
+        code, out, err = await run("generate", "hi there", "--raw", "--echo", "--max-tokens", "2", *at(cluster))
+        assert (code, err, out.startswith("hi there")) == (0, "", True)
+
+
+async def test_a_chat_from_a_pipe_answers_each_line_and_says_the_pace_on_stderr(tmp_path: Path) -> None:
+    async with sim_cluster(tmp_path) as cluster:
+        code, out, err = await run("chat", "--max-tokens", "5", *at(cluster), stdin="one\n\ntwo\n")
+        assert (code, out.count("\n")) == (0, 2)
+        assert len(re.findall(r"^\[5 tokens, [0-9.]+ tokens/s, first after \d+ ms; ms: queue ", err, flags=re.M)) == 2
+        code, out, err = await run("chat", "--quiet", "--resume", "--max-tokens", "5", *at(cluster), stdin="one\n")
+        assert (code, out.count("\n"), err) == (0, 1, "")
+        code, out, err = await run("chat", "--json", "--max-tokens", "5", *at(cluster), stdin="one\ntwo\n")
+        events = [json.loads(line)["event"] for line in out.splitlines()]
+        assert (code, err, events.count("started"), events.count("finished")) == (0, "", 2, 2)
+        first, second = (json.loads(line) for line in out.splitlines() if '"started"' in line)
+        assert second["prompt_token_count"] > first["prompt_token_count"] + 5, "the history is part of the prompt"
+
+
+async def test_a_reader_that_leaves_ends_the_answer_and_frees_everything(tmp_path: Path) -> None:
+    async with sim_cluster(tmp_path, sim={"cost": SLOW}) as cluster:
+        async with command("generate", "hi", "--resume", *at(cluster)) as process, asyncio.timeout(30):
+            assert process.stdout is not None
+            assert process.stderr is not None
+            await process.stdout.read(1)
+            process.stdout._transport.close()  # type: ignore[attr-defined]  # what `| head -1` does
+            assert await process.wait() == 141
+            assert await process.stderr.read() == b""
+        await cluster.until_balanced()
+
+
+async def test_an_interrupted_resumable_answer_does_not_wait_for_its_grace(tmp_path: Path) -> None:
+    async with sim_cluster(tmp_path, sim={"cost": SLOW}) as cluster:
+        async with command("generate", "hi", "--resume", *at(cluster)) as process, asyncio.timeout(30):
+            assert process.stdout is not None
+            await process.stdout.read(1)
+            process.send_signal(signal.SIGINT)
+            assert await process.wait() == 130
+        await cluster.until_balanced()
+
+
+async def test_every_verb_carries_the_api_key_and_says_when_it_is_missing(tmp_path: Path) -> None:
+    key = "a-key-of-ours"
+    keys, file = tmp_path / "keys.toml", tmp_path / "key.txt"
+    keys.write_text(f'[us]\nsha256 = "{hashlib.sha256(key.encode()).hexdigest()}"\n', encoding="utf-8")
+    file.write_text(key + "\n", encoding="utf-8")
+    async with sim_cluster(tmp_path / "model", api_keys_path=str(keys)) as cluster:
+        for verb in (("generate", "hi", "--max-tokens", "2"), ("models",), ("top", "--once")):
+            code, out, err = await run(*verb, *at(cluster))
+            assert (code, out) == (5, ""), (verb, err)
+            code, out, err = await run(*verb, "--api-key-file", str(file), *at(cluster))
+            assert (code, bool(out)) == (0, True), (verb, err)
+        assert (await run("generate", "hi", "--api-key-file", "/nowhere", *at(cluster)))[0] == 2

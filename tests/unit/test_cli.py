@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
@@ -13,17 +14,30 @@ import pytest
 
 from baton import errors
 from baton.__main__ import main
-from baton.admin_client import ClusterView, PhaseView, WorkerView
 from baton.cli import exits
+from baton.cli.arguments import (
+    UsageError,
+    add_generation_arguments,
+    conversation_of,
+    options_of,
+    prompt_of,
+    sampling_of,
+    stop_of,
+)
 from baton.cli.chat import Chat
-from baton.cli.generate import add_mode_arguments, add_sampling_arguments, logprob_lines, modes_of
-from baton.cli.phase_table import human_bytes, phase_lines
+from baton.cli.generate import Printer, logprob_lines
+from baton.cli.json_lines import error_as_json, event_as_json, json_line, model_as_json, status_as_json
+from baton.cli.models import model_lines
+from baton.cli.phase_table import human_bytes, phase_lines, summary_line
 from baton.cli.top import frame
 from baton.client import BatonClient, Chunk, Event, Finished, PhaseTimings, Started, TokenLogprob
 from baton.errors import FieldViolation
+from baton.events import PromptPart, SampleResult
 from baton.leg import RecomputeReason
+from baton.models import Capabilities, Model
 from baton.request import (
     ChatMessage,
+    ChatPrompt,
     FinishReason,
     Handover,
     PlacementMode,
@@ -31,8 +45,14 @@ from baton.request import (
     StopConditions,
     Structure,
     StructureKind,
+    TextPrompt,
+    TokenPrompt,
+    ToolCall,
+    ToolCallDelta,
+    ToolChoice,
     Usage,
 )
+from baton.status_client import PhaseStatus, ServiceStatus, WorkerStatus
 from baton.timeline import PHASES, Phase
 from baton.transfer_report import TransferReport
 from fleet.cli import next_steps
@@ -112,6 +132,7 @@ def test_bytes_are_said_in_binary_units(count: float, text: str) -> None:
         (errors.attempts_exhausted(3, 5, "decode", "lost"), 3),
         (errors.deadline_exceeded("prefill", 0), 4),
         (errors.internal("x"), 1),
+        (errors.unauthenticated(), 5),
     ],
 )
 def test_errors_are_one_line_and_have_their_exit_code(error: errors.BatonError, code: int) -> None:
@@ -123,7 +144,9 @@ def test_errors_are_one_line_and_have_their_exit_code(error: errors.BatonError, 
         assert all(violation.field in line for violation in error.violations)
 
 
-@pytest.mark.parametrize("command", [["generate", "hi"], ["top", "--once"], ["health"]])
+@pytest.mark.parametrize(
+    "command", [["generate", "hi"], ["top", "--once"], ["top", "--json"], ["health"], ["models"]]
+)
 def test_without_a_server_the_commands_say_what_to_do_and_exit_with_3(
     command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,14 +175,14 @@ def test_cluster_commands_without_the_fleet_say_what_to_install(
 def test_a_frame_of_top_shows_workers_and_phases() -> None:
     from rich.console import Console
 
-    view = ClusterView(
-        workers=(WorkerView("decode-0", "decode", "127.0.0.1:9", "ready", 3, 2, 1, 50, 100, 4, "e", 2.5e9, 0.031),),
-        phases=(PhaseView("kv_transfer", 10, 1.25, 2.5), PhaseView("decode", 0, 0.0, 0.0)),
+    status = ServiceStatus(
+        workers=(WorkerStatus("decode-0", "decode", "ready", 3, 2, 1, 50, 100, 4, 2.5e9, 0.031, 12),),
+        phases=(PhaseStatus("kv_transfer", 10, 0.00125, 0.0025), PhaseStatus("decode", 0, 0.0, 0.0)),
         queued_count=7, in_flight_count=9, finished_count=11, failed_count=1, is_serving=True,
     )  # fmt: skip
     for width in (78, 140):
         console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-        console.print(frame(view, "127.0.0.1:50052", width))
+        console.print(frame(status, "127.0.0.1:50051", width))
         text = console.export_text()
         for expected in (
             "serving",
@@ -175,42 +198,38 @@ def test_a_frame_of_top_shows_workers_and_phases() -> None:
             "3.1%",
         ):
             assert expected in text
-        assert ("127.0.0.1:9" in text) == (width == 140)
+        assert ("no room" in text) == (width == 140)
 
 
-def parsed(*command: str) -> argparse.Namespace:
+def parsed(*command: str, **more: Any) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    add_sampling_arguments(parser)
-    add_mode_arguments(parser)
-    return parser.parse_args(command)
+    add_generation_arguments(parser)
+    values = {"raw": False, "token_ids": False, "system": None, **more}
+    return argparse.Namespace(**{**vars(parser.parse_args(command)), **values})
 
 
 def test_every_option_of_generate_reaches_the_request(tmp_path: Path) -> None:
     schema = tmp_path / "schema.json"
     schema.write_text('{"type": "object"}')
-    assert modes_of(parsed()) == (Sampling(), StopConditions())
-    sampling, stop = modes_of(
-        parsed(
-            *("--temperature", "0.7", "--seed", "5", "--top-p", "0.9", "--top-k", "40", "--min-p", "0.1"),
-            *("--presence-penalty", "-1", "--frequency-penalty", "0.5", "--repetition-penalty", "1.2"),
-            *(
-                "--max-tokens",
-                "9",
-                "--min-tokens",
-                "3",
-                "--stop",
-                "x",
-                "--stop-token-id",
-                "7",
-                "--stop-token-id",
-                "8",
-            ),
-            *("--json-schema", str(schema)),
-        )
+    assert (sampling_of(parsed()), stop_of(parsed())) == (Sampling(), StopConditions())
+    said = parsed(
+        *("--temperature", "0.7", "--seed", "5", "--top-p", "0.9", "--top-k", "40", "--min-p", "0.1"),
+        *("--presence-penalty", "-1", "--frequency-penalty", "0.5", "--repetition-penalty", "1.2"),
+        *("--logit-bias", "7=-1.5", "--logit-bias", "9=2", "--allowed-token-ids", "7,9,11"),
+        *("--bad-token-ids", "7,9", "--bad-token-ids", "11"),
+        *("--max-tokens", "9", "--min-tokens", "3", "--stop", "x", "--stop-token-id", "7", "--stop-token-id", "8"),
+        *("--ignore-eos", "--json-schema", str(schema), "--model", "m", "--tenant", "t", "--session-id", "s"),
+        *("--correlation-id", "c", "--priority", "-3", "--resume"),
     )
     structure = Structure(StructureKind.JSON_SCHEMA, '{"type": "object"}')
-    assert sampling == Sampling(0.7, 0.9, 40, 0.1, 5, -1.0, 0.5, 1.2, structure=structure)
-    assert stop == StopConditions(9, ("x",), (7, 8), min_output_token_count=3)
+    sampling = Sampling(
+        *(0.7, 0.9, 40, 0.1, 5, -1.0, 0.5, 1.2), ((7, -1.5), (9, 2.0)), (7, 9, 11), ((7, 9), (11,)), structure
+    )
+    stop = StopConditions(9, ("x",), (7, 8), ignore_eos=True, min_output_token_count=3)
+    assert options_of(said, sample_count=2) == {
+        "model": "m", "sampling": sampling, "stop": stop, "output": None, "priority": -3, "session_id": "s",
+        "correlation_id": "c", "tenant": "t", "sample_count": 2, "resume": True,
+    }  # fmt: skip
     grammar = tmp_path / "answer.ebnf"
     grammar.write_text('root ::= "a"')
     for command, expected in (
@@ -219,7 +238,53 @@ def test_every_option_of_generate_reaches_the_request(tmp_path: Path) -> None:
         (("--grammar", str(grammar)), Structure(StructureKind.GRAMMAR, 'root ::= "a"')),
         (("--json-object",), Structure(StructureKind.JSON_OBJECT)),
     ):
-        assert modes_of(parsed(*command))[0].structure == expected
+        assert sampling_of(parsed(*command)).structure == expected
+
+
+def test_a_prompt_is_a_chat_a_text_or_token_ids() -> None:
+    assert prompt_of(parsed(system="brief"), "hi") == ChatPrompt(
+        (ChatMessage("system", "brief"), ChatMessage("user", "hi"))
+    )
+    assert prompt_of(parsed(raw=True), "hi") == TextPrompt("hi")
+    assert prompt_of(parsed(token_ids=True), "5, 17 42") == TokenPrompt((5, 17, 42))
+    with pytest.raises(UsageError, match="whole numbers"):
+        prompt_of(parsed(token_ids=True), "five")
+
+
+def test_tools_their_choice_and_template_arguments_reach_the_conversation(tmp_path: Path) -> None:
+    tools = tmp_path / "tools.json"
+    tools.write_text('[{"name": "add", "description": "adds", "parameters": {"type": "object"}}]')
+    message = [ChatMessage("user", "hi")]
+    template = ("--template-argument", "enable_thinking=false", "--template-argument", "style=terse")
+    prompt = conversation_of(parsed("--tools", str(tools), "--tool-choice", "add", *template), message)
+    (tool,) = prompt.tools
+    assert (tool.name, json.loads(tool.parameters_json_schema)) == ("add", {"type": "object"})
+    assert (prompt.tool_choice, prompt.tool_name) == (ToolChoice.REQUIRED, "add")
+    assert json.loads(prompt.template_arguments_json) == {"enable_thinking": False, "style": "terse"}
+    assert (
+        conversation_of(parsed("--tools", str(tools), "--tool-choice", "none"), message).tool_choice
+        is ToolChoice.NONE
+    )
+    for content, word in (("{", "no JSON"), ("{}", "JSON list")):
+        tools.write_text(content)
+        with pytest.raises(UsageError, match=word):
+            conversation_of(parsed("--tools", str(tools)), message)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("--logit-bias", "7"),
+        ("--logit-bias", "x=1"),
+        ("--allowed-token-ids", "a"),
+        ("--template-argument", "x"),
+        ("--template-argument", "x=[1]"),
+    ],
+)
+def test_what_an_option_cannot_read_is_a_usage_error(command: tuple[str, str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        parsed(*command)
+    assert left.value.code == 2
 
 
 def test_two_structures_and_a_file_that_is_not_there_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,6 +305,106 @@ def test_logprobs_are_a_line_per_token_with_its_text_rank_and_rivals_and_their_s
     assert lines[3].split() == ["sum", "-1.2500"]
 
 
+def test_the_line_after_an_answer_says_tokens_pace_first_token_and_every_phase() -> None:
+    assert summary_line(finished()) == (
+        "[95 tokens, 99.2 tokens/s, first after 52 ms; ms: queue 1.0, prefill 50.0, handoff wait 2.0, "
+        "KV transfer 4.0, decode wait 3.0, decode 940.0]"
+    )
+    one = replace(finished(time_to_first_token_s=None), usage=Usage(1, 1, 0), resume_count=2)
+    assert summary_line(one).startswith("[1 token, resumed 2 times; ms: queue")
+
+
+def test_the_answer_goes_to_stdout_and_the_thinking_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    printer = Printer()
+    call = ToolCall("c1", "add", '{"a": 1}')
+    for event in (
+        Started("g", "m", 3),
+        PromptPart(0, "asked ", (), 3),
+        Chunk(0, "", (), 1, reasoning_text="let me "),
+        Chunk(1, "", (), 1, reasoning_text="see"),
+        Chunk(2, "one", (), 1),
+        Chunk(3, "", (), 1, tool_call_deltas=(ToolCallDelta(0, "c1", "add", '{"a": 1}'),)),
+        replace(finished(), tool_calls=(call,)),
+    ):
+        printer.take(event)
+    out, err = capsys.readouterr()
+    assert err == "let me see\n"
+    assert out == 'asked one\n{"tool_call": {"id": "c1", "name": "add", "arguments_json": "{\\"a\\": 1}"}}\n'
+
+
+def test_several_samples_are_printed_one_after_another_under_their_numbers(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    printer = Printer(is_several=True)
+    reason = FinishReason.STOP
+    results = tuple(SampleResult(index, reason, None, None, 2) for index in range(2))
+    for event in (
+        Chunk(0, "a", (), 1), Chunk(0, "x", (), 1, sample_index=1), Chunk(1, "b", (), 1),
+        Chunk(1, "y", (), 1, sample_index=1), replace(finished(), samples=results),
+    ):  # fmt: skip
+        printer.take(event)
+    assert capsys.readouterr().out == "--- sample 0\nab\n--- sample 1\nxy\n"
+
+
+def test_json_lines_say_everything_but_secrets() -> None:
+    started = event_as_json(Started("g", "m", 3, "a-secret", 30.0, 120.0))
+    assert (started["event"], started["resume_grace_s"], started["time_allowed_s"]) == ("started", 30.0, 120.0)
+    assert "a-secret" not in json_line(started)
+    error = error_as_json(errors.queue_full(3, 2, 1.5))
+    assert (error["event"], error["status"], error["reason"]) == ("error", "RESOURCE_EXHAUSTED", "QUEUE_FULL")
+    assert (error["retry_after_s"], error["is_retryable"]) == (1.5, True)
+    last = event_as_json(replace(finished(), samples=(SampleResult(0, None, None, None, 2),), resume_count=1))
+    assert (last["samples"][0]["reason"], last["resume_count"]) == (None, 1)
+    assert next(iter(event_as_json(PromptPart(0, "a", (1,), 1)))) == "event"
+
+
+def test_the_page_of_the_command_line_names_every_field_of_json() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "api" / "cli.md").read_text(encoding="utf-8")
+    model = Model("m", 8, 4, (), (), "", Capabilities())
+    objects: list[dict[str, Any]] = [
+        event_as_json(Started("g", "m", 3)),
+        event_as_json(PromptPart(0, "a", (1,), 1, (TokenLogprob(1, -1.0, 1, ()),))),
+        event_as_json(Chunk(0, "a", (1,), 1)),
+        event_as_json(replace(finished(), samples=(SampleResult(0, None, None, None, 2),))),
+        error_as_json(errors.invalid_request([FieldViolation("a", "b")])),
+        model_as_json(model),
+        status_as_json(
+            ServiceStatus(
+                True,
+                0,
+                0,
+                0,
+                0,
+                (WorkerStatus("w", "decode", "ready", 0, 0, 0, 0, 0, 0),),
+                (PhaseStatus("p", 0, 0.0, 0.0),),
+            )
+        ),
+    ]
+
+    def names(value: Any) -> set[str]:
+        if isinstance(value, dict):
+            return set(value) | {name for each in value.values() for name in names(each)}
+        return {name for each in value for name in names(each)} if isinstance(value, list) else set()
+
+    assert {name for each in objects for name in names(each) if f"`{name}`" not in page} == set()
+
+
+def test_a_model_is_told_with_its_limits_and_what_it_can_do() -> None:
+    can = Capabilities(True, True, "hermes", "qwen3", ("enable_thinking",), 16, 20, True)
+    lines = model_lines(Model("m", 8192, 49152, (), (2, 7), "{{ }}", can))
+    assert lines[0] == "m"
+    for words in (
+        "8192 tokens",
+        "49152",
+        "2, 7",
+        "chat, tools (hermes), thinking (qwen3), resume",
+        "16 samples",
+        "enable_thinking",
+    ):
+        assert words in "\n".join(lines)
+    assert "no chat template" in "\n".join(model_lines(Model("m", 8, 4, (), (), "", Capabilities())))
+
+
 class ScriptedClient:
     """A client whose answers are scripted: text, an error, or a wait for ever."""
 
@@ -248,8 +413,8 @@ class ScriptedClient:
         self.asked: list[list[ChatMessage]] = []
         self.is_waiting = asyncio.Event()
 
-    async def chat(self, messages: list[ChatMessage], **_: object) -> AsyncGenerator[Event, None]:
-        self.asked.append(messages)
+    async def generate(self, prompt: ChatPrompt, **_: object) -> AsyncGenerator[Event, None]:
+        self.asked.append(list(prompt.messages))
         answer = self._answers.pop(0)
         yield Started("g", "m", 1)
         if isinstance(answer, errors.BatonError):
@@ -263,17 +428,9 @@ class ScriptedClient:
         yield finished()
 
 
-def arguments(**changes: Any) -> argparse.Namespace:
-    values: dict[str, Any] = {
-        "system": None, "timeout": 1.0, "model": "", "temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
-        "seed": None, "max_tokens": None, "stop": [], "phases": False,
-    }  # fmt: skip
-    return argparse.Namespace(**{**values, **changes})
-
-
 async def test_a_conversation_keeps_what_was_said_and_forgets_what_failed() -> None:
     client = ScriptedClient("one", errors.no_worker("decode", 0), None, "four")
-    chat = Chat(arguments(system="be brief"), cast(BatonClient, client))
+    chat = Chat(parsed(system="be brief", phases=False, quiet=False, json=False), cast(BatonClient, client))
     await chat.answer("1")
     with pytest.raises(errors.BatonError):
         await chat.answer("2")
@@ -301,15 +458,15 @@ def test_what_up_suggests_works_as_it_stands() -> None:
     other = replace(usual, config_path="my clusters/two.toml", address="127.0.0.1:1", admin_address="127.0.0.1:2")
     ask, watch, stop = next_steps(other)
     assert ask.endswith("--address 127.0.0.1:1")
-    assert watch.endswith("baton top --address 127.0.0.1:2")
+    assert watch.endswith("baton top --address 127.0.0.1:1")
     assert stop.endswith("baton down --config 'my clusters/two.toml'")
 
 
 def test_a_narrow_terminal_keeps_the_workers_names() -> None:
     from rich.console import Console
 
-    worker = WorkerView("prefill-10", "prefill", "127.0.0.1:9", "ready", 3, 2, 1, 50, 182, 4, "e")
-    view = ClusterView((worker,), (), 0, 0, 0, 0, True)
+    worker = WorkerStatus("prefill-10", "prefill", "ready", 3, 2, 1, 50, 182, 4)
+    status = ServiceStatus(True, 0, 0, 0, 0, (worker,), ())
     console = Console(width=64, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(frame(view, "127.0.0.1:50052", 64))
+    console.print(frame(status, "127.0.0.1:50051", 64))
     assert "prefill-10" in console.export_text()

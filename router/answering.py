@@ -68,9 +68,10 @@ class RoutedRequest:
         return frozenset(self.stop_token_ids) | frozenset(() if self.ignore_eos else self.eos_token_ids)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Piece:
-    """Tokens, and the text that they completed. Pieces are contiguous: no gap, no repeat, no reorder."""
+    """Tokens, and the text that they completed. Pieces are contiguous: no gap, no repeat, no reorder. Nobody changes
+    one; it is not frozen because there is one for each token, and that would be the dearest thing about it."""
 
     first_token_index: int
     """Index in the answer, from 0, of the first of ``token_ids``."""

@@ -18,6 +18,8 @@ class FactQueue:
 
     def __init__(self) -> None:
         self._facts: deque[Fact] = deque()
+        self.waiting = self._facts
+        """For others to look whether there are any."""
         self._came = asyncio.Event()
 
     def __len__(self) -> int:

@@ -107,8 +107,10 @@ class Handoff:
         self._request = request
         self._max_attempt_count = max_attempt_count
         self._lease_s = lease_s
+        self._wants_logprobs = request.top_logprob_count is not None
         # The mutable state. Of the request:
-        self._state = State.PLACING
+        self.state = State.PLACING
+        """For others to read."""
         self._emitted: list[int] = list(request.emitted_token_ids)
         self._attempt = 0
         self._is_prompt_told = False
@@ -135,13 +137,9 @@ class Handoff:
 
     def __repr__(self) -> str:
         where = f"attempt {self._attempt}, leg {self._leg}"
-        return f"<Handoff {self._request.generation_id} {self._state.value} [{where}]>"
+        return f"<Handoff {self._request.generation_id} {self.state.value} [{where}]>"
 
     # Questions
-
-    @property
-    def state(self) -> State:
-        return self._state
 
     @property
     def leg(self) -> int:
@@ -150,7 +148,7 @@ class Handoff:
 
     @property
     def is_ended(self) -> bool:
-        return self._state is State.ENDED
+        return self.state is State.ENDED
 
     @property
     def attempt_count(self) -> int:
@@ -182,14 +180,14 @@ class Handoff:
         """The worker of the present leg."""
         if self._placement is None or not self._is_leg_running:
             return None
-        is_prefill = self._state is State.PREFILLING
+        is_prefill = self.state is State.PREFILLING
         return self._prefill_workers[self._leg] if is_prefill else self._placement.decode
 
     @property
     def phase(self) -> Phase:
         """The phase the request is in, as far as a router can know: between the start of a decode and KvAdopted
         it is HANDOFF_WAIT, and only KvAdopted tells how much of that was transfer or decode wait."""
-        match self._state:
+        match self.state:
             case State.PREFILLING:
                 return Phase.PREFILL
             case State.PREFILLED:
@@ -209,10 +207,10 @@ class Handoff:
 
     def on(self, fact: Fact) -> list[Action]:
         """What to do now. Late, repeated and foreign facts give nothing to do but the release of late KV."""
-        if type(fact) is TokensArrived and self._state is State.DECODING and fact.leg == self._leg:
+        if type(fact) is TokensArrived and self.state is State.DECODING and fact.leg == self._leg:
             return self._stepped(fact)  # nearly every fact there is: ahead of the others
-        match self._state, fact:
-            case _, PrefillDone() if fact.leg != self._leg or self._state is not State.PREFILLING:
+        match self.state, fact:
+            case _, PrefillDone() if fact.leg != self._leg or self.state is not State.PREFILLING:
                 return self._release_late(fact)
             case State.ENDED, _:
                 return []
@@ -253,7 +251,7 @@ class Handoff:
 
     def _next_attempt(self, *, needs_recompute: bool = False) -> list[Action]:
         self._attempt += 1
-        self._state = State.PLACING
+        self.state = State.PLACING
         return [Place(self._attempt, self._excluded, needs_recompute)]
 
     def _placed(self, placement: Placement) -> list[Action]:
@@ -269,7 +267,7 @@ class Handoff:
                 return self._start_decode(ticket=b"")
             # Only a prefill scores a prompt: one that holds nothing, after which the same worker goes on.
             stop = dataclasses.replace(stop, max_token_count=1)
-        self._state = State.PREFILLING
+        self.state = State.PREFILLING
         leg = self._next_leg()
         self._prefill_workers[leg] = prefill
         self.prefill_worker_id = prefill.worker_id
@@ -295,7 +293,7 @@ class Handoff:
             self._held = ReleaseKv(worker, reply.ticket_id)
         if (reply.finish is None) != bool(reply.ticket and reply.ticket_id):
             return self._lost(internal(f"worker {worker.worker_id} answered a prefill with neither end nor ticket"))
-        self._state = State.PREFILLED
+        self.state = State.PREFILLED
         self._reply = reply
         self._note_cached(reply.cached_token_count)
         keep: list[Action] = [KeepLease(worker, reply.ticket_id)] if reply.ticket_id else []
@@ -331,7 +329,7 @@ class Handoff:
 
     def _start_decode(self, ticket: bytes) -> list[Action]:
         assert self._placement is not None
-        self._state = State.STARTING
+        self.state = State.STARTING
         leg = self._next_leg()
         self.decode_worker_id = self._placement.decode.worker_id
         self.handover = Handover.OUTPUT_INJECTION if self._emitted else Handover.NONE
@@ -349,7 +347,7 @@ class Handoff:
         return [StartDecode(leg, self._placement.decode, order)]
 
     def _adopted(self, kv: KvAdopted) -> list[Action]:
-        self._state = State.DECODING
+        self.state = State.DECODING
         self.transfer = self.transfer.plus(kv)
         if not self._is_split:
             self._note_cached(kv.cached_token_count)
@@ -362,13 +360,16 @@ class Handoff:
         if len(fact.logprobs) != (len(fact.token_ids) if self._wants_logprobs else 0):
             return self._lost(internal("a leg brought other logprobs than it was asked for"))
         repeated_count = self._leg_token_count - fact.first_index
-        fresh = fact.token_ids[repeated_count:]
+        fresh, logprobs = fact.token_ids, fact.logprobs
+        if repeated_count:
+            fresh, logprobs = fresh[repeated_count:], logprobs[repeated_count:]
         if not fresh:
             return self._release_held()
         if len(self._emitted) + len(fresh) > self._request.max_output_token_count:
             return self._lost(internal("a leg brought more tokens than it was asked for"))
         self._leg_token_count += len(fresh)
-        return [self._emit(fresh, fact.logprobs[repeated_count:]), *self._release_held()]
+        emit = self._emit(fresh, logprobs)
+        return [emit] if self._held is None else [emit, *self._release_held()]
 
     def _decode_ended(self, fact: DecodeEnded) -> list[Action]:
         if fact.token_count != self._leg_token_count:
@@ -379,7 +380,7 @@ class Handoff:
     def _no_room(self, error: BatonError) -> list[Action]:
         """Nothing was pulled and the ticket is unused: the same KV is offered to the next worker that has room."""
         assert self._placement is not None
-        self._state = State.NO_ROOM
+        self.state = State.NO_ROOM
         self.no_room_count += 1
         decode = self._placement.decode
         could_never = error.reason is not Reason.NO_ROOM
@@ -403,7 +404,7 @@ class Handoff:
             case Reason.DEADLINE_EXCEEDED:  # the worker's clock was a little ahead of ours
                 return self._end(Fail(deadline_exceeded(self.phase.value, len(self._emitted))))
             case Reason.NO_ROOM | Reason.PROMPT_TOO_LONG if (
-                self._state is State.STARTING and error.metadata.get(_WANTED, "").isdecimal()
+                self.state is State.STARTING and error.metadata.get(_WANTED, "").isdecimal()
             ):
                 return self._no_room(error)
             case reason if reason in _CALLERS_FAULT:
@@ -461,7 +462,7 @@ class Handoff:
 
     def _end(self, last: Finish | Fail | Abandon) -> list[Action]:
         actions = self._let_go()
-        self._state = State.ENDED
+        self.state = State.ENDED
         return [*actions, last]
 
     def _let_go(self) -> list[Action]:
@@ -490,7 +491,7 @@ class Handoff:
     def _worker_of_leg(self) -> WorkerIdentity | None:
         if self._placement is None:
             return None
-        is_prefill = self._state in (State.PREFILLING, State.PREFILLED)
+        is_prefill = self.state in (State.PREFILLING, State.PREFILLED)
         return self._prefill_workers[self._leg] if is_prefill else self._placement.decode
 
     def _next_leg(self) -> int:
@@ -516,10 +517,6 @@ class Handoff:
     @property
     def _wants_prompt_logprobs(self) -> bool:
         return self._request.prompt_logprob_count is not None and not self._is_prompt_told
-
-    @property
-    def _wants_logprobs(self) -> bool:
-        return self._request.top_logprob_count is not None
 
     def _emit(self, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> Emit:
         first_index = len(self._emitted)

@@ -1,4 +1,7 @@
-"""What the handoff is told and what it says: facts in the past tense, actions in the imperative. Values only."""
+"""What the handoff is told and what it says: facts in the past tense, actions in the imperative. Values only.
+
+Those made with every token are not frozen: that would be the dearest thing about them. Nobody changes them either.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ class Adopted:
     kv: KvAdopted
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TokensArrived:
     leg: int
     first_index: int
@@ -82,7 +85,7 @@ class WorkerLost:
     worker: WorkerIdentity
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Emitted:
     token_count: int
     """Tokens of the answer so far, these included."""
@@ -180,7 +183,7 @@ class ReleaseKv:
     ticket_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Emit:
     first_index: int
     """Of the first of these tokens in the answer, from 0."""

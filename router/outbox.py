@@ -32,7 +32,8 @@ class Outbox:
                 self._items[-1] = _merged(last, item)
                 return
         self._items.append(item)
-        self._wake()
+        if self._reader is not None:
+            self._wake()
 
     def end(self, end: Finish | BatonError) -> None:
         """After what is there. Only the first end counts."""
@@ -44,7 +45,10 @@ class Outbox:
         """The next item, or the end. Raises the end if it is an error."""
         while not self._items and self._end is None:
             self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
+            try:
+                await self._reader
+            finally:
+                self._reader = None
         if self._items:
             return self._items.popleft()
         assert self._end is not None

@@ -15,6 +15,7 @@ from baton.errors import deadline_exceeded
 from baton.request import OutputOptions
 from baton.timeline import Phase
 from router.answering import Admitted, Completed, Piece, PromptPart, RelayEvent
+from router.begun_write import BegunWrite
 from router.phase_window import PhaseWindow
 from router.service_events import chunk_to_proto, finished_to_proto, prompt_to_proto
 
@@ -47,7 +48,7 @@ class StreamWriter:
         self._written_token_count = 0
         self._last_tokens_at: float | None = None
         self._limit: asyncio.Timeout | None = None
-        self._is_writing = False
+        self._write_under_way = BegunWrite()
         self._is_grace_over = False
 
     async def write_all(self, events: AsyncGenerator[RelayEvent, None]) -> None:
@@ -66,25 +67,26 @@ class StreamWriter:
                             self._written_token_count += len(event.token_ids)
                     else:
                         await self._write(self._message(event, loop.time()))
+                await self._write_under_way.settle()
         except TimeoutError:
             if self._limit is None or not self._limit.expired():
                 raise
             raise deadline_exceeded(Phase.DECODE.value, self._written_token_count) from None
         finally:
             timer.cancel()
+            self._write_under_way.close()
 
     async def _write(self, message: Any) -> None:
-        self._is_writing = True
         if self._is_grace_over:
             self._give_up()
-        await self._context.write(message)
-        self._is_writing = False
+        await self._write_under_way.settle()
+        self._write_under_way.begin(self._context.write(message))
 
     def _grace_passed(self) -> None:
         # A caller without a deadline of its own that does not read would keep the call, and its place among the
         # calls there may be, for ever: what the relay has to say of the deadline, it would not hear.
         self._is_grace_over = True
-        if self._is_writing:
+        if self._write_under_way.is_under_way:
             self._give_up()
 
     def _give_up(self) -> None:

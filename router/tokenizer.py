@@ -164,11 +164,22 @@ class _ByteLevelDetokenizer:
         self._special = special_token_ids
         # "replace" in Python and from_utf8_lossy in Rust follow the same rule: one U+FFFD per maximal subpart.
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_whole = True
+        """No character is begun and not complete."""
 
     def push(self, token_ids: Sequence[int]) -> str:
         table, special = self._bytes_of_id, self._special
+        if len(token_ids) == 1 and 0 <= (token_id := token_ids[0]) < len(table):  # nearly always
+            data = b"" if token_id in special else table[token_id]
+            if self._is_whole and data.isascii():
+                return data.decode("ascii")  # as the decoder would, and it would remember nothing of it
+            text = self._utf8.decode(data)
+            self._is_whole = not self._utf8.getstate()[0]
+            return text
         data = b"".join(table[i] for i in token_ids if 0 <= i < len(table) and i not in special)
-        return self._utf8.decode(data)
+        text = self._utf8.decode(data)
+        self._is_whole = not self._utf8.getstate()[0]
+        return text
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)

@@ -202,7 +202,12 @@ class RouterServer:
         self.health = RouterHealth(names, lambda: self.relay.could_serve)
         self.roster.on_change(self.health.changed)
         self._admin = AdminService(roster=self.roster, window=self.window, counts=self.counts, secret=secret)
-        self._status = StatusService(roster=self.roster, window=self.window, counts=self.counts)
+        self._status = StatusService(
+            roster=self.roster,
+            window=self.window,
+            counts=self.counts,
+            authorise=lambda context: service.check_key(callers, context),
+        )
         # What runs: servers, the HTTP server of /metrics and its thread, background tasks.
         self._servers: list[grpc.aio.Server] = []
         self._public: grpc.aio.Server | None = None

@@ -47,7 +47,7 @@ class StatusService(pb_grpc.StatusServiceServicer):
         roster: Roster,
         window: PhaseWindow,
         counts: Callable[[], Counts],
-        authorise: Callable[[Any], None] = lambda context: None,
+        authorise: Callable[[Any], None],
     ) -> None:
         """``authorise``: given the call's context; raises UNAUTHENTICATED for a caller without a key where keys are
         asked for."""

@@ -15,7 +15,7 @@ from typing import Any
 from baton.request import ChatPrompt, Structure, StructureKind, Tool, ToolCall, ToolChoice
 
 NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
-"""Schema of a tool without arguments."""
+"""Of a tool without arguments, as templates are shown it."""
 
 
 class SharedNameError(ValueError):
@@ -51,6 +51,11 @@ def openai_call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": function}
 
 
+def _held_to(tool: Tool) -> dict[str, Any]:
+    """The schema that a required call's arguments are held to: where a tool has no arguments, none are written."""
+    return parameters_of(tool) if tool.parameters_json_schema else {**NO_ARGUMENTS, "additionalProperties": False}
+
+
 def required_structure(chat: ChatPrompt) -> Structure | None:
     """What an answer that must call is held to; None where nothing must be called.
 
@@ -60,12 +65,12 @@ def required_structure(chat: ChatPrompt) -> Structure | None:
     if chat.tool_choice is not ToolChoice.REQUIRED:
         return None
     if chat.tool_name:
-        schema: dict[str, Any] = next(parameters_of(tool) for tool in chat.tools if tool.name == chat.tool_name)
+        schema: dict[str, Any] = next(_held_to(tool) for tool in chat.tools if tool.name == chat.tool_name)
     else:
         definitions: dict[str, Any] = {}
         choices = []
         for tool in chat.tools:
-            parameters = parameters_of(tool)
+            parameters = _held_to(tool)
             for name, definition in parameters.pop("$defs", {}).items():
                 if definitions.setdefault(name, definition) != definition:
                     raise SharedNameError(name)

@@ -21,6 +21,7 @@ from google.protobuf.message import Message
 
 from baton.v1 import generation_pb2 as pb
 from baton.v1 import model_pb2 as models
+from baton.v1 import status_pb2 as status
 
 WATCHWORD = "Zq7yonder"
 """In every prompt of the corpus: what must not be found in any error."""
@@ -30,7 +31,7 @@ CANCEL = "/baton.v1.GenerationService/CancelGeneration"
 
 METHODS: dict[str, Any] = {
     f"/{service.full_name}/{method.name}": method
-    for file in (pb, models)
+    for file in (pb, models, status)
     for service in file.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 }
@@ -455,6 +456,7 @@ CORPUS: dict[str, Sequence[Message]] = {
         pb.CancelGenerationRequest(resume_token="not-a-token"),  # noqa: S106
         pb.CancelGenerationRequest(tenant="blue"),
     ],
+    "/baton.v1.StatusService/WatchStatus": [status.WatchStatusRequest()],
     "/baton.v1.ModelService/ListModels": [models.ListModelsRequest()],
     "/baton.v1.ModelService/GetModel": [models.GetModelRequest(name="tiny"), models.GetModelRequest()],
     "/baton.v1.ModelService/CountTokens": [

@@ -339,12 +339,15 @@ def _outside_vocabulary(
     more = f" (and {len(outside) - 1} more)" if len(outside) > 1 else ""
     return FieldViolation(
         f"{field}[{outside[0]}]{part}",
-        f"is {token_ids[outside[0]]}; token ids of {limits.model} are 0 to {limits.vocab_size - 1}{more}",
+        f"is {token_ids[outside[0]]}; must be 0 to {limits.vocab_size - 1}, a token id of {limits.model}{more}",
     )
 
 
 def _number(value: float) -> str:
-    return "not a number" if math.isnan(value) else f"{value:g}"
+    """Short, but never rounded to the bound that it breaks."""
+    if math.isnan(value):
+        return "not a number"
+    return short if float(short := f"{value:g}") == value else repr(value)
 
 
 def shown(name: str) -> str:

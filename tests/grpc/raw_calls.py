@@ -16,14 +16,16 @@ from google.rpc import error_details_pb2, status_pb2
 
 from baton.v1 import generation_pb2 as pb
 from baton.v1 import model_pb2
+from baton.v1 import status_pb2 as baton_status_pb2
 
 GENERATION = "baton.v1.GenerationService"
 MODELS = "baton.v1.ModelService"
+STATUS = "baton.v1.StatusService"
 DETAILS_KEY = "grpc-status-details-bin"
 
 METHODS: dict[str, Any] = {
     f"/{service.full_name}/{method.name}": method
-    for file in (pb, model_pb2)
+    for file in (pb, model_pb2, baton_status_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 }

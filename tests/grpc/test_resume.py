@@ -294,7 +294,8 @@ async def test_where_keys_are_asked_for_no_public_call_goes_without_and_none_rea
     ("change", "field_name", "words"),
     [
         ({"next_token_index": 39}, "next_token_index", "is 39; the answer has no more than"),
-        ({"next_token_index": -1}, "", "has left the replay window"),
+        ({"next_token_index": -1}, "next_token_index", "is -1; must be 0 or more"),
+        ({"next_token_index": 1, "next_token_indices": [1]}, "next_token_index", "is 1 beside next_token_indices"),
         ({"next_token_indices": [1, 1]}, "next_token_indices", "says 2 samples; the request asked for 1"),
     ],
 )

@@ -83,7 +83,7 @@ def page(files: Sequence[FileDescriptorProto]) -> str:
     lines = [HEAD]
     for file in files:
         comments = Comments(file)
-        lines += [f"# `{file.name}`\n", f"{comments.of_file()}\n"]
+        lines += [f"# `proto/{file.name}`\n", f"{comments.of_file()}\n"]
         for index, service in enumerate(file.service):
             lines += _service(service, comments, (6, index))
         for index, message in enumerate(file.message_type):

@@ -20,6 +20,8 @@ PAGES = [
     *sorted((ROOT / "docs" / "decisions").glob("*.md")),
     *sorted((ROOT / "docs" / "workbench").glob("*.md")),
     *sorted((ROOT / "docs" / "benchmarks").glob("*.md")),
+    *sorted((ROOT / "docs" / "api").glob("*.md")),
+    *(ROOT / "examples" / "README.md", ROOT / "proto" / "released" / "README.md"),
 ]
 ROOMS = ("baton", "kvtransfer", "engine", "prefill_worker", "decode_worker", "router", "fleet", "bench", "deploy")
 MADE_LATER = (".venv", ".baton", "~", "$")

@@ -126,8 +126,11 @@ async def _swept(directory: Path, kind: Sweep, write_s: float) -> Swept:
             await service.generate(messages[-1], calls[-1])
 
         async def begin_behind() -> None:
-            first = asyncio.create_task(service.generate(request(), KeptCall()))
+            ahead = KeptCall()
+            first = asyncio.create_task(service.generate(request(), ahead))
             try:
+                while not ahead.written:
+                    await asyncio.sleep(0.001)
                 await begin()
             finally:
                 first.cancel()

@@ -53,7 +53,10 @@ class Samples:
         self.group = SampleGroup(sample_count, self.given_back.append)
         self.fails: dict[int, BatonError] = {}
         self.token_count = 3
+        self.part_count = 2
         self.adopts = True
+        self.adopts_early = False
+        """While the prompt's parts still wait for a reader: the engines do not."""
 
     async def run(self, request: RoutedRequest, seat: Seat) -> AsyncGenerator[RelayEvent, None]:
         index = seat.sample_index
@@ -62,9 +65,11 @@ class Samples:
         self.open_count += 1
         try:
             yield Admitted(request.generation_id)
+            if self.adopts and self.adopts_early:
+                seat.on_adopted("d0")
             if request.prompt_logprob_count is not None:
-                yield PromptPart(0, (1, 2), logprobs=(None, None))
-                yield PromptPart(2, (3,), logprobs=(None,))
+                for part in range(self.part_count):
+                    yield PromptPart(part, (part,), logprobs=(None,))
             if self.adopts:
                 seat.on_adopted("d0")
             for at in range(self.token_count + index):
@@ -148,6 +153,18 @@ async def test_the_others_start_near_the_prefill_worker_where_the_first_needed_n
     assert len(last.samples) == 3
     assert [seat.near for _, seat in samples.asked.values()] == ["", "p0", "p0"]
     samples.assert_nothing_left()
+
+
+@in_virtual_time
+async def test_the_prompts_parts_come_before_anybodys_tokens_however_slow_their_reader() -> None:
+    samples = Samples(4)
+    samples.part_count, samples.adopts_early = 40, True
+    got: list[RelayEvent] = []
+    async with aclosing(samples.stream()) as events:
+        async for event in events:
+            got.append(event)
+            await asyncio.sleep(TOKEN_S)
+    assert [type(event) for event in got[:42]] == [Admitted, *[PromptPart] * 40, Piece]
 
 
 @in_virtual_time

@@ -65,8 +65,8 @@ class ParserSpec:
     start_deadline_s: float = 120.0
     command: tuple[str, ...] = ("-m", "router.parser_process")
     """What the interpreter runs; a test may have it run something quicker."""
-    wait_s: float = 30.0
-    """How long a request waits for a process that is being started again: that takes some ten seconds."""
+    wait_s: float = 60.0
+    """How long a request waits for a process that is being started again: ten seconds, or more on a busy machine."""
 
 
 @dataclass(slots=True)

@@ -1,8 +1,9 @@
 """Stands in for ``router.parser_process`` where a test is about the process and not about what parsers say.
 
-Speaks the same frames. Every text comes back in capitals. What a text says besides: "die" ends the process, "hang"
-keeps it busy, "fail" is a parser that raises, "noise" answers with what is no frame. The name of the tool parser says
-how it starts: "never" does not, "broken" says why not, "mute" ends without a word.
+Speaks the same frames. Every text comes back in capitals. What an answer says so far, and nothing else, does more:
+"die" ends the process, "hang" keeps it busy, "fail" is a parser that raises, "noise" is answered with what is no
+frame. The name of the tool parser says how it starts: "never" does not, "broken" says why not, "mute" ends without a
+word.
 """
 
 from __future__ import annotations
@@ -30,12 +31,15 @@ def main(model_dir: str, tool_parser: str, reasoning_parser: str) -> None:
         say({"failed": "KeyError: no such parser"})
         return
     say({"ready": READY})
+    so_far: dict[int, str] = {}
     for message in frames(sys.stdin.buffer):
         if message["op"] in ("open", "close"):
+            so_far.pop(message["stream"], None)
             continue
         text = "".join(message["texts"]) if message["op"] == "push" else message["text"]
         told: dict[str, Any] = {"stream": message["stream"], "turn": message["turn"]}
-        match text:
+        so_far[message["stream"]] = so_far.get(message["stream"], "") + text
+        match so_far[message["stream"]]:
             case "die":
                 os._exit(9)
             case "hang":

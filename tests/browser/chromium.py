@@ -26,7 +26,8 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-default-apps", "--disable-sync"),
     *("--disable-extensions", "--metrics-recording-only", "--no-pings", "--disable-breakpad"),
     "--disable-features=Translate,OptimizationHints,MediaRouter,InterestFeedContentSuggestions,AutofillServerCommunication",
-    "--host-resolver-rules=MAP * ~NOTFOUND",  # no name resolves: a request that leaves fails, and is seen
+    # No name resolves: a request that leaves this machine fails, and is seen.
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
     "--hide-scrollbars",
 )
 ON_DESCRIPTORS_3_AND_4 = """

@@ -164,26 +164,17 @@ def scraped(address: str, name: str) -> float:
     return sum(float(each) for each in re.findall(rf"^{name}(?:\{{[^}}]*\}})? ([-+0-9.eE]+)$", text, re.M))
 
 
-def cached_by_sample(fleet: FleetUnderTest, generation_id: str) -> dict[str, int]:
-    """What the router's log says of each sample."""
-    found = {}
-    for path in (Path(fleet.config.cluster.state_dir) / "logs").glob("router*"):
-        for line in path.read_text().splitlines():
-            start = line.find('{"generation_id"')
-            if start >= 0:
-                said = json.loads(line[start:].replace('\\"', '"'))
-                if said["generation_id"].split(":")[0] == generation_id:
-                    found[said["generation_id"]] = said["cached_tokens"]
-    return found
-
-
 async def test_eight_samples_share_one_prefill_and_equal_those_of_one_plain_engine(baton: Baton) -> None:
     prompt = baton.prompts[0]
     before = worker_metric(baton.fleet, "baton_worker_prefill_tokens_total")
-    bytes_before = scraped(baton.fleet.config.router.metrics_address, "baton_kv_transfer_bytes_total")
+    router = baton.fleet.config.router.metrics_address
+    names = ("baton_kv_transfer_bytes_total", "baton_cached_prompt_tokens_total", "baton_kv_pulls_total")
+    said_before = [scraped(router, name) for name in names]
     heard = await ask(baton, samples_of(prompt))
     after = worker_metric(baton.fleet, "baton_worker_prefill_tokens_total")
-    bytes_after = scraped(baton.fleet.config.router.metrics_address, "baton_kv_transfer_bytes_total")
+    pulled_bytes, cached, pulls = (
+        scraped(router, name) - before for name, before in zip(names, said_before, strict=True)
+    )
 
     plain = baton.plain[0]["samples"]
     assert [heard.ids[index] for index in range(SAMPLE_COUNT)] == [each["token_ids"] for each in plain]
@@ -200,10 +191,10 @@ async def test_eight_samples_share_one_prefill_and_equal_those_of_one_plain_engi
     assert after[prefill_id] - before[prefill_id] == PROMPT_LENGTH
     tail = PROMPT_LENGTH - full_blocks * BLOCK
     assert after[decode_id] - before[decode_id] == (SAMPLE_COUNT - 1) * tail
-    assert bytes_after - bytes_before == heard.finished.phases.kv_transfer_byte_count
-    assert bytes_after - bytes_before == (full_blocks + 1) * BLOCK * KV_BYTES_PER_TOKEN
-    cached = cached_by_sample(baton.fleet, heard.generation_id)
-    assert sorted(cached.values()) == [0] + [full_blocks * BLOCK] * (SAMPLE_COUNT - 1)
+    assert pulls == 1
+    assert pulled_bytes == heard.finished.phases.kv_transfer_byte_count
+    assert pulled_bytes == (full_blocks + 1) * BLOCK * KV_BYTES_PER_TOKEN
+    assert cached == (SAMPLE_COUNT - 1) * full_blocks * BLOCK
     assert heard.used_block_counts, "the books were read while all samples ran"
     assert max(heard.used_block_counts) <= full_blocks + SAMPLE_COUNT * 2
 

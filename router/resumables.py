@@ -318,7 +318,7 @@ class Resumables:
         *,
         first_indices: Sequence[int] = (0,),
     ) -> Resumable:
-        """Starts one. Raises TOO_MANY_RESUMABLE; then ``events`` was not called."""
+        """Starts one. Raises TOO_MANY_RESUMABLE, before ``events`` is called, and what that raises."""
         before = self._by_id.get(about.formerly) if about.formerly else None
         if before is not None:
             before.forget()
@@ -327,10 +327,11 @@ class Resumables:
             self.limits.window, self._shared, about.output.max_chunk_token_count, tuple(first_indices)
         )
         resumable = Resumable(about, window, self._forgotten)
+        source = events()  # BEFORE anything is kept: it may raise
         self._kept[resumable] = None
         for generation_id in _ids(about):
             self._by_id[generation_id] = resumable
-        resumable.start(events())
+        resumable.start(source)
         return resumable
 
     def cancel(self, generation_id: str) -> bool:

@@ -428,3 +428,101 @@ async def test_cut_again_before_it_began_a_continuation_is_found_by_the_old_toke
             call.cancel()
             await go_on(stub_of(elsewhere), heard, has_continuation=True)
             assert same_answer(heard, whole)
+
+
+# Several answers at once
+
+
+def three(count: int = 30) -> pb.GenerateRequest:
+    request = resumable(count)
+    request.sample_count = 3
+    request.sampling.temperature = 1.0
+    request.sampling.seed = 11
+    return request
+
+
+class ThreeHeard:
+    """What a caller of three samples keeps."""
+
+    def __init__(self) -> None:
+        self.samples = [Heard(pb.GenerateRequest()) for _ in range(3)]
+        self.token = ""
+        self.finished: pb.Finished | None = None
+
+    def take(self, response: Any) -> None:
+        match response.WhichOneof("event"):
+            case "started":
+                self.token = response.started.resume_token
+            case "chunk":
+                self.samples[response.chunk.sample_index].take(response)
+            case "finished":
+                self.finished = response.finished
+
+    def resume_request(self, request: pb.GenerateRequest | None) -> pb.ResumeGenerateRequest:
+        message = pb.ResumeGenerateRequest(
+            resume_token=self.token, next_token_indices=[each.next_index for each in self.samples]
+        )
+        if request is not None:
+            message.continuation.request.CopyFrom(request)
+            for each in self.samples:
+                message.continuation.samples.add(ids=each.token_ids)
+        return message
+
+    def said(self) -> list[tuple[list[int], str]]:
+        assert self.finished is not None
+        assert [each.output_token_count for each in self.finished.samples] == [
+            len(each.token_ids) for each in self.samples
+        ]
+        return [(each.token_ids, each.text) for each in self.samples]
+
+
+async def whole_of_three(stub: Any, request: pb.GenerateRequest) -> ThreeHeard:
+    heard = ThreeHeard()
+    async for response in stub.Generate(plain(request), timeout=20):
+        heard.take(response)
+    return heard
+
+
+@pytest.mark.parametrize("token_count", [1, 20, 60, 88])
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+async def test_several_samples_go_on_each_from_its_own_place(
+    tmp_path: Path, token_count: int, is_elsewhere: bool
+) -> None:
+    async with sim_cluster(tmp_path, sim=SLOW) as cluster, second_router(cluster) as other:
+        async with channel_to(cluster.endpoint.address) as channel, channel_to(other) as elsewhere:
+            stub = stub_of(channel)
+            whole = await whole_of_three(stub, three())
+            heard = ThreeHeard()
+            call = stub.Generate(three(), timeout=20)
+            async for response in call:
+                heard.take(response)
+                if sum(len(each.token_ids) for each in heard.samples) >= token_count:
+                    break
+            call.cancel()
+            if is_elsewhere:
+                await cancel_all(cluster)
+            message = heard.resume_request(three() if is_elsewhere else None)
+            async for response in stub_of(elsewhere if is_elsewhere else channel).ResumeGenerate(message, timeout=20):
+                heard.take(response)
+        assert heard.said() == whole.said()
+        await cancel_all(cluster)
+
+
+async def test_samples_whose_lead_has_ended_go_on_without_it(tmp_path: Path) -> None:
+    async with sim_cluster(tmp_path, sim=SLOW) as cluster, second_router(cluster) as other:
+        async with channel_to(cluster.endpoint.address) as channel, channel_to(other) as elsewhere:
+            stub = stub_of(channel)
+            whole = await whole_of_three(stub, three())
+            heard = ThreeHeard()
+            call = stub.Generate(three(), timeout=20)
+            async for response in call:
+                heard.take(response)
+                if heard.samples[0].next_index >= 5:
+                    break
+            call.cancel()
+            await cancel_all(cluster)
+            lead = heard.samples[0]
+            lead.token_ids, lead.text, lead.next_index = list(whole.samples[0].token_ids), whole.samples[0].text, 30
+            async for response in stub_of(elsewhere).ResumeGenerate(heard.resume_request(three()), timeout=20):
+                heard.take(response)
+        assert heard.said() == whole.said()

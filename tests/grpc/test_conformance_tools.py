@@ -1,0 +1,296 @@
+"""The fields of chats with tools and thinking: a server with a tools template and vLLM's own parsers, simulated engines.
+
+What the model says is scripted, token by token; the parsers are the real ones, in their child process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+import pytest_asyncio
+from field_register import Register
+from raw_calls import GENERATION, MODELS, Outcome, ask, generate
+from sim_cluster import RULE, TOKENIZER, SimCluster, sim_cluster
+from test_conformance_fields import Job, assert_refused
+from test_modes_api import overhear
+
+from baton.v1 import generation_pb2 as pb
+from baton.v1 import model_pb2 as models
+from router.tiny_model import END_ID
+
+TEMPLATE = Path(__file__).resolve().parents[2] / "deploy" / "templates" / "chatml-tools.jinja"
+SCHEMA = '{"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}'
+WEATHER = pb.Tool(name="weather", description="Says the weather", parameters_json_schema=SCHEMA)
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+THOUGHT = "I should ask"
+SAID = f"<think>\n{THOUGHT}\n</think>\n\nLet me see. {CALL}"
+register = Register()
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+class Script:
+    """What the engines say after the next prompt."""
+
+    def __init__(self) -> None:
+        self.tokens: tuple[int, ...] = ()
+        self.prompt_token_count = 0
+
+    def say(self, text: str, prompt_token_count: int) -> None:
+        self.tokens, self.prompt_token_count = (*TOKENIZER.encode(text), END_ID), prompt_token_count
+
+    def __call__(self, position: int) -> int | None:
+        at = position - self.prompt_token_count
+        return self.tokens[at] if 0 <= at < len(self.tokens) else None
+
+
+SCRIPT = Script()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster(tmp_path_factory: Any) -> AsyncIterator[SimCluster]:
+    async with sim_cluster(
+        tmp_path_factory.mktemp("tools"),
+        sim={"tokens": replace(RULE, scripted=SCRIPT)},
+        chat_template_path=str(TEMPLATE),
+        tool_parser="hermes",
+        reasoning_parser="deepseek_r1",
+        template_arguments=("enable_thinking",),
+    ) as cluster:
+        yield cluster
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def channel(cluster: SimCluster) -> AsyncIterator[grpc.aio.Channel]:
+    async with grpc.aio.insecure_channel(cluster.endpoint.address) as channel:
+        yield channel
+
+
+def chat(**changes: Any) -> pb.Chat:
+    return pb.Chat(**{"messages": [pb.ChatMessage(role="user", content="Oslo?")], **changes})
+
+
+def request(chat: pb.Chat, **changes: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(**{"chat": chat, "stop": pb.StopConditions(max_output_token_count=300), **changes})
+
+
+async def told(channel: grpc.aio.Channel, message: pb.GenerateRequest, text: str = SAID) -> Outcome:
+    count = await ask(channel, f"/{MODELS}/CountTokens", models.CountTokensRequest(chat=message.chat))
+    assert count.code is grpc.StatusCode.OK, count
+    SCRIPT.say(text, count.messages[0].token_count)
+    return await generate(channel, message)
+
+
+async def rendered(channel: grpc.aio.Channel, of: pb.Chat) -> str:
+    """What the model reads, special tokens and all."""
+    tokens = await ask(channel, f"/{MODELS}/Tokenize", models.TokenizeRequest(chat=of))
+    assert tokens.code is grpc.StatusCode.OK, tokens
+    ids = models.DetokenizeRequest(token_ids=pb.TokenIds(ids=tokens.messages[0].token_ids), keep_special_tokens=True)
+    return str((await ask(channel, f"/{MODELS}/Detokenize", ids)).messages[0].text)
+
+
+@register.shows(
+    "Chat.tools",
+    "Tool.name",
+    "Tool.description",
+    "Tool.parameters_json_schema",
+    "Chunk.tool_call_deltas",
+    "Chunk.reasoning_text",
+    "ToolCallDelta.index",
+    "ToolCallDelta.id",
+    "ToolCallDelta.name",
+    "ToolCallDelta.arguments_json",
+    "Finished.tool_calls",
+    "ToolCall.id",
+    "ToolCall.name",
+    "ToolCall.arguments_json",
+)
+async def test_thinking_text_and_a_call_come_each_as_what_it_is(channel: grpc.aio.Channel) -> None:
+    outcome = await told(channel, request(chat(tools=[WEATHER])))
+    assert outcome.finished.reason == pb.FINISH_REASON_TOOL_CALLS
+    [call] = outcome.finished.tool_calls
+    assert (call.name, json.loads(call.arguments_json)) == ("weather", {"city": "Oslo"})
+    deltas = [delta for chunk in outcome.chunks for delta in chunk.tool_call_deltas]
+    assert {delta.index for delta in deltas} == {0}
+    assert (deltas[0].id, deltas[0].name) == (call.id, "weather")
+    assert call.id
+    assert not any(delta.id or delta.name for delta in deltas[1:])
+    assert json.loads("".join(delta.arguments_json for delta in deltas)) == {"city": "Oslo"}
+    assert "".join(chunk.reasoning_text for chunk in outcome.chunks).strip() == THOUGHT
+    assert outcome.said.strip() == "Let me see."
+    assert sum(chunk.token_count for chunk in outcome.chunks) == outcome.finished.usage.output_token_count
+
+
+@register.shows("SampleResult.tool_calls")
+async def test_each_sample_has_its_calls(channel: grpc.aio.Channel) -> None:
+    drawn = pb.Sampling(temperature=1, seed=1)
+    outcome = await told(channel, request(chat(tools=[WEATHER]), sample_count=2, sampling=drawn))
+    assert [[call.name for call in each.tool_calls] for each in outcome.finished.samples] == [["weather"]] * 2
+
+
+@register.shows("Chat.tools", "Tool.name", "Tool.description", "Tool.parameters_json_schema")
+async def test_tools_are_shown_to_the_model_and_broken_ones_refused(channel: grpc.aio.Channel) -> None:
+    shown = await rendered(channel, chat(tools=[WEATHER]))
+    assert all(each in shown for each in ("weather", "Says the weather", "city"))
+    assert (await rendered(channel, chat(tools=[pb.Tool(name="a" * 64)]))).count("a" * 64) == 1
+    for tools, field, value in (
+        ([pb.Tool(name="")], "chat.tools[0].name", "1 to 64"),
+        ([pb.Tool(name="a" * 65)], "chat.tools[0].name", "1 to 64"),
+        ([pb.Tool(name="a b")], "chat.tools[0].name", "letters"),
+        ([WEATHER, WEATHER], "chat.tools[1].name", "weather"),
+        ([pb.Tool(name="a", description="d" * 4097)], "chat.tools[0].description", "has 4097 bytes"),
+        ([pb.Tool(name="a", parameters_json_schema="[]")], "chat.tools[0].parameters_json_schema", "JSON object"),
+        (
+            [pb.Tool(name="a", parameters_json_schema='{"a": "%s"}' % ("x" * 65_536))],
+            "chat.tools[0].parameters_json_schema",
+            "has 65545 bytes",
+        ),
+        ([pb.Tool(name=f"t{index}") for index in range(129)], "chat.tools", "has 129 tools"),
+    ):
+        assert_refused(await generate(channel, request(chat(tools=tools))), field, value)
+
+
+@register.shows("Chat.tool_choice", "ToolChoice.mode", "ToolChoice.tool_name")
+async def test_a_choice_holds_the_answer_to_the_tools_or_leaves_calls_as_text(
+    channel: grpc.aio.Channel, cluster: SimCluster
+) -> None:
+    none = pb.ToolChoice(mode=pb.ToolChoice.MODE_NONE)
+    outcome = await told(channel, request(chat(tools=[WEATHER], tool_choice=none)))
+    assert not outcome.finished.tool_calls
+    assert CALL in outcome.said
+    jobs: list[Job] = []
+    overhear(cluster, jobs)
+    for choice in (pb.ToolChoice(mode=pb.ToolChoice.MODE_REQUIRED), pb.ToolChoice(mode=3, tool_name="weather")):  # type: ignore[arg-type]
+        jobs.clear()
+        said = request(chat(tools=[WEATHER], tool_choice=choice, keep_reasoning_in_text=False))
+        outcome = await told(channel, said, CALL if choice.tool_name else SAID)
+        assert outcome.code is grpc.StatusCode.OK, outcome
+        assert all(job.sampling.structure is not None for job in jobs)
+        assert jobs
+    for choice, tools, field in (
+        (pb.ToolChoice(mode=pb.ToolChoice.MODE_REQUIRED), [], "chat.tool_choice.mode"),
+        (pb.ToolChoice(mode=99), [WEATHER], "chat.tool_choice.mode"),  # type: ignore[arg-type]
+        (pb.ToolChoice(tool_name="weather"), [WEATHER], "chat.tool_choice.tool_name"),
+        (pb.ToolChoice(mode=3, tool_name="other"), [WEATHER], "chat.tool_choice.tool_name"),  # type: ignore[arg-type]
+    ):
+        outcome = await generate(channel, request(chat(tools=tools, tool_choice=choice)))
+        assert_refused(outcome, field, "")
+
+
+@register.shows("Chat.template_arguments_json")
+async def test_values_for_the_template_are_of_its_allowlist(channel: grpc.aio.Channel) -> None:
+    assert (await rendered(channel, chat())).endswith("assistant\n")
+    off = chat(template_arguments_json='{"enable_thinking": false}')
+    assert (await rendered(channel, off)).endswith("</think>\n\n")
+    for text, value in (
+        ('{"other": 1}', "enable_thinking"),
+        ("[1]", "JSON object"),
+        ('{"enable_thinking": [1]}', "true, false"),
+        ('{"enable_thinking": "%s"}' % ("x" * 4096), "has 4119 bytes"),
+    ):
+        outcome = await generate(channel, request(chat(template_arguments_json=text)))
+        assert outcome.reason == "INVALID_REQUEST"
+        assert any(value in each for each in outcome.violations.values()), outcome.violations
+        assert all(each.startswith("chat.template_arguments_json") for each in outcome.violations)
+
+
+@register.shows("Chat.keep_reasoning_in_text")
+async def test_thinking_stays_in_the_text_on_request(channel: grpc.aio.Channel) -> None:
+    outcome = await told(channel, request(chat(keep_reasoning_in_text=True)), f"<think>\n{THOUGHT}\n</think>\n\nyes")
+    assert not any(chunk.reasoning_text for chunk in outcome.chunks)
+    assert outcome.said == f"<think>\n{THOUGHT}\n</think>\n\nyes"
+
+
+def turns(**changes: Any) -> pb.Chat:
+    """A conversation with a call and what the tool said; ``changes``: to the assistant's message."""
+    call = pb.ToolCall(id="call-1", name="weather", arguments_json='{"city": "Oslo"}')
+    said = pb.ChatMessage(**{"role": "assistant", "tool_calls": [call], "reasoning": THOUGHT, **changes})
+    answer = pb.ChatMessage(role="tool", content="rain", tool_call_id="call-1")
+    return chat(messages=[pb.ChatMessage(role="user", content="Oslo?"), said, answer], tools=[WEATHER])
+
+
+@register.shows(
+    "ChatMessage.tool_calls",
+    "ChatMessage.tool_call_id",
+    "ChatMessage.reasoning",
+    "ToolCall.id",
+    "ToolCall.name",
+    "ToolCall.arguments_json",
+)
+async def test_calls_their_answers_and_thinking_of_earlier_turns_are_shown_to_the_model(
+    channel: grpc.aio.Channel,
+) -> None:
+    shown = await rendered(channel, turns())
+    assert all(each in shown for each in (THOUGHT, '{"name": "weather", "arguments": {"city": "Oslo"}}', "rain"))
+    call = {"id": "call-1", "name": "weather", "arguments_json": "{}"}
+    for change, field, value in (
+        ({"tool_calls": [pb.ToolCall(**{**call, "id": ""})]}, "chat.messages[1].tool_calls[0].id", "has 0 bytes"),
+        ({"tool_calls": [pb.ToolCall(**{**call, "id": "i" * 129})]}, "chat.messages[1].tool_calls[0].id", "129"),
+        ({"tool_calls": [pb.ToolCall(**{**call, "name": "a b"})]}, "chat.messages[1].tool_calls[0].name", "letters"),
+        (
+            {"tool_calls": [pb.ToolCall(**{**call, "arguments_json": "[]"})]},
+            "chat.messages[1].tool_calls[0].arguments_json",
+            "JSON object",
+        ),
+        (
+            {"tool_calls": [pb.ToolCall(**{**call, "id": f"i{n}"}) for n in range(129)]},
+            "chat.messages[1].tool_calls",
+            "has 129 calls",
+        ),
+        ({"role": "user"}, "chat.messages[1].tool_calls", "assistant"),
+        ({"role": "user"}, "chat.messages[1].reasoning", "assistant"),
+        ({"tool_call_id": "call-1"}, "chat.messages[1].tool_call_id", "tool"),
+    ):
+        assert_refused(await generate(channel, request(turns(**change))), field, value)
+    unasked = chat(messages=[pb.ChatMessage(role="tool", content="rain", tool_call_id="call-7")], tools=[WEATHER])
+    assert_refused(await generate(channel, request(unasked)), "chat.messages[0].tool_call_id", "no call")
+
+
+@register.shows("ChatMessage.name")
+async def test_a_name_that_the_template_does_not_show_is_refused(channel: grpc.aio.Channel) -> None:
+    named = chat(messages=[pb.ChatMessage(role="user", content="hi", name="ann")])
+    assert_refused(await generate(channel, request(named)), "chat.messages[0].name", "would be ignored")
+    too_long = chat(messages=[pb.ChatMessage(role="user", content="hi", name="n" * 65)])
+    assert_refused(await generate(channel, request(too_long)), "chat.messages[0].name", "has 65 bytes")
+
+
+@register.shows("ChatMessage.name")
+async def test_a_name_is_shown_to_the_model_where_its_template_takes_one(tmp_path: Path) -> None:
+    template = tmp_path / "names.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }} {{ m.name }}: {{ m.content }}\n{% endfor %}")
+    async with (
+        sim_cluster(tmp_path / "model", chat_template_path=str(template)) as cluster,
+        grpc.aio.insecure_channel(cluster.endpoint.address) as channel,
+    ):
+        named = chat(messages=[pb.ChatMessage(role="user", content="hi", name="n" * 64)])
+        assert await rendered(channel, named) == f"user {'n' * 64}: hi\n"
+
+
+@register.shows(
+    "Capabilities.has_tools",
+    "Capabilities.tool_parser",
+    "Capabilities.reasoning_parser",
+    "Capabilities.template_argument_names",
+)
+async def test_the_model_says_what_chats_may_ask_of_it(channel: grpc.aio.Channel) -> None:
+    outcome = await ask(channel, f"/{MODELS}/GetModel", models.GetModelRequest())
+    capabilities = outcome.messages[0].model.capabilities
+    assert capabilities.has_tools
+    assert (capabilities.tool_parser, capabilities.reasoning_parser) == ("hermes", "deepseek_r1")
+    assert list(capabilities.template_argument_names) == ["enable_thinking"]
+
+
+async def test_a_resumed_stream_has_the_same_calls(channel: grpc.aio.Channel) -> None:
+    asked = request(chat(tools=[WEATHER]), resume=pb.ResumeOptions())
+    whole = await told(channel, asked)
+    message = pb.ResumeGenerateRequest(resume_token=whole.started.resume_token)
+    again = await ask(channel, f"/{GENERATION}/ResumeGenerate", message)
+    assert again.finished.tool_calls == whole.finished.tool_calls
+    cancel = pb.CancelGenerationRequest(resume_token=whole.started.resume_token)
+    await ask(channel, f"/{GENERATION}/CancelGeneration", cancel)

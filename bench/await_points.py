@@ -8,6 +8,7 @@ request is over before its k-th moment comes. So whatever may be half done when 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Generator
@@ -129,6 +130,9 @@ async def sweep(
     loop = asyncio.get_running_loop()
     swept = Swept(sites=points.sites)
     for at in range(first, limit, stride):
+        # At the same moment between two reports of every worker: so that each request has the same moments, and none
+        # slips through because the next request has one more before it.
+        await asyncio.sleep(math.ceil(loop.time()) + 0.05 - loop.time())
         caller = loop.create_task(begin(), name="caller")
         points.arm(caller, at)
         await asyncio.wait((caller,))

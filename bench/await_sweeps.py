@@ -129,7 +129,7 @@ async def _swept(directory: Path, kind: Sweep, write_s: float) -> Swept:
             ahead = KeptCall()
             first = asyncio.create_task(service.generate(request(), ahead))
             try:
-                while not ahead.written:
+                while not ahead.written:  # noqa: ASYNC110  # virtual time
                     await asyncio.sleep(0.001)
                 await begin()
             finally:

@@ -100,17 +100,19 @@ def token_logprobs(job: PrefillJob | DecodeJob, completion: Any) -> tuple[TokenL
 
 def prompt_logprobs(job: PrefillJob, told: Any) -> PromptLogprobs | None:
     """Of the prompt's tokens. ``told``: vLLM's flat lists, in which each token but the first has itself and then its
-    likeliest; nothing of them is copied twice, since a long prompt has hundreds of thousands."""
+    likeliest. Taken in strides: a long prompt has hundreds of thousands of entries, and streams wait meanwhile.
+
+    Raises ``ValueError`` where they are not so."""
     count = job.prompt_logprob_count
     if count is None or not told:
         return None
+    stride = 1 + count
+    if len(told.token_ids) != (len(told) - 1) * stride:
+        raise ValueError("vLLM's logprobs of a prompt are not one and its likeliest for each token but the first")
+    own = slice(None, None, stride)
+    likeliest, likeliest_logprobs = list(told.token_ids), list(told.logprobs)
+    del likeliest[own], likeliest_logprobs[own]
     logprobs = PromptLogprobs(count)
-    for start, end in zip(told.start_indices, told.end_indices, strict=True):
-        if start == end:
-            logprobs.append_first()
-            continue
-        likeliest = slice(start + 1, start + 1 + count)
-        logprobs.extend(
-            (told.logprobs[start],), (told.ranks[start],), told.token_ids[likeliest], told.logprobs[likeliest]
-        )
+    logprobs.append_first()
+    logprobs.extend(told.logprobs[own], told.ranks[own], likeliest, likeliest_logprobs)
     return logprobs

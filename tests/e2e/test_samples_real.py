@@ -243,7 +243,8 @@ async def test_the_second_ask_of_a_prompt_counts_the_tokens_that_the_engine_foun
     found, computed = [], []
     for _ in range(3):
         before = worker_metric(baton.fleet, "baton_worker_prefill_tokens_total")
-        heard = await ask(baton, request(prompt, stop=stop))
+        output = pb.OutputOptions(content=pb.OutputOptions.CONTENT_TOKEN_IDS)
+        heard = await ask(baton, request(prompt, stop=stop, output=output))
         after = worker_metric(baton.fleet, "baton_worker_prefill_tokens_total")
         found.append(heard.finished.usage.cached_prompt_token_count)
         computed.append(sum(after.values()) - sum(before.values()))

@@ -4,6 +4,7 @@ pull, nothing left whatever happens."""
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -365,3 +366,45 @@ async def test_a_retry_does_not_count_as_cached_what_the_first_attempt_computed(
         assert heard.completed is not None
         assert heard.completed.report.attempt_count == 2
         assert heard.completed.usage.cached_prompt_token_count == 0
+
+
+# Anything at any time
+
+
+@pytest.mark.parametrize("seed", range(12))
+@in_virtual_time
+async def test_storms_of_samples_with_deaths_and_cancels_cost_no_token_and_leave_nothing(seed: int) -> None:
+    rng = random.Random(seed)  # a reproducible storm
+    limits = AdmissionLimits(max_in_flight_count=12)
+    async with virtual_cluster(2, 2, sim={**CACHING, "max_running_count": 6}, admission=limits) as cluster:
+
+        async def call() -> None:
+            await asyncio.sleep(rng.uniform(0, 1))
+            count = rng.randint(2, 6)
+            scored = rng.choice([None, 3])
+            request = cluster.request(
+                rng.randint(1, 200), rng.randint(1, 25), sampling=DRAWN, prompt_logprob_count=scored
+            )
+            leaves_after_s = rng.choice([None, None, rng.uniform(0, 1)])
+            heard = Heard()
+            task = asyncio.create_task(ask(cluster, request, count, heard=heard))
+            await asyncio.wait([task], timeout=leaves_after_s)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            expected = cluster.expected(request)
+            for ids in heard.ids.values():
+                assert ids == expected[: len(ids)]
+            if leaves_after_s is None:
+                assert_whole(cluster, request, heard, count)
+                if scored is not None:
+                    assert_scored(request, heard)
+
+        async def misfortune() -> None:
+            await asyncio.sleep(rng.uniform(0, 1.5))
+            victim = rng.choice(sorted(cluster.processes))
+            role = cluster.processes[victim].role
+            cluster.processes[victim].die()
+            await asyncio.sleep(rng.uniform(0.1, 1))
+            await cluster.launch(victim, role)
+
+        await asyncio.gather(*(call() for _ in range(8)), misfortune())

@@ -53,6 +53,8 @@ WAVE_COUNT = 3
 MORE_BYTES = 16 * 1024 * 1024
 """What a router's memory may differ by after further waves: pages that its allocator keeps, seen in runs without any
 resumable stream, too."""
+OPENING_COUNT = 32
+"""Streams that are opened at a time: a prefill worker refuses more than it can queue."""
 LIMIT_S = 240.0
 
 
@@ -369,7 +371,7 @@ class _Drill:
             cutters: list[TcpCutter] = [await stack.enter_async_context(tcp_cutter(each)) for each in addresses]
             targets = [*addresses, *(each.address for each in cutters)]
             channels = [await stack.enter_async_context(channel_to(address)) for address in targets]
-            gate = asyncio.Semaphore(100)
+            gate = asyncio.Semaphore(OPENING_COUNT)
 
             async def begin(number: int) -> Any:
                 request = _requests(GRACE_S)[number % 2]
@@ -412,16 +414,17 @@ class _Drill:
 
 async def _uncut(fleet: FleetUnderTest) -> list[Heard]:
     """The answers, asked without ``resume`` and never cut."""
-    answers = []
     async with channel_to(_addresses(fleet)[0]) as channel:
-        for request in _requests(1.0):
+
+        async def ask(request: pb.GenerateRequest) -> Heard:
             request.ClearField("resume")
             heard = Heard(request)
-            async for response in _stub(channel).Generate(request, timeout=60):
+            async for response in _stub(channel).Generate(request, timeout=120):
                 heard.take(response)
             assert heard.finished is not None
-            answers.append(heard)
-    return answers
+            return heard
+
+        return await asyncio.gather(*(ask(request) for request in _requests(1.0)))
 
 
 def _requests(grace_s: float) -> list[pb.GenerateRequest]:

@@ -69,7 +69,8 @@ class About:
     grace_s: float
     resume_token: str = field(repr=False)
     formerly: str = ""
-    """The generation that this one goes on with, elsewhere begun: its token finds this one, too."""
+    """The generation that this one goes on with, elsewhere begun. Asked to go on with that one again, this one makes
+    place: its caller never heard of it, and may meanwhile have had other tokens from the first."""
 
 
 class Resumable:
@@ -306,8 +307,9 @@ class Resumables:
         return self._shared.used_bytes
 
     def find(self, generation_id: str) -> Resumable | None:
-        """The generation of this id, or the one that goes on with it."""
-        return self._by_id.get(generation_id)
+        """The generation of this id, and none that goes on with it: of that the caller may have no token."""
+        found = self._by_id.get(generation_id)
+        return found if found is not None and found.about.generation_id == generation_id else None
 
     # Effects
 
@@ -335,7 +337,7 @@ class Resumables:
         return resumable
 
     def cancel(self, generation_id: str) -> bool:
-        """Whether it was running."""
+        """Ends it, or what goes on with it here. Whether it was running."""
         resumable = self._by_id.get(generation_id)
         if resumable is None:
             return False

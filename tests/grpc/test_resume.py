@@ -413,7 +413,7 @@ async def test_an_answer_whose_tokens_are_all_there_ends_without_an_engine(tmp_p
         assert heard.finished.phases.placement_reason == "already_ended"
 
 
-async def test_cut_again_before_it_began_a_continuation_is_found_by_the_old_token(tmp_path: Path) -> None:
+async def test_a_continuation_of_which_its_caller_heard_nothing_makes_place_for_the_next(tmp_path: Path) -> None:
     async with sim_cluster(tmp_path, sim=SLOW) as cluster, second_router(cluster) as other:
         whole = await uncut(cluster, resumable(60))
         async with channel_to(cluster.endpoint.address) as channel, channel_to(other) as elsewhere:
@@ -428,6 +428,27 @@ async def test_cut_again_before_it_began_a_continuation_is_found_by_the_old_toke
             call.cancel()
             await go_on(stub_of(elsewhere), heard, has_continuation=True)
             assert same_answer(heard, whole)
+
+
+async def test_whoever_is_ahead_of_a_continuation_it_never_heard_of_goes_on_from_its_own_tokens(
+    tmp_path: Path,
+) -> None:
+    async with sim_cluster(tmp_path, sim=SLOW) as cluster, second_router(cluster) as other:
+        whole = await uncut(cluster, resumable(60))
+        async with channel_to(cluster.endpoint.address) as channel, channel_to(other) as elsewhere:
+            heard, call = await begin(stub_of(channel), resumable(60), until_index=3)
+            call.cancel()
+            unheard = stub_of(elsewhere).ResumeGenerate(heard.resume_request(), timeout=5)
+            async for _ in unheard:
+                break
+            unheard.cancel()
+            async for response in stub_of(channel).ResumeGenerate(heard.resume_request(), timeout=5):
+                heard.take(response)  # back at the first router, which is ahead of the second
+                if heard.next_index >= 30:
+                    break
+            await go_on(stub_of(elsewhere), heard, has_continuation=True)
+            assert same_answer(heard, whole)
+        await cancel_all(cluster)
 
 
 # Several answers at once

@@ -19,7 +19,7 @@ without them that thread reads itself: about 0.7 instead of 0.8 of a core at 10,
 if sys.argv[1:3] == ["bench", "run"]:
     os.environ.setdefault("GRPC_EXPERIMENTS", BENCH_RUN_EXPERIMENTS)  # read once, when grpc is imported: just below
 
-from baton.cli import chat, exits, generate, health, models, top  # noqa: E402
+from baton.cli import chat, exits, generate, health, key, models, top  # noqa: E402
 
 _FLEET_VERBS = ("up", "down", "status", "demo")
 _NEEDS_FLEET = "The commands that run a cluster (up, down, status, demo) and the workbench (bench) need baton-serve."
@@ -58,7 +58,7 @@ def _parser(has_fleet: bool, arguments: Sequence[str] = ()) -> argparse.Argument
     )
     parser.add_argument("--version", action="version", version=f"baton {__version__}")
     subparsers = parser.add_subparsers(metavar="command", required=True, title="commands")
-    for command in (generate, chat, models, top, health):
+    for command in (generate, chat, models, top, health, key):
         command.add_command(subparsers)
     if has_fleet:
         # By name, so that the client's package never depends on the server's.

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.request import Role
-from bench import evidence, modes, soak_books, soak_faults, soak_resume, stock_modes, validity
+from bench import cancels_api, evidence, modes, soak_books, soak_faults, soak_resume, stock_modes, validity
 from bench.drills import (
     Overrun,
     answer_of,
@@ -254,6 +254,7 @@ SECTIONS: dict[str, Section] = {
     "faults": Section(soak_faults.run, soak_faults.add_options),
     "faults-real": Section(soak_faults.run_real),
     "validity": Section(validity.run, validity.add_options),
+    "cancels-api": Section(cancels_api.run, cancels_api.add_options),
 }
 
 

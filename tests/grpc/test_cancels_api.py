@@ -1,0 +1,32 @@
+"""Callers that leave over real sockets, a sample of the soak's: every engine lets go and nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from bench.cancels_api import STAGES, ApiCancel, api_cancels, percentile, rows_of
+
+
+def test_a_callers_cancel_reaches_the_engine_and_every_block_comes_back() -> None:
+    cancels = asyncio.run(api_cancels(40, seed=5))  # raises where the workers' books do not balance
+    assert len(cancels) == 40
+    assert {each.stage for each in cancels} == set(STAGES)
+    assert len({each.generation_id for each in cancels}) == 40
+    reached = [each.abort_s for each in cancels if each.abort_s is not None]
+    assert len(reached) >= 36, "nearly all were in an engine when they were cancelled"
+    assert max(reached) < 10, "no timer of 600 s did it"
+    assert [row["cancelled in"] for row in rows_of(cancels)] == [*STAGES, "all"]
+
+
+def test_figures_count_those_that_no_engine_had() -> None:
+    cancels = [ApiCancel("prefill", "a", 0.001), ApiCancel("prefill", "b", None), ApiCancel("decode", "c", 0.003)]
+    rows = {row["cancelled in"]: row for row in rows_of(cancels)}
+    assert rows["prefill"]["in no engine then"] == 1
+    assert rows["all"]["max, ms"] == "3.0"
+
+
+@pytest.mark.parametrize(("share", "value"), [(0.5, 50), (0.99, 99), (1.0, 100)])
+def test_percentiles_are_nearest_ranks(share: float, value: int) -> None:
+    assert percentile([float(each) for each in range(1, 101)], share) in (value, value + 1)

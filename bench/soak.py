@@ -21,7 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from baton.request import Role
-from bench import cancels_api, evidence, modes, soak_books, soak_faults, soak_resume, stock_modes, validity
+from bench import (
+    cancels_api,
+    evidence,
+    fuzz,
+    modes,
+    soak_books,
+    soak_faults,
+    soak_resume,
+    soak_structures,
+    stock_modes,
+    validity,
+)
 from bench.drills import (
     Overrun,
     answer_of,
@@ -254,6 +265,8 @@ SECTIONS: dict[str, Section] = {
     "faults": Section(soak_faults.run, soak_faults.add_options),
     "faults-real": Section(soak_faults.run_real),
     "validity": Section(validity.run, validity.add_options),
+    "fuzz": Section(fuzz.run, fuzz.add_options),
+    "structures": Section(soak_structures.run, soak_structures.add_options),
     "cancels-api": Section(cancels_api.run, cancels_api.add_options),
 }
 

@@ -5,8 +5,8 @@
     handoff   the relaying floors: one upstream stream per call, each message forwarded; or a bare handoff's calls
     readers   clients that only read
 
-Everything but orders is ready-made bytes: no message is built while it is measured. One JSON line says where a part
-listens; then each line on standard input is a command, answered by one JSON line.
+The floors' messages are made beforehand, and serialised and parsed by gRPC as any generated servicer and stub has it.
+One JSON line says where a part listens; then each line on standard input is a command, answered by one JSON line.
 """
 
 from __future__ import annotations
@@ -36,15 +36,14 @@ OPTIONS = [("grpc.so_reuseport", 0), ("grpc.use_local_subchannel_pool", 1), ("gr
 
 STARTED = public_pb.GenerateResponse(
     started=public_pb.Started(generation_id="gen-0123456789abcdef01234567", model="m", prompt_token_count=64)
-).SerializeToString()
-FINISHED = b""  # measured from the router: set by the command ``say``
+)
 
 
-def chunk(token_count: int, index: int = 100) -> bytes:
+def chunk(token_count: int, index: int = 100) -> public_pb.GenerateResponse:
     """A message of the router's for so many tokens."""
     return public_pb.GenerateResponse(
         chunk=public_pb.Chunk(first_token_index=index, text=" time" * token_count, token_count=token_count)
-    ).SerializeToString()
+    )
 
 
 class Pace:
@@ -79,6 +78,12 @@ def bare_server(handlers: dict[str, Any], service: str, port: int) -> tuple[grpc
     return server, server.add_insecure_port(f"127.0.0.1:{port}")
 
 
+def public(generate: Any) -> Any:
+    return grpc.unary_stream_rpc_method_handler(
+        generate, public_pb.GenerateRequest.FromString, public_pb.GenerateResponse.SerializeToString
+    )
+
+
 class Sender:
     """Answers ``Generate`` with Started and one Chunk a step; also what a bare handoff calls."""
 
@@ -86,22 +91,27 @@ class Sender:
         self.pace = Pace()
         self.token_count = 0
         """Of each answer; 0: without end."""
-        self.finished = b""
+        self.finished = public_pb.GenerateResponse()
 
     async def start(self, port: int) -> int:
-        stream, unary = grpc.unary_stream_rpc_method_handler, grpc.unary_unary_rpc_method_handler
-        server, bound = bare_server({"Generate": stream(self.generate)}, "baton.v1.GenerationService", port)
+        server, bound = bare_server({"Generate": public(self.generate)}, "baton.v1.GenerationService", port)
         bare: dict[str, Any] = {
-            "Prefill": unary(self.prefill),
-            "Decode": stream(self.decode),
-            "Release": unary(self.release),
+            "Prefill": grpc.unary_unary_rpc_method_handler(
+                self.prefill, pb.PrefillRequest.FromString, pb.PrefillResponse.SerializeToString
+            ),
+            "Decode": grpc.unary_stream_rpc_method_handler(
+                self.decode, pb.DecodeRequest.FromString, pb.DecodeResponse.SerializeToString
+            ),
+            "Release": grpc.unary_unary_rpc_method_handler(
+                self.release, pb.ReleaseKvRequest.FromString, pb.ReleaseKvResponse.SerializeToString
+            ),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(BARE, bare),))
         await server.start()
         self._server = server
         return bound
 
-    async def generate(self, request: bytes, context: Any) -> None:
+    async def generate(self, request: Any, context: Any) -> None:
         await context.write(STARTED)
         one = chunk(1)
         if not self.token_count:
@@ -114,25 +124,23 @@ class Sender:
             await context.write(one)
         await context.write(self.finished)
 
-    async def prefill(self, request: bytes, context: Any) -> bytes:
+    async def prefill(self, request: Any, context: Any) -> pb.PrefillResponse:
         return PREFILLED
 
-    async def decode(self, request: bytes, context: Any) -> None:
-        one = chunk(1)
+    async def decode(self, request: Any, context: Any) -> None:
         for _ in range(self.token_count - 1):
             await self.pace.next()
-            await context.write(one)
+            await context.write(STEP)
 
-    async def release(self, request: bytes, context: Any) -> bytes:
-        return b""
+    async def release(self, request: Any, context: Any) -> pb.ReleaseKvResponse:
+        return pb.ReleaseKvResponse(was_held=True)
 
 
-PREFILLED = pb.PrefillResponse(
-    first_token_id=TOKEN_ID, ticket=b"t" * 500, ticket_id="gen-0123456789abcdef01234567.1"
-).SerializeToString()
-ORDER = pb.DecodeRequest(
-    leg_id="gen-0123456789abcdef01234567.2", prompt_token_ids=bytes(4 * 64), ticket=b"t" * 500
-).SerializeToString()
+PREFILLED = pb.PrefillResponse(first_token_id=TOKEN_ID, ticket=b"t" * 500, ticket_id="gen-0123456789abcdef01234567.1")
+STEP = pb.DecodeResponse(step=pb.Step(token_ids=[TOKEN_ID]))
+PREFILL = pb.PrefillRequest(leg_id="gen-0123456789abcdef01234567.1", prompt_token_ids=bytes(4 * 64))
+RELEASE = pb.ReleaseKvRequest(ticket_id="gen-0123456789abcdef01234567.1")
+ORDER = pb.DecodeRequest(leg_id="gen-0123456789abcdef01234567.2", prompt_token_ids=bytes(4 * 64), ticket=b"t" * 500)
 
 
 class Handoff:
@@ -140,20 +148,28 @@ class Handoff:
 
     def __init__(self, upstream: str) -> None:
         self.token_count = 0
-        self.finished = b""
+        self.finished = public_pb.GenerateResponse()
         channel = grpc.aio.insecure_channel(upstream, options=OPTIONS)
-        self._generate: Any = channel.unary_stream(GENERATE)
-        self._prefill: Any = channel.unary_unary(f"/{BARE}/Prefill")
-        self._decode: Any = channel.unary_stream(f"/{BARE}/Decode")
-        self._release: Any = channel.unary_unary(f"/{BARE}/Release")
+        self._generate: Any = channel.unary_stream(
+            GENERATE, public_pb.GenerateRequest.SerializeToString, public_pb.GenerateResponse.FromString
+        )
+        self._prefill: Any = channel.unary_unary(
+            f"/{BARE}/Prefill", pb.PrefillRequest.SerializeToString, pb.PrefillResponse.FromString
+        )
+        self._decode: Any = channel.unary_stream(
+            f"/{BARE}/Decode", pb.DecodeRequest.SerializeToString, pb.DecodeResponse.FromString
+        )
+        self._release: Any = channel.unary_unary(
+            f"/{BARE}/Release", pb.ReleaseKvRequest.SerializeToString, pb.ReleaseKvResponse.FromString
+        )
 
     async def start(self, port: int) -> int:
-        handlers: dict[str, Any] = {"Generate": grpc.unary_stream_rpc_method_handler(self.generate)}
+        handlers: dict[str, Any] = {"Generate": public(self.generate)}
         self._server, bound = bare_server(handlers, "baton.v1.GenerationService", port)
         await self._server.start()
         return bound
 
-    async def generate(self, request: bytes, context: Any) -> None:
+    async def generate(self, request: Any, context: Any) -> None:
         if self.token_count:
             await self._hand_off(context)
             return
@@ -165,16 +181,17 @@ class Handoff:
             call.cancel()
 
     async def _hand_off(self, context: Any) -> None:
-        await self._prefill(ORDER)
+        one = chunk(1)
+        await self._prefill(PREFILL)
         await context.write(STARTED)
-        await context.write(chunk(1))
+        await context.write(one)
         if self.token_count > 1:
             call = self._decode(ORDER)
             released: asyncio.Task[Any] | None = None
-            while (message := await call.read()) is not grpc.aio.EOF:
-                await context.write(message)
+            while await call.read() is not grpc.aio.EOF:
+                await context.write(one)
                 if released is None:
-                    released = asyncio.ensure_future(self._release(b"gen-0123456789abcdef01234567.1"))
+                    released = asyncio.ensure_future(self._release(RELEASE))
         await context.write(self.finished)
 
 
@@ -285,7 +302,8 @@ async def run(part: str, upstream: str, port: int) -> None:
             where = await sender.start(port)
 
             def say(token_count: int, finished: str) -> None:
-                sender.token_count, sender.finished = token_count, bytes.fromhex(finished)
+                sender.token_count = token_count
+                sender.finished = public_pb.GenerateResponse.FromString(bytes.fromhex(finished))
 
             commands = {"say": say, "pace": lambda step_s: setattr(sender.pace, "step_s", step_s)}
         case _:

@@ -27,6 +27,15 @@ class BegunWrite:
         """False also for one that is over and not settled."""
         return self._future is not None and not self._future.done()
 
+    def try_settle(self) -> bool:
+        """True: nothing is under way, and what was is settled. Raises what it raised."""
+        if self._coroutine is None:
+            return True
+        if self._future is None or not self._future.done():
+            return False
+        self._step()
+        return self._coroutine is None
+
     def begin(self, write: Coroutine[Any, Any, None]) -> None:
         """Runs ``write`` to where it waits. The one before must be settled. Raises what it raises until then."""
         assert self._coroutine is None, "a write is begun when the one before is settled"

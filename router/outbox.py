@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 from baton.errors import BatonError
 from baton.leg import PromptLogprobs
@@ -24,6 +25,8 @@ class Outbox:
         self._items: deque[Admitted | PromptLogprobs | Piece] = deque()
         self._end: Finish | BatonError | None = None
         self._reader: asyncio.Future[None] | None = None
+        self.line: Callable[[Piece], bool] | None = None
+        """Whom a piece may be handed to where the reader waits and nothing else does; see ``relay_run``."""
 
     def put(self, item: Admitted | PromptLogprobs | Piece) -> None:
         if self._items:
@@ -31,9 +34,14 @@ class Outbox:
             if isinstance(item, Piece) and isinstance(last, Piece) and self._fits(last, item):
                 self._items[-1] = _merged(last, item)
                 return
+        reader = self._reader
+        if reader is None:
+            self._items.append(item)
+            return
+        if self.line is not None and isinstance(item, Piece) and not reader.done() and self.line(item):
+            return
         self._items.append(item)
-        if self._reader is not None:
-            self._wake()
+        self._wake()
 
     def end(self, end: Finish | BatonError) -> None:
         """After what is there. Only the first end counts."""

@@ -30,6 +30,7 @@ from router.flight import Flight, FlightLimits
 from router.handoff import State
 from router.handoff_words import Finish, ReleaseKv
 from router.prompt_parts import prompt_parts
+from router.relay_run import RelayRun, TokenMeter
 from router.roster import Roster
 from router.sample_group import SampleGroup, Seat
 
@@ -110,7 +111,7 @@ class Relay:
         """The group whose seats the samples of one request run with; the caller closes it."""
         return self.admission.samples(sample_count)
 
-    async def run(
+    def run(
         self,
         request: RoutedRequest,
         answer: Answer,
@@ -118,13 +119,21 @@ class Relay:
         *,
         received_at: float,
         seat: Seat | None = None,
-    ) -> AsyncGenerator[RelayEvent, None]:
+    ) -> RelayRun:
         """Serves one request. Times are the loop's. ``seat``: of one of several samples. Consume with ``aclosing``.
 
         Raises QUEUE_FULL, NO_WORKER, DRAINING, ATTEMPTS_EXHAUSTED, DEADLINE_EXCEEDED, what a worker says against
         the request (INVALID_REQUEST, PROMPT_TOO_LONG), INTERNAL. Pieces made before a failure are yielded first.
         """
         flight = self._take_off(request, answer, deadline_at, received_at, seat)
+        meter = TokenMeter(self._metrics)
+        events = self._events(flight, meter, deadline_at, received_at)
+        return RelayRun(events, flight.outbox, meter, asyncio.get_running_loop().time)
+
+    async def _events(
+        self, flight: Flight, meter: TokenMeter, deadline_at: float, received_at: float
+    ) -> AsyncGenerator[RelayEvent, None]:
+        request = flight.request
         outcome = Outcome.CANCELLED
         completed: Completed | None = None
         failure: BatonError | None = None
@@ -135,28 +144,22 @@ class Relay:
                 raise deadline_exceeded(flight.handoff.phase.value, 0)
             self._flights[flight] = asyncio.create_task(flight.fly(), name=f"{request.generation_id} flight")
             clock = asyncio.get_running_loop().time
-            sent_at: float | None = None
             while completed is None:
                 item = await flight.outbox.take()
                 now = clock()
-                if type(item) is Piece and item.token_ids and sent_at is not None:  # nearly every item there is
-                    self._metrics.tokens_sent(len(item.token_ids), now - sent_at)
-                    sent_at = now
-                    yield item
-                    continue
                 match item:
+                    case Piece():
+                        if item.token_ids:
+                            if meter.sent_at is None:
+                                flight.account.first_token(now)
+                            meter.sent(len(item.token_ids), now)
+                        yield item
                     case Finish():
                         completed = flight.completed(item, now)
                         # BEFORE it leaves: response, log line and metrics must agree whatever the caller does next.
                         outcome = Outcome.OK
                         self._ended(flight, outcome, completed, None)
                         yield completed
-                    case Piece():
-                        if item.token_ids:
-                            flight.account.first_token(now)
-                            self._metrics.tokens_sent(item.token_count, None if sent_at is None else now - sent_at)
-                            sent_at = now
-                        yield item
                     case Admitted():
                         yield item
                     case PromptLogprobs():

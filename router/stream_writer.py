@@ -17,6 +17,7 @@ from baton.timeline import Phase
 from router.answering import Admitted, Completed, Piece, PromptPart, RelayEvent
 from router.begun_write import BegunWrite
 from router.phase_window import PhaseWindow
+from router.relay_run import RelayRun
 from router.service_events import chunk_to_proto, finished_to_proto, prompt_to_proto
 
 WRITE_GRACE_S = 0.25
@@ -50,6 +51,7 @@ class StreamWriter:
         self._limit: asyncio.Timeout | None = None
         self._write_under_way = BegunWrite()
         self._is_grace_over = False
+        self._failure: Exception | None = None
 
     async def write_all(self, events: AsyncGenerator[RelayEvent, None]) -> None:
         """Raises what ``events`` raises, DEADLINE_EXCEEDED for a caller that does not read, and whatever gRPC raises
@@ -60,8 +62,10 @@ class StreamWriter:
         try:
             # aclosing: leaving in any way, a failed write included, ends what makes the events before this call ends.
             async with asyncio.timeout(None) as self._limit, aclosing(events):
+                if isinstance(events, RelayRun):
+                    events.deliver_to(self._take_piece)
                 async for event in events:
-                    if isinstance(event, Piece):  # nearly every event there is
+                    if isinstance(event, Piece):
                         if event.token_ids or event.text or event.reasoning_text or event.tool_calls:
                             await self._write(self._chunk(event, loop.time()))
                             self._written_token_count += len(event.token_ids)
@@ -79,8 +83,22 @@ class StreamWriter:
     async def _write(self, message: Any) -> None:
         if self._is_grace_over:
             self._give_up()
+        if self._failure is not None:
+            raise self._failure
         await self._write_under_way.settle()
         self._write_under_way.begin(self._context.write(message))
+
+    def _take_piece(self, piece: Piece, now: float) -> bool:
+        """The direct line of the relay's run: written here and now, unless the write before is not over."""
+        try:
+            if self._is_grace_over or self._failure is not None or not self._write_under_way.try_settle():
+                return False
+            self._write_under_way.begin(self._context.write(self._chunk(piece, now)))
+        except Exception as error:
+            self._failure = error  # our own task is to raise it, which the piece, on its usual way, will wake
+            return False
+        self._written_token_count += len(piece.token_ids)
+        return True
 
     def _grace_passed(self) -> None:
         # A caller without a deadline of its own that does not read would keep the call, and its place among the

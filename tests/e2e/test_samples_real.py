@@ -14,6 +14,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,16 @@ import grpc
 import pytest
 import pytest_asyncio
 
+from baton.leg import DecodeOrder, KvAdopted, PrefillOrder, Stepped
+from baton.request import EngineStop, LegFinish, Sampling
 from baton.v1 import generation_pb2 as pb
 from baton.v1 import generation_pb2_grpc
 from bench.cores import pinned_engine_environment
 from bench.corpus import Corpus
+from bench.decode_events import told
 from bench.fleet_under_test import FleetUnderTest, running_fleet
 from bench.real_fleet import fleet_config
+from router.grpc_worker_client import GrpcWorkerClient
 
 pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(420)]
 
@@ -251,6 +256,35 @@ async def test_the_second_ask_of_a_prompt_counts_the_tokens_that_the_engine_foun
     cached = (CACHED_LENGTH - 1) // BLOCK * BLOCK
     assert found == [0, cached, cached]
     assert computed == [CACHED_LENGTH - each for each in found], "what was not found was computed"
+
+
+async def test_a_worker_that_scores_a_prompt_for_itself_goes_on_from_its_first_token(baton: Baton) -> None:
+    """What a router does where the decode worker computes the prompt: a prefill that holds nothing, then a decode."""
+    prompt = baton.prompts[1]
+    plain = baton.plain[1]
+    (endpoint,) = [each for worker_id, each in baton.fleet.endpoints().items() if worker_id.startswith("d")]
+    client = GrpcWorkerClient(str(endpoint["address"]), baton.fleet.secret)
+    try:
+        stop = EngineStop(max_token_count=1, ignore_eos=True)
+        order = PrefillOrder("t.1", prompt, Sampling(), stop, 60.0, prompt_logprob_count=TOP_COUNT)
+        reply = await client.prefill(order, timeout_s=60)
+        assert (reply.finish, reply.ticket) == (LegFinish.LENGTH, b"")
+        assert reply.prompt_logprobs is not None
+        for index, (logprob, rank, _) in enumerate(plain["prompt"], start=1):
+            said = reply.prompt_logprobs[index]
+            assert said is not None
+            assert said.logprob == pytest.approx(logprob, abs=TOLERANCE)
+            assert is_rank_like(said.rank, rank)
+        stop = EngineStop(max_token_count=7, ignore_eos=True)
+        goes_on = DecodeOrder("t.2", (*prompt, reply.first_token_id), Sampling(), stop, output_token_count=1)
+        async with aclosing(told(client, goes_on, 60)) as events:
+            adopted, *steps = [event async for event in events]
+        tokens = [token_id for step in steps if isinstance(step, Stepped) for token_id in step.token_ids]
+        assert [reply.first_token_id, *tokens] == plain["samples"][0]["token_ids"]
+        assert isinstance(adopted, KvAdopted)
+        assert adopted.cached_token_count == SCORED_LENGTH // BLOCK * BLOCK, "what was scored is in the cache"
+    finally:
+        await client.close()
 
 
 def is_rank_like(said: int, rank: int) -> bool:

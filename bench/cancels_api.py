@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import random
 import secrets
 import sys
@@ -226,7 +227,7 @@ async def _introduce(admin_address: str, secret: bytes, addresses: dict[str, str
 
 def percentile(values: Sequence[float], share: float) -> float:
     """Nearest rank of sorted values."""
-    return values[min(len(values) - 1, max(0, round(share * len(values) + 0.5) - 1))]
+    return values[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def rows_of(cancels: Sequence[ApiCancel]) -> list[dict[str, Any]]:

@@ -2,9 +2,9 @@
 
     python -m deploy.setup.client_settings      writes deploy/service_config.json and deploy/channel_options.json
 
-``service_config.json`` is a gRPC service config as every language takes it: retries of what was refused before it was
-admitted. ``channel_options.json`` has the rest by gRPC's own names: keepalive that lives through a long prefill and is
-no oftener than a router permits, and how fast to connect again.
+``service_config.json`` is a gRPC service config as every language takes it: retries of what was refused before it
+was admitted. ``channel_options.json`` has the rest by gRPC's own names: keepalive that lives through a long prefill
+and is no oftener than a router permits, and how fast to connect again.
 """
 
 from __future__ import annotations

@@ -159,10 +159,11 @@ async def test_a_draining_router_refuses_and_waits_for_what_runs(tmp_path: Path)
         async with service._long_text:
             running = asyncio.ensure_future(stub.CountTokens(pb.CountTokensRequest(text=LONG), timeout=20))
             await cluster.until(lambda: service.call_count == 1, "the call runs")
-            drain = asyncio.create_task(cluster.server.drain(asyncio.Event()))
-            await cluster.until(lambda: service._is_draining, "the drain began")
+            service.begin_drain()
             for call in (stub.ListModels(pb.ListModelsRequest()), stub.Tokenize(pb.TokenizeRequest(text=TEXT))):
                 assert (await refused(call)).reason is Reason.DRAINING
+            drain = asyncio.create_task(cluster.server.drain(asyncio.Event()))
+            await asyncio.sleep(2 * cluster.config.drain_notice_s)
             assert not drain.done()
         assert (await running).token_count > 0
         await drain

@@ -308,10 +308,10 @@ class BatonClient:
                 event = event_from_proto(response)
                 if event is None:
                     continue
+                if isinstance(event, Started):
+                    self._index = state.address_index
                 event = state.take(event)
                 if event is not None:
-                    if isinstance(event, Started):
-                        self._index = state.address_index
                     yield event
             state.check_end()
         except grpc.RpcError as error:
@@ -397,7 +397,7 @@ def _ended_by_peer(address: str) -> BatonError:
 def _channel(
     address: str, credentials: grpc.ChannelCredentials | None, options: Sequence[tuple[str, Any]]
 ) -> grpc.aio.Channel:
-    every = [*channel_options(address), *options]
+    every = [*options, *channel_options(address)]  # of two of one name gRPC takes the FIRST
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=every)
     return grpc.aio.secure_channel(address, credentials, options=every)

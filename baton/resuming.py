@@ -115,7 +115,7 @@ class Continuity:
     def after(self, error: BatonError, *, remaining_s: float) -> NextTry:
         """What to do about a call that failed. Raises what the caller is to see where nothing is left to do."""
         if not self.is_attaching_again:
-            return self._elsewhere(error)
+            return self._elsewhere(error, remaining_s)
         if error.reason in (Reason.DEADLINE_EXCEEDED, Reason.ATTACHED_ELSEWHERE):
             raise error
         if self._grammar.is_started:
@@ -127,9 +127,31 @@ class Continuity:
                 self._first_index = self.address_index + (error.reason is Reason.DRAINING)
         elif not _is_cut(error) and error.status is not StatusName.RESOURCE_EXHAUSTED:
             raise self._given_up() from error
+        next_try = self._next_try(error, remaining_s)
+        if next_try is None:
+            raise self._given_up() from error
+        self._grammar.attach_again()
+        return next_try
+
+    def _elsewhere(self, error: BatonError, remaining_s: float) -> NextTry:
+        """A call that was refused before it began may be sent again: to each other address once. One that was *lost*
+        before it began may have begun unseen; where it is resumable, the caller wants to see no cuts, and what began
+        unseen ends with its grace."""
+        if self._grammar.is_started or error.status is not StatusName.UNAVAILABLE:
+            raise self._grammar.broken(error)
+        if self._try_count == 0:
+            self._first_index = self.address_index + 1  # this one has just refused
+        next_try = self._next_try(error, remaining_s)
+        may_insist = self._is_resumable and "transport" in error.metadata
+        if next_try is None or (self._try_count >= self._address_count and not may_insist):
+            raise error
+        return next_try
+
+    def _next_try(self, error: BatonError, remaining_s: float) -> NextTry | None:
+        """None: enough was tried. Raises DEADLINE_EXCEEDED."""
         round_index, place = divmod(self._try_count, self._address_count)
         if round_index >= self._policy.max_round_count:
-            raise self._given_up() from error
+            return None
         delay_s = self._delay_s(round_index) if place == 0 else 0.0
         if error.status is StatusName.RESOURCE_EXHAUSTED:
             delay_s = max(delay_s, error.retry_after_s or 0.0)
@@ -137,18 +159,7 @@ class Continuity:
             raise deadline_exceeded("unknown", self._grammar.token_count) from error
         self._try_count += 1
         self.address_index = (self._first_index + place) % self._address_count
-        self._grammar.attach_again()
         return NextTry(delay_s, self.address_index)
-
-    def _elsewhere(self, error: BatonError) -> NextTry:
-        """A call that was refused before it began may be sent again: to each other address once."""
-        if self._grammar.is_started or error.status is not StatusName.UNAVAILABLE:
-            raise self._grammar.broken(error)
-        self._try_count += 1
-        if self._try_count >= self._address_count:
-            raise error
-        self.address_index = (self.address_index + 1) % self._address_count
-        return NextTry(0.0, self.address_index)
 
     def _delay_s(self, round_index: int) -> float:
         if round_index == 0:
@@ -163,6 +174,13 @@ class Continuity:
         return error
 
 
+_MAY_GO_ON = frozenset({Reason.DRAINING, Reason.ATTEMPTS_EXHAUSTED, Reason.STALLED})
+"""What ended at one router, and may go on from its tokens with new attempts, there or at another."""
+_TORN = frozenset({"INTERNAL", "UNKNOWN"})
+"""What gRPC says of a connection that was reset in the middle of a message, depending on where."""
+
+
 def _is_cut(error: BatonError) -> bool:
-    """Whether the generation may still be there, or another router may go on with it."""
-    return error.status is StatusName.UNAVAILABLE or error.reason is Reason.DRAINING
+    """Whether the generation may still be there, or a router may go on with it."""
+    is_torn = error.reason is Reason.INTERNAL and error.metadata.get("transport") in _TORN
+    return error.status is StatusName.UNAVAILABLE or error.reason in _MAY_GO_ON or is_torn

@@ -261,6 +261,7 @@ def _without_details(code: grpc.StatusCode, text: str, peer: str) -> BatonError:
         _reason_of(code),
         _status_name(code),
         f"the server{at} answered {code.name} without saying why: {_cut(text, MAX_METADATA_VALUE_BYTES)}",
+        metadata={"transport": code.name},
     )
 
 

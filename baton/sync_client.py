@@ -229,10 +229,10 @@ class BatonClientSync:
                 event = event_from_proto(response)
                 if event is None:
                     continue
+                if isinstance(event, Started):
+                    self._index = state.address_index
                 event = state.take(event)
                 if event is not None:
-                    if isinstance(event, Started):
-                        self._index = state.address_index
                     yield event
             state.check_end()
         finally:
@@ -268,7 +268,7 @@ class BatonClientSync:
 def _channel(
     address: str, credentials: grpc.ChannelCredentials | None, options: Sequence[tuple[str, Any]]
 ) -> grpc.Channel:
-    every = [*channel_options(address), *options]
+    every = [*options, *channel_options(address)]  # of two of one name gRPC takes the FIRST
     if credentials is None:
         return grpc.insecure_channel(address, options=every)
     return grpc.secure_channel(address, credentials, options=every)

@@ -1,5 +1,5 @@
-"""The client's wheel as other teams get it: in a fresh environment that has grpcio, protobuf and pytest and nothing of
-ours besides. Nothing is downloaded: those three are the ones of this environment."""
+"""The client's wheel as other teams get it: in a fresh environment that has grpcio, protobuf and pytest and nothing
+of ours besides. Nothing is downloaded: those three are the ones of this environment."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ async def test_a_long_text_waits_for_the_one_before_it_and_its_deadline_ends_the
 
 
 async def test_a_draining_router_refuses_and_waits_for_what_runs(tmp_path: Path) -> None:
-    async with models(tmp_path) as (stub, cluster):
+    async with models(tmp_path, drain_notice_s=0.02) as (stub, cluster):
         service = cluster.server.models
         async with service._long_text:
             running = asyncio.ensure_future(stub.CountTokens(pb.CountTokensRequest(text=LONG), timeout=20))
@@ -163,7 +163,8 @@ async def test_a_draining_router_refuses_and_waits_for_what_runs(tmp_path: Path)
             for call in (stub.ListModels(pb.ListModelsRequest()), stub.Tokenize(pb.TokenizeRequest(text=TEXT))):
                 assert (await refused(call)).reason is Reason.DRAINING
             drain = asyncio.create_task(cluster.server.drain(asyncio.Event()))
-            await asyncio.sleep(2 * cluster.config.drain_notice_s)
+            await cluster.until(lambda: not cluster.server.health.is_serving, "the drain began")
+            await asyncio.wait([drain], timeout=5 * cluster.config.drain_notice_s)
             assert not drain.done()
         assert (await running).token_count > 0
         await drain

@@ -275,8 +275,9 @@ class ParserStream:
         """What the parsers make of the next tokens, each with the text that it completed. Raises
         ATTEMPTS_EXHAUSTED when the process died or took too long, DEADLINE_EXCEEDED, INTERNAL for a parser that
         failed."""
+        parsed = _parsed(await self._ask({"op": "push", "texts": list(texts), "ids": list(token_ids)}))
         self._token_count += len(token_ids)
-        return _parsed(await self._ask({"op": "push", "texts": list(texts), "ids": list(token_ids)}))
+        return parsed
 
     async def finish(self, text: str) -> Parsed:
         """The end: ``text`` was held back, and has no token. The calls come whole, too. Raises like ``push``."""

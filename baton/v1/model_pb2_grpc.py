@@ -81,14 +81,17 @@ class ModelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CountTokens(self, request, context):
-        """Counts the tokens that a prompt would have, chat template included.
+        """Counts the tokens that a prompt would have, chat template included. Fails
+        as Generate would with this prompt: INVALID_REQUEST, PROMPT_TOO_LONG (whose
+        metadata has the count) or MODEL_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Turns a prompt into the token ids that Generate would use.
+        """Turns a prompt into the token ids that Generate would use. Fails as
+        CountTokens does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

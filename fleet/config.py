@@ -316,6 +316,12 @@ def _check_together(config: FleetConfig) -> None:
     if decode.count == 0:
         raise ConfigError("decode.count: is 0; without a decode worker nothing can be generated, give at least 1")
     engines = [config.engines[role] for role in Role if config.pools[role].count]
+    pull_timeout_s = max(engine.pull_timeout_s for engine in engines)
+    if config.router.gap_timeout_s <= pull_timeout_s:
+        raise ConfigError(
+            f"router.gap_timeout_s: is {config.router.gap_timeout_s:g}, not above engine.pull_timeout_s "
+            f"({pull_timeout_s:g}); a pull that hangs would be taken for an engine that does, so raise it"
+        )
     for key in ("kind", "device", "dtype", "block_token_count"):
         values = {getattr(engine, key) for engine in engines}
         if len(values) > 1:

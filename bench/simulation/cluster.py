@@ -193,7 +193,12 @@ class SimulatedCluster:
         self.relay = Relay(
             self.roster,
             self.admission,
-            limits=FlightLimits(max_attempt_count=router.max_attempt_count, lease_s=router.lease_s),
+            limits=FlightLimits(
+                max_attempt_count=router.max_attempt_count,
+                lease_s=router.lease_s,
+                prefill_timeout_s=router.prefill_timeout_s,
+                gap_timeout_s=router.gap_timeout_s,
+            ),
             metrics=_UnscrapedRouter(CollectorRegistry()),
         )
 

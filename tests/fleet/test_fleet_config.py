@@ -172,6 +172,7 @@ def test_a_wrong_type_is_refused_with_its_key(table: str, line: str, expected: s
         ("cluster.ray", "object_store_bytes = 1", "cluster.ray.object_store_bytes: is 1"),
         ("cluster.ray", 'address = "head"', "cluster.ray.address: is 'head'"),
         ("router", "queue_limit = -1", "router.queue_limit is -1; must be 0 to"),
+        ("router", "gap_timeout_s = 10", "router.gap_timeout_s: is 10, not above engine.pull_timeout_s (10)"),
         ("router", 'listen_address = "0.0.0.0:50051"', "allow_non_loopback"),
         ("prefill.engine", 'dtype = "int4"', "prefill.engine.dtype: is 'int4'"),
         ("prefill.engine", "block_token_count = 100", "needs a multiple of 32"),

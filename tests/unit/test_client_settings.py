@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
 
 from baton.channels import CHANNEL_OPTIONS, SERVICE_CONFIG
+from baton.client import BatonClient
+from baton.sync_client import BatonClientSync
 from deploy.setup.client_settings import FOLDER, settings
 from router.config import RouterConfig
 
@@ -36,3 +41,21 @@ def test_only_what_was_refused_before_it_was_admitted_is_sent_again() -> None:
     policy = method["retryPolicy"]  # type: ignore[index]
     assert policy["retryableStatusCodes"] == ["UNAVAILABLE"]
     assert "hedgingPolicy" not in method, "it would compute the prompt twice"
+
+
+@pytest.mark.parametrize("kind", ["asyncio", "blocking"])
+def test_options_of_the_callers_own_come_first_since_grpc_takes_the_first(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[tuple[str, Any]]] = []
+
+    def insecure_channel(address: str, options: Any) -> None:
+        seen.append(list(options))
+        raise InterruptedError  # nothing is connected: what was set is all that is asked
+
+    module, make = (grpc.aio, BatonClient) if kind == "asyncio" else (grpc, BatonClientSync)
+    monkeypatch.setattr(module, "insecure_channel", insecure_channel)
+    with pytest.raises(InterruptedError):
+        make("127.0.0.1:1", options=[("grpc.keepalive_time_ms", 1234)])
+    (options,) = seen
+    assert next(value for name, value in options if name == "grpc.keepalive_time_ms") == 1234

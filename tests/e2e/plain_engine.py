@@ -23,7 +23,10 @@ class PlainEngine(Oracle):
     """The oracle's engine, asked for what the oracle does not ask for."""
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        params = self._params_type(**question["params"])
+        keywords = dict(question["params"])
+        if "structured_outputs" in keywords:
+            keywords["structured_outputs"] = self._structure_type(**keywords["structured_outputs"])
+        params = self._params_type(**keywords)
         (output,) = self._llm.generate([{"prompt_token_ids": question["prompt_token_ids"]}], params, use_tqdm=False)
         samples = [
             {

@@ -43,6 +43,7 @@ KV_BYTES_PER_TOKEN = 2 * 23_040
 """30 layers, 3 KV heads of 64, K and V, float32."""
 TOLERANCE = 2e-3
 TOP_COUNT = 5
+REGEX = "[a-z]{3,8} [0-9]{2,4}"
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Heard:
 
     ids: dict[int, list[int]] = field(default_factory=dict)
     logprobs: dict[int, list[pb.TokenLogprobs]] = field(default_factory=dict)
+    texts: dict[int, list[str]] = field(default_factory=dict)
     prompt: list[pb.TokenLogprobs] = field(default_factory=list)
     prompt_ids: list[int] = field(default_factory=list)
     prompt_text: str = ""
@@ -97,9 +99,19 @@ def plain_answers(model_path: Path, folder: Path, prompts: Sequence[tuple[int, .
         "logprobs": 0,
     }
     scored = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True, "logprobs": TOP_COUNT, "prompt_logprobs": 5}
+    held = {
+        "n": 3,
+        "temperature": 1.0,
+        "seed": 99,
+        "max_tokens": 24,
+        "presence_penalty": 0.5,
+        "repetition_penalty": 1.1,
+        "structured_outputs": {"regex": REGEX},
+    }
     questions = [
         {"prompt_token_ids": prompts[0], "params": samples},
         {"prompt_token_ids": prompts[1], "params": scored},
+        {"prompt_token_ids": prompts[1], "params": held},
     ]
     (folder / "questions.json").write_text(json.dumps(questions))
     command = [sys.executable, str(Path(__file__).with_name("plain_engine.py")), "--core", "0"]
@@ -132,6 +144,9 @@ async def ask(baton: Baton, request: pb.GenerateRequest) -> Heard:
                 ids = heard.ids.setdefault(event.chunk.sample_index, [])
                 assert event.chunk.first_token_index == len(ids), "no gap, no repeat within a sample"
                 ids += event.chunk.token_ids
+                heard.texts[event.chunk.sample_index] = (
+                    heard.texts.get(event.chunk.sample_index, "") + event.chunk.text
+                )
                 heard.logprobs.setdefault(event.chunk.sample_index, []).extend(event.chunk.logprobs)
                 if len(heard.ids) == SAMPLE_COUNT and len(ids) == OUTPUT_LENGTH // 2:
                     books = await baton.fleet.books()
@@ -209,6 +224,23 @@ async def test_eight_samples_share_one_prefill_and_equal_those_of_one_plain_engi
     assert finished.usage.cached_prompt_token_count == 0
     assert [each.sample_index for each in finished.samples] == list(range(SAMPLE_COUNT))
     await baton.fleet.quiet_after_s(None, 10.0)
+
+
+async def test_each_sample_has_a_structure_and_penalties_of_its_own(baton: Baton) -> None:
+    sampling = pb.Sampling(
+        temperature=1.0,
+        seed=99,
+        presence_penalty=0.5,
+        repetition_penalty=1.1,
+        structure=pb.StructuredOutput(regex=REGEX),
+    )
+    stop = pb.StopConditions(max_output_token_count=24)
+    output = pb.OutputOptions(content=pb.OutputOptions.CONTENT_BOTH)
+    asked = request(baton.prompts[1], sampling=sampling, stop=stop, output=output, sample_count=3)
+    heard = await ask(baton, asked)
+    assert [heard.ids[index] for index in range(3)] == [each["token_ids"] for each in baton.plain[2]["samples"]]
+    for text in heard.texts.values():
+        assert re.fullmatch(REGEX, "".join(text))
 
 
 async def test_prompt_and_answer_logprobs_equal_those_of_one_plain_engine(baton: Baton) -> None:

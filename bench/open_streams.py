@@ -5,7 +5,8 @@ and clients in processes of their own. Streams are opened evenly, then four span
 
     all read | all read again: what two spans differ by anyway | a tenth does not read | all read again, caught up
 
-Every stream is read to its end and compared, token by token, with what its engine had to say.
+Every stream is read to its end, its tokens counted as they come, and its text compared with what its engine had to
+say.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Clients of ``bench.open_streams``, one process: many streams over a few plain gRPC channels, each checked.
+"""Clients of ``bench.open_streams``, one process: many streams over a few plain gRPC channels, each checked: no token
+missing or twice, and at the end the whole text, which depends on every token of it.
 
 Every tenth stream or so has a channel with a window of a kilobyte, and stops reading when told to: what it does not
 take then stays with the router. One JSON line on standard input is a command, answered by one JSON line.
@@ -19,6 +20,7 @@ import grpc.aio
 from baton import event_loop
 from baton.v1 import generation_pb2 as pb
 from engine.sim_tokens import TokenRule, simulated_answer
+from router.tiny_model import tiny_tokenizer
 
 GENERATE = "/baton.v1.GenerationService/Generate"
 CHANNEL_STREAM_COUNT = 500
@@ -31,7 +33,7 @@ PROMPT_TOKEN_COUNT = 32
 class Stream:
     """One call. ``wrong`` says what was not as it should be."""
 
-    __slots__ = ("call", "count", "is_finished", "last_at", "message_count", "prompt", "stalls", "task", "wrong")
+    __slots__ = ("count", "is_finished", "last_at", "message_count", "prompt", "stalls", "task", "text", "wrong")
 
     def __init__(self, prompt: int, *, stalls: bool) -> None:
         self.prompt = prompt
@@ -40,7 +42,7 @@ class Stream:
         self.last_at = 0.0
         self.is_finished = False
         self.wrong = ""
-        self.call: Any = None
+        self.text = ""
         self.task: asyncio.Task[None] | None = None
 
 
@@ -48,7 +50,8 @@ class Readers:
     def __init__(self) -> None:
         self._streams: list[Stream] = []
         self._channels: list[grpc.aio.Channel] = []
-        self._expected: list[tuple[int, ...]] = []
+        self._expected: list[str] = []
+        self._token_count = 0
         self._phase = ""
         self._phase_began_at = 0.0
         self._gaps: dict[str, array[float]] = {}
@@ -72,12 +75,13 @@ class Readers:
             [special + (7 * number + 11 * index) % words for index in range(PROMPT_TOKEN_COUNT)]
             for number in range(PROMPT_COUNT)
         ]
-        self._expected = [simulated_answer(p, token_count, token_rule, ignore_eos=True) for p in prompts]
+        self._token_count = token_count
+        decode = tiny_tokenizer().decode
+        self._expected = [decode(simulated_answer(p, token_count, token_rule, ignore_eos=True)) for p in prompts]
         requests = [
             pb.GenerateRequest(
                 token_ids=pb.TokenIds(ids=prompt),
                 stop=pb.StopConditions(max_output_token_count=token_count, ignore_eos=True),
-                output=pb.OutputOptions(content=pb.OutputOptions.CONTENT_BOTH),
             ).SerializeToString()
             for prompt in prompts
         ]
@@ -110,7 +114,7 @@ class Readers:
     async def _read(self, stream: Stream, method: Any, request: bytes, timeout_s: float) -> None:
         try:
             await self._checked(stream, method(request, timeout=timeout_s))
-            if not stream.is_finished:
+            if not stream.is_finished and not stream.wrong:
                 stream.wrong = f"ended after {stream.count} tokens without Finished"
         except grpc.RpcError as error:
             stream.wrong = f"{error.code().name} after {stream.count} tokens: {error.details()}"
@@ -127,14 +131,16 @@ class Readers:
                     self._gaps[self._phase].append(at - stream.last_at)
                 stream.last_at = at
                 stream.message_count += 1
-                first, ids = event.chunk.first_token_index, tuple(event.chunk.token_ids)
-                if first != stream.count or ids != expected[first : first + len(ids)]:
-                    stream.wrong = f"token {stream.count} was expected and other tokens came at {first}"
+                if event.chunk.first_token_index != stream.count:
+                    stream.wrong = f"token {stream.count} was expected and {event.chunk.first_token_index} came"
                     call.cancel()
                     return
-                stream.count += len(ids)
+                stream.count += event.chunk.token_count
+                stream.text += event.chunk.text
             elif event.HasField("finished"):
-                stream.is_finished = stream.count == len(expected)
+                stream.is_finished = stream.count == self._token_count and stream.text == expected
+                if not stream.is_finished:
+                    stream.wrong = f"{stream.count} tokens came, and {len(stream.text)} letters: not the answer"
             if stream.stalls and not self._may_read.is_set():
                 await self._may_read.wait()
 

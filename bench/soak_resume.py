@@ -55,6 +55,8 @@ MORE_BYTES = 16 * 1024 * 1024
 resumable stream, too."""
 OPENING_COUNT = 32
 """Streams that are opened at a time: a prefill worker refuses more than it can queue."""
+ABANDONED_TOKEN_COUNT = 600
+"""Such a stream would run for a minute: none ends by itself before it is abandoned."""
 LIMIT_S = 240.0
 
 
@@ -83,7 +85,7 @@ async def run(options: argparse.Namespace) -> bool:
 def simulated_config(model: Path, state_dir: Path, *, name: str = "simulated") -> FleetConfig:
     """Two routers, one prefill and two decode workers; a token takes ``STEP_S``."""
     listen, admin, metrics = _ports_for_two_routers()
-    engine = 'kind = "simulated"\nkv_cache_bytes = 2147483648\nblock_token_count = 16\nmax_running_count = 1024'
+    engine = 'kind = "simulated"\nkv_cache_bytes = 17179869184\nblock_token_count = 16\nmax_running_count = 1024'
     cost = (
         "cost = {prefill = {base_s = 0.002, per_token_s = 1e-5, per_token_squared_s = 0.0}, "
         f"decode = {{base_s = {STEP_S}, per_context_token_s = 0.0, per_sequence_s = 0.0}}}}"
@@ -375,7 +377,7 @@ class _Drill:
 
             async def begin(number: int) -> Any:
                 request = _requests(GRACE_S)[number % 2]
-                request.stop.max_output_token_count = 2000
+                request.stop.max_output_token_count = ABANDONED_TOKEN_COUNT
                 async with gate:
                     call = _stub(channels[number % len(channels)]).Generate(request, timeout=120)
                     heard = Heard(request)

@@ -133,7 +133,9 @@ def _can_decode(worker: WorkerView, ask: PlacementAsk, policy: PlacementPolicy) 
     assert worker.info is not None
     if worker.assigned.decode_count == 0:
         return True  # a request too large for the pool must not wait for ever: the worker says what is wrong
-    if worker.assigned.decode_count + ask.sample_count > worker.info.max_running_count + policy.decode_ahead_count:
+    # Samples beyond what it runs at once follow the others: for them no worker need be idle.
+    slot_count = min(ask.sample_count, worker.info.max_running_count)
+    if worker.assigned.decode_count + slot_count > worker.info.max_running_count + policy.decode_ahead_count:
         return False
     block_token_count = worker.info.block_token_count
     expected_block_count = -(-worker.assigned.decode_token_count // block_token_count)

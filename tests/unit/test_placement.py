@@ -208,3 +208,46 @@ def test_only_so_many_workers_are_remembered_for_a_block() -> None:
     for each in workers:
         index.note(chain, "", [each])
     assert set(index.cached_token_counts(chain)) == set(workers[-2:])
+
+
+def test_samples_need_slots_and_blocks_together() -> None:
+    busy = worker("d", assigned=Assigned(decode_count=4, decode_token_count=100))  # 4 at once, and 2 ahead
+    assert placed(prefiller("p"), busy, ask=replace(ASK, sample_count=2)) is not None
+    assert placed(prefiller("p"), busy, ask=replace(ASK, sample_count=3)) is None
+    one = worker("d", assigned=Assigned(decode_count=1, decode_token_count=16 * 86))  # of 100 blocks, 14 are left
+    assert placed(prefiller("p"), one, ask=replace(ASK, sample_count=6)) is not None  # 100 + 6 * 20 tokens
+    assert placed(prefiller("p"), one, ask=replace(ASK, sample_count=7)) is None
+
+
+def test_more_samples_than_a_worker_runs_at_once_do_not_wait_until_it_is_idle() -> None:
+    busy = worker("d", assigned=Assigned(decode_count=2, decode_token_count=100))
+    assert placed(prefiller("p"), busy, ask=replace(ASK, sample_count=16)) is not None
+    assert (
+        placed(prefiller("p"), replace(busy, assigned=Assigned(decode_count=3)), ask=replace(ASK, sample_count=16))
+        is None
+    )
+
+
+def test_a_sample_goes_where_its_prompt_is_whatever_else_is_idle() -> None:
+    busy = worker("d0", assigned=Assigned(decode_count=5, decode_token_count=100))
+    ask = replace(ASK, near="d0")
+    placement = placed(prefiller("p"), busy, worker("d1"), ask=ask)
+    assert placement is not None
+    assert names(placement) == (None, "d0")
+    assert (placement.mode, placement.reason) == (PlacementMode.LOCAL, "shared_prompt")
+
+
+def test_a_sample_whose_worker_cannot_take_it_goes_the_ordinary_way() -> None:
+    ask = replace(ASK, near="d0")
+    full = worker("d0", assigned=Assigned(decode_count=6, decode_token_count=100))
+    for near in (full, worker("d0", health=Health.LOST), worker("d0", health=Health.DRAINING)):
+        assert names(placed(prefiller("p"), near, worker("d1"), ask=ask)) == ("p", "d1")
+    excluded = replace(ask, excluded=frozenset({WorkerIdentity("d0", "e")}))
+    assert names(placed(prefiller("p"), worker("d0"), worker("d1"), ask=excluded)) == ("p", "d1")
+    assert names(placed(prefiller("p"), full, worker("d1"), ask=replace(ask, has_room_kept=True))) == (None, "d0")
+
+
+def test_a_sample_near_a_prefill_worker_is_prefilled_there() -> None:
+    busy = prefiller("p0", assigned=Assigned(prefill_count=3, prefill_token_count=3000))
+    assert names(placed(busy, prefiller("p1"), worker("d"), ask=replace(ASK, near="p0"))) == ("p0", "d")
+    assert names(placed(busy, prefiller("p1"), worker("d"))) == ("p1", "d")

@@ -57,6 +57,17 @@ def test_admit_is_a_decision_on_numbers() -> None:
     assert admit(room(is_draining=True), LIMITS, lambda: PLACEMENT, is_retry=True) == AdmitNow(PLACEMENT)
 
 
+def test_every_sample_counts_against_the_limits() -> None:
+    assert admit(room(in_flight_count=7), LIMITS, lambda: PLACEMENT, sample_count=3) == AdmitNow(PLACEMENT)
+    assert admit(room(in_flight_count=8), LIMITS, lambda: PLACEMENT, sample_count=2) == AdmitNow(PLACEMENT)
+    assert admit(room(in_flight_count=9), LIMITS, lambda: PLACEMENT, sample_count=2) == WaitInLine()
+    assert isinstance(admit(room(in_flight_count=9), LIMITS, lambda: PLACEMENT, sample_count=3), Shed)
+    assert isinstance(admit(room(waiting_count=1), LIMITS, lambda: None, sample_count=2), Shed)
+    # Alone, more than may be in flight run: they would wait for ever otherwise.
+    assert admit(room(), LIMITS, lambda: PLACEMENT, sample_count=16) == AdmitNow(PLACEMENT)
+    assert isinstance(admit(room(in_flight_count=1), LIMITS, lambda: PLACEMENT, sample_count=16), Shed)
+
+
 def test_retry_after_is_bounded_and_has_a_guess_for_the_beginning() -> None:
     assert retry_after_s(room()) == 1.0
     assert retry_after_s(room(waiting_count=10_000, departures_per_s=0.1)) == 30.0

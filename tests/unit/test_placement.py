@@ -220,12 +220,9 @@ def test_samples_need_slots_and_blocks_together() -> None:
 
 
 def test_more_samples_than_a_worker_runs_at_once_do_not_wait_until_it_is_idle() -> None:
-    busy = worker("d", assigned=Assigned(decode_count=2, decode_token_count=100))
-    assert placed(prefiller("p"), busy, ask=replace(ASK, sample_count=16)) is not None
-    assert (
-        placed(prefiller("p"), replace(busy, assigned=Assigned(decode_count=3)), ask=replace(ASK, sample_count=16))
-        is None
-    )
+    many = replace(ASK, sample_count=16)
+    assert placed(prefiller("p"), worker("d", assigned=Assigned(decode_count=2)), ask=many) is not None
+    assert placed(prefiller("p"), worker("d", assigned=Assigned(decode_count=3)), ask=many) is None
 
 
 def test_a_sample_goes_where_its_prompt_is_whatever_else_is_idle() -> None:

@@ -153,9 +153,10 @@ def _rest(request: GenerateRequest) -> Iterator[FieldViolation]:
     if request.resume is not None:
         if request.resume.grace_s is not None and not request.resume.grace_s > 0:
             yield FieldViolation("resume.grace", f"is {request.resume.grace_s:g} s; must be more than 0, or absent")
-        for name in ("echo_prompt", "prompt_logprob_count"):
-            if getattr(request.output, name) not in (False, None):
-                yield FieldViolation(f"output.{name}", "is set with resume; leave one out")
+        if request.output.echo_prompt:
+            yield FieldViolation("output.echo_prompt", "is set with resume; leave one out")
+        if request.output.prompt_logprob_count is not None:
+            yield FieldViolation("output.prompt_logprob_count", "is set with resume; leave one out")
 
 
 def _is_object(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""The fake Baton and both clients over real sockets: what it was told to say, it says; what it was asked, it tells."""
+"""The fake Baton and both clients over real sockets: it says what it was told to, and knows what it was asked."""
 
 from __future__ import annotations
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import random
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from baton.call_proto import asked, resume_to_proto
 from baton.client import (
     SERVICE_CONFIG,
     BatonClient,
     Chunk,
     Finished,
     PhaseTimings,
+    PromptPart,
     Started,
     StreamGrammar,
     TokenLogprob,
@@ -26,6 +31,7 @@ from baton.client import (
     request_to_proto,
 )
 from baton.errors import BatonError, Reason, StatusName, engine_failed, queue_full
+from baton.events import AnswerBuilder
 from baton.leg import RecomputeReason
 from baton.request import (
     ChatMessage,
@@ -35,6 +41,7 @@ from baton.request import (
     Handover,
     OutputOptions,
     PlacementMode,
+    ResumeOptions,
     Sampling,
     StopConditions,
     Structure,
@@ -42,8 +49,13 @@ from baton.request import (
     TextPrompt,
     TokenLogprobs,
     TokenPrompt,
+    Tool,
+    ToolCall,
+    ToolChoice,
     Usage,
 )
+from baton.resuming import Continuity
+from baton.sync_client import BatonClientSync
 from baton.timeline import PHASES, Phase, PhaseDurations
 from baton.transfer_report import TransferReport
 from baton.v1 import generation_pb2 as pb
@@ -140,6 +152,7 @@ def test_a_proxy_from_the_environment_is_not_asked_for_loopback() -> None:
     assert ("grpc.enable_http_proxy", 0) not in channel_options("baton.example:50051")
 
 
+calls = st.builds(ToolCall, st.text(), st.text(), st.text())
 finite = st.floats(allow_nan=False, allow_infinity=False)
 int32 = st.integers(-(2**31), 2**31 - 1)
 
@@ -148,7 +161,17 @@ int32 = st.integers(-(2**31), 2**31 - 1)
     prompt=st.one_of(
         st.builds(TextPrompt, st.text()),
         st.builds(TokenPrompt, st.lists(int32).map(tuple)),
-        st.builds(ChatPrompt, st.lists(st.builds(ChatMessage, st.text(), st.text())).map(tuple)),
+        st.builds(
+            ChatPrompt,
+            messages=st.lists(st.builds(ChatMessage, *[st.text()] * 2, st.lists(calls, max_size=2).map(tuple))).map(
+                tuple
+            ),
+            tools=st.lists(st.builds(Tool, st.text(), st.text(), st.text()), max_size=2).map(tuple),
+            tool_choice=st.sampled_from(ToolChoice),
+            tool_name=st.text(),
+            template_arguments_json=st.text(),
+            keep_reasoning_in_text=st.booleans(),
+        ),
     ),
     sampling=st.builds(
         Sampling,
@@ -187,11 +210,19 @@ int32 = st.integers(-(2**31), 2**31 - 1)
             OutputOptions(True, True, 7),
             OutputOptions(max_chunk_token_count=0, top_logprob_count=0),
             OutputOptions(top_logprob_count=-7),
+            OutputOptions(echo_prompt=True, prompt_logprob_count=0),
         ]
     ),
+    sample_count=int32.filter(bool),
+    resume=st.sampled_from([None, ResumeOptions(), ResumeOptions(0.0), ResumeOptions(7.25)]),
 )
 def test_a_request_arrives_as_it_was_meant(
-    prompt: TextPrompt | TokenPrompt | ChatPrompt, sampling: Sampling, stop: StopConditions, output: OutputOptions
+    prompt: TextPrompt | TokenPrompt | ChatPrompt,
+    sampling: Sampling,
+    stop: StopConditions,
+    output: OutputOptions,
+    sample_count: int,
+    resume: ResumeOptions | None,
 ) -> None:
     message = request_to_proto(
         prompt,
@@ -203,10 +234,12 @@ def test_a_request_arrives_as_it_was_meant(
         session_id="s",
         correlation_id="c",
         tenant="t",
+        sample_count=sample_count,
+        resume=resume,
     )
     received, violations = request_from_proto(pb.GenerateRequest.FromString(message.SerializeToString()))
     assert violations == []
-    assert received == GenerateRequest(prompt, "m", sampling, stop, output, -3, "s", "c", "t")
+    assert received == GenerateRequest(prompt, "m", sampling, stop, output, -3, "s", "c", "t", sample_count, resume)
 
 
 def test_a_bare_request_means_greedy_text_until_the_model_stops() -> None:
@@ -298,6 +331,96 @@ def test_prompts_take_text_ids_and_messages() -> None:
     assert prompt_of("hi") == TextPrompt("hi")
     assert prompt_of([1, 2]) == TokenPrompt((1, 2))
     assert chat_prompt([("user", "hi"), ChatMessage("assistant", "yes")]).messages[0] == ChatMessage("user", "hi")
+
+
+def test_messages_and_tools_are_taken_as_people_have_them() -> None:
+    call = {"id": "c", "name": "f", "arguments_json": "{}"}
+    schema = {"type": "object"}
+    prompt = chat_prompt(
+        [
+            {"role": "assistant", "content": None, "tool_calls": [call, ToolCall("d", "g", "{}")]},
+            {"role": "tool", "content": "42", "tool_call_id": "c", "name": "f"},
+        ],
+        tools=[Tool("a"), {"name": "b"}, {"type": "function", "function": {"name": "c", "parameters": schema}}],
+        tool_choice="required",
+        tool_name="c",
+        template_arguments={"enable_thinking": False},
+    )
+    assert prompt.messages == (
+        ChatMessage("assistant", "", (ToolCall("c", "f", "{}"), ToolCall("d", "g", "{}"))),
+        ChatMessage("tool", "42", tool_call_id="c", name="f"),
+    )
+    assert prompt.tools == (Tool("a"), Tool("b"), Tool("c", "", '{"type": "object"}'))
+    assert (prompt.tool_choice, prompt.tool_name) == (ToolChoice.REQUIRED, "c")
+    assert prompt.template_arguments_json == '{"enable_thinking": false}'
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"role": "user", "context": "secret"}, "a message has no context; it has role, content"),
+        ({"content": "secret"}, "a message needs role"),
+        (["user", "secret", "secret"], "a message is a ChatMessage, a pair"),
+        ({"role": "assistant", "tool_calls": [{"id": "c", "function": "secret"}]}, "a tool call has no function"),
+    ],
+)
+def test_what_is_no_message_is_refused_without_repeating_it(message: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as refused:
+        chat_prompt([message])
+    assert "secret" not in str(refused.value)
+
+
+def test_resuming_asks_for_token_ids_and_nothing_else_does() -> None:
+    for output, content in (
+        (None, pb.OutputOptions.CONTENT_BOTH),
+        (OutputOptions(), pb.OutputOptions.CONTENT_BOTH),
+        (OutputOptions(wants_text=False, wants_token_ids=True), pb.OutputOptions.CONTENT_TOKEN_IDS),
+    ):
+        call = asked("hi", 1.0, {"output": output, "resume": True})
+        assert call.message.output.content == content
+        assert call.message.HasField("resume")
+    plain = asked("hi", 1.0, {})
+    assert (plain.message, plain.is_resumable) == (pb.GenerateRequest(text="hi"), False)
+
+
+def test_a_resume_says_what_is_here_and_brings_what_another_router_needs() -> None:
+    call = asked("hi", 1.0, {"resume": True, "tenant": "shop", "sample_count": 2})
+    state = Continuity(
+        address_count=1,
+        address_index=0,
+        sample_count=2,
+        is_resumable=True,
+        wants_token_ids=False,
+        rng=random.Random(1),
+    )
+    for event in (Started("g", "m", 1, "token"), Chunk(0, "x", (7, 8), 2, sample_index=1)):
+        state.take(event)
+    message = resume_to_proto(call.message, state)
+    assert (message.resume_token, message.tenant) == ("token", "shop")
+    assert (message.next_token_index, list(message.next_token_indices)) == (0, [0, 2])
+    assert message.continuation.request == call.message
+    assert [list(each.ids) for each in message.continuation.samples] == [[], [7, 8]]
+
+
+def test_nothing_that_was_said_is_shown_by_accident() -> None:
+    secret = "the secret"
+    finished = dataclasses.replace(FINISHED, matched_stop_sequence=secret, tool_calls=(ToolCall("c", "f", secret),))
+    started = Started("g", "m", 1, secret)
+    chunk_ = Chunk(0, secret, (7,), 1, reasoning_text=secret)
+    builder = AnswerBuilder()
+    for event in (started, PromptPart(0, secret, (), 1), chunk_, finished):
+        assert secret not in repr(event)
+        builder.add(event)
+    answer = builder.answer()
+    assert (answer.text, answer.prompt_text) == (secret, secret)
+    assert secret not in repr(answer)
+    assert secret not in repr(asked(secret, 1.0, {}))
+
+
+@pytest.mark.parametrize("addresses", [[], [""], ""])
+def test_a_client_without_an_address_is_refused(addresses: Any) -> None:
+    with pytest.raises(ValueError, match="at least one address"):
+        BatonClientSync(addresses)
 
 
 def test_the_client_and_its_command_import_nothing_of_the_server() -> None:

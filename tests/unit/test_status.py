@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -56,6 +57,45 @@ def test_the_errors_tried_here_cover_every_reason() -> None:
 @pytest.mark.parametrize("error", EVERY_ERROR, ids=lambda e: f"{e.reason.name}-{e.status.name}")
 def test_every_error_comes_back_from_the_wire_as_it_left(error: BatonError) -> None:
     assert facts(status.from_rpc_error(over_the_wire(error))) == facts(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "is_retryable"),
+    [
+        (errors.invalid_request([FieldViolation("a", "b")]), errors.InvalidRequest, False),
+        (errors.prompt_too_long(9, 8), errors.PromptTooLong, False),
+        (errors.model_not_found("gpt", ["tiny"]), errors.ModelNotFound, False),
+        (errors.queue_full(1, 1, 1.0), errors.Overloaded, True),
+        (errors.too_many_resumable(1, 1, 1.0), errors.Overloaded, True),
+        (errors.no_worker("decode", 0), errors.Unavailable, True),
+        (errors.draining(), errors.Unavailable, True),
+        (errors.attempts_exhausted(3, 0, "decode", "lost"), errors.Unavailable, True),
+        (errors.attempts_exhausted(3, 7, "decode", "lost"), errors.Interrupted, False),
+        (errors.stalled("decode", 60, 4), errors.Interrupted, False),
+        (errors.deadline_exceeded("decode", 12), errors.DeadlineExceeded, False),
+        (errors.no_api_key(), errors.Unauthenticated, False),
+        (errors.permission_denied("no"), errors.NotPermitted, False),
+        (errors.resume_unknown(), errors.ResumeFailed, False),
+        (errors.resume_denied(), errors.ResumeFailed, False),
+        (errors.resume_too_late(3, 9), errors.ResumeFailed, False),
+        (errors.attached_elsewhere(), errors.ResumeFailed, False),
+        (errors.internal("x"), errors.InternalError, False),
+    ],
+)
+def test_every_error_is_of_the_class_that_says_what_to_do_here_and_over_the_wire(
+    error: BatonError, kind: type[BatonError], is_retryable: bool
+) -> None:
+    for each in (error, status.from_rpc_error(over_the_wire(error)), copy.copy(error)):
+        assert (type(each), each.is_retryable) == (kind, is_retryable)
+        assert facts(each) == facts(error)
+    assert repr(error).startswith(f"<{kind.__name__} {error.status.value}/{error.reason.value}: ")
+
+
+def test_a_class_of_its_own_is_kept() -> None:
+    class Ours(BatonError):
+        pass
+
+    assert type(Ours(Reason.DRAINING, StatusName.UNAVAILABLE, "ours")) is Ours
 
 
 def test_googleapis_common_protos_reads_what_baton_writes() -> None:

@@ -61,11 +61,12 @@ def test_every_sample_counts_against_the_limits() -> None:
     assert admit(room(in_flight_count=7), LIMITS, lambda: PLACEMENT, sample_count=3) == AdmitNow(PLACEMENT)
     assert admit(room(in_flight_count=8), LIMITS, lambda: PLACEMENT, sample_count=2) == AdmitNow(PLACEMENT)
     assert admit(room(in_flight_count=9), LIMITS, lambda: PLACEMENT, sample_count=2) == WaitInLine()
-    assert isinstance(admit(room(in_flight_count=9), LIMITS, lambda: PLACEMENT, sample_count=3), Shed)
     assert isinstance(admit(room(waiting_count=1), LIMITS, lambda: None, sample_count=2), Shed)
     # Alone, more than may be in flight run: they would wait for ever otherwise.
     assert admit(room(), LIMITS, lambda: PLACEMENT, sample_count=16) == AdmitNow(PLACEMENT)
-    assert isinstance(admit(room(in_flight_count=1), LIMITS, lambda: PLACEMENT, sample_count=16), Shed)
+    assert admit(room(in_flight_count=1), LIMITS, lambda: PLACEMENT, sample_count=16) == WaitInLine()
+    none_waits = AdmissionLimits(queue_limit=0, max_in_flight_count=10)
+    assert isinstance(admit(room(in_flight_count=9), none_waits, lambda: PLACEMENT, sample_count=2), Shed)
 
 
 def test_retry_after_is_bounded_and_has_a_guess_for_the_beginning() -> None:

@@ -120,10 +120,9 @@ def admit(
         if placement is not None:
             return AdmitNow(placement)
     # The only one to wait waits, also with more samples than may wait: nobody could tell it when to come again.
-    most = (
-        max(limits.queue_limit, sample_count) if room.waiting_count == 0 < limits.queue_limit else limits.queue_limit
-    )
-    if not is_retry and room.waiting_count + sample_count > most:
+    is_full = room.waiting_count + sample_count > limits.queue_limit
+    is_only_one = room.waiting_count == 0 and limits.queue_limit > 0
+    if not is_retry and is_full and not is_only_one:
         return Shed(queue_full(room.waiting_count, limits.queue_limit, retry_after_s(room)))
     return WaitInLine()
 

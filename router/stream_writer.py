@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from baton.errors import deadline_exceeded
+from baton.errors import BatonError, deadline_exceeded
 from baton.request import OutputOptions
 from baton.timeline import Phase
 from router.answering import Admitted, Completed, Piece, PromptPart, RelayEvent
@@ -64,13 +64,19 @@ class StreamWriter:
             async with asyncio.timeout(None) as self._limit, aclosing(events):
                 if isinstance(events, RelayRun):
                     events.deliver_to(self._take_piece)
-                async for event in events:
-                    if isinstance(event, Piece):
-                        if event.token_ids or event.text or event.reasoning_text or event.tool_calls:
-                            await self._write(self._chunk(event, loop.time()))
-                            self._written_token_count += len(event.token_ids)
-                    else:
-                        await self._write(self._message(event, loop.time()))
+                try:
+                    async for event in events:
+                        if isinstance(event, Piece):
+                            if event.token_ids or event.text or event.reasoning_text or event.tool_calls:
+                                await self._write(self._chunk(event, loop.time()))
+                                self._written_token_count += len(event.token_ids)
+                        else:
+                            await self._write(self._message(event, loop.time()))
+                except BatonError:
+                    # The status comes after the write under way: where that is given up, gRPC sends neither, and the
+                    # caller waits for its deadline.
+                    await self._write_under_way.settle()
+                    raise
                 await self._write_under_way.settle()
         except TimeoutError:
             if self._limit is None or not self._limit.expired():

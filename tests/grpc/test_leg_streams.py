@@ -1,4 +1,4 @@
-"""Many legs on one stream, over real sockets: order, cancels, errors of one leg, a stream that breaks, a slow reader."""
+"""Many legs on one stream, over real sockets: order, cancels, errors of one leg, broken streams, a slow reader."""
 
 from __future__ import annotations
 
@@ -287,6 +287,7 @@ async def test_tokens_that_belong_to_no_leg_break_the_stream() -> None:
         with pytest.raises(BatonError) as caught:
             await tokens_of(client, 1, 5)
         assert caught.value.reason is Reason.INTERNAL
+        assert "belong to no leg" in caught.value.message
     finally:
         await client.close()
         await server.stop(0)

@@ -33,6 +33,7 @@ SECRET = bytes(range(32))
 CONTEXT = 160
 DEFAULT_DEADLINE_S = 20.0
 DETAILS_KEY = "grpc-status-details-bin"
+_TEMPLATE = Path(__file__).resolve().parent.parent / "deploy" / "templates" / "chatml-tools.jinja"
 _COST = CostModel(
     prefill=PrefillCost(base_s=2e-4, per_token_s=0.0, per_token_squared_s=0.0),
     decode=DecodeCost(base_s=2e-4, per_context_token_s=0.0, per_sequence_s=0.0),
@@ -398,6 +399,11 @@ async def fuzz_target(directory: Path, **config: Any) -> AsyncIterator[FuzzTarge
         "worker_silence_s": 30.0,  # a machine that is busy fuzzing is no worker that died
         "lease_s": 600.0,  # no timer may do what an explicit release must
         "log_level": "ERROR",
+        # So that chats with tools and values for the template come as far as they can; vLLM's own parsers.
+        "chat_template_path": str(_TEMPLATE),
+        "template_arguments": ("enable_thinking",),
+        "tool_parser": "hermes",
+        "reasoning_parser": "qwen3",
         **config,
     }
     router = _NotedRouter(

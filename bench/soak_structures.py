@@ -54,11 +54,10 @@ def hurry(tokenizer: Tokenizer) -> list[pb.TokenBias]:
         ids = tokenizer.encode(text, add_special_tokens=False)
         if len(ids) == 1:
             biases[ids[0]] = bias
-    for count in range(1, 64):
-        for text in (" " * count, "\n" * count, "\t" * count, "\n" + " " * count):
-            ids = tokenizer.encode(text, add_special_tokens=False)
-            if len(ids) == 1:
-                biases[ids[0]] = -100.0
+    for token_id in range(tokenizer.vocab_size):
+        text = tokenizer.decode((token_id,))
+        if text and not text.strip():
+            biases[token_id] = -100.0
     return [pb.TokenBias(token_id=token_id, bias=bias) for token_id, bias in biases.items()]
 
 

@@ -1,0 +1,125 @@
+"""A sample of the fuzzing, and that it would see what it looks for. ``python -m bench.soak fuzz`` has the million."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from baton.v1 import generation_pb2 as pb
+from bench.fuzz import Findings, _Rest, faults_of, fuzz_part, growth_faults
+from bench.fuzz_mutations import CORPUS, GENERATE, METHODS, RESUME, WATCHWORD, Case, case_of
+from bench.fuzz_target import Ending, fuzz_target
+
+SEED = 5
+NO_PARSERS = {"tool_parser": "", "reasoning_parser": ""}
+"""They take seconds to start; the soak has them."""
+
+
+def test_the_same_number_is_the_same_case_and_others_are_others() -> None:
+    cases = [case_of(number, SEED) for number in range(300)]
+    assert cases == [case_of(number, SEED) for number in range(300)]
+    assert len({case.data for case in cases}) > 200
+    assert {case.path for case in cases} == set(METHODS) == set(CORPUS)
+    assert any(not case.is_parsed for case in cases)
+    assert any(case.prelude for case in cases)
+
+
+async def test_mutated_requests_to_the_handlers_find_nothing() -> None:
+    found = await fuzz_part(range(2500), seed=SEED, by_wire=False, **NO_PARSERS)
+    assert found["faults"] == []
+    assert found["count"] == 2500
+    assert found["outcomes"]["OK"] > 200
+    assert {name.split()[-1] for name in found["outcomes"]} >= {
+        "INVALID_REQUEST",
+        "MODEL_NOT_FOUND",
+        "RESUME_DENIED",
+        "PROMPT_TOO_LONG",
+    }
+
+
+async def test_mutated_requests_over_sockets_find_nothing() -> None:
+    found = await fuzz_part(range(10_000, 10_600), seed=SEED, by_wire=True, **NO_PARSERS)
+    assert found["faults"] == []
+    assert found["count"] == 600
+
+
+async def test_a_resume_token_of_the_case_itself_is_put_into_its_request(tmp_path: Path) -> None:
+    numbers = (number for number in range(2000) if (case := case_of(number, SEED)).path == RESUME and case.prelude)
+    findings = Findings()
+    async with fuzz_target(tmp_path, **NO_PARSERS) as target:
+        for number in numbers:
+            case = case_of(number, SEED)
+            findings.note(case, await target.run(case))
+    assert findings.fault_count == 0, findings.faults
+    assert findings.outcomes["OK"] > 20
+
+
+async def test_a_bug_in_the_router_is_found(tmp_path: Path) -> None:
+    async with fuzz_target(tmp_path, **NO_PARSERS) as target:
+
+        def broken(*_: object) -> Any:
+            raise KeyError("bug")
+
+        target.router.relay.run = broken  # type: ignore[method-assign]
+        findings = Findings()
+        for number in range(200):
+            case = case_of(number, SEED)
+            findings.note(case, await target.run(case))
+    assert any("INTERNAL" in fault for fault in findings.faults)
+
+
+CASE = Case(1, GENERATE, b"", 2.0, None, None, True, True)
+
+
+def started(count: int = 0) -> Any:
+    return pb.GenerateResponse(started=pb.Started(prompt_token_count=count))
+
+
+def chunk(first: int, count: int) -> Any:
+    return pb.GenerateResponse(chunk=pb.Chunk(first_token_index=first, token_count=count))
+
+
+def finished(count: int) -> Any:
+    return pb.GenerateResponse(finished=pb.Finished(usage=pb.Usage(output_token_count=count)))
+
+
+WRONG: dict[str, Callable[[], Ending]] = {
+    "ended with INTERNAL": lambda: Ending("INTERNAL", "INTERNAL"),
+    "ended with UNKNOWN": lambda: Ending("UNKNOWN"),
+    "ended with ABORTED INVALID_REQUEST": lambda: Ending("ABORTED", "INVALID_REQUEST"),
+    "ended with UNAVAILABLE NO_WORKER": lambda: Ending("UNAVAILABLE", "NO_WORKER"),
+    "without a field violation": lambda: Ending("INVALID_ARGUMENT", "INVALID_REQUEST"),
+    "repeats the prompt": lambda: Ending("NOT_FOUND", "MODEL_NOT_FOUND", text=f"no {WATCHWORD}"),
+    "after its deadline": lambda: Ending("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", seconds=4.5),
+    "kept the event loop": lambda: Ending("NOT_FOUND", "MODEL_NOT_FOUND", longest_turn_s=1.0),
+    "left the handler": lambda: Ending("CANCELLED", "by gRPC", bug="KeyError left the handler"),
+    "OK without an answer": lambda: Ending(messages=[]),
+    "the stream was SC": lambda: Ending(messages=[started(), chunk(0, 1)]),
+    "the stream was CF": lambda: Ending(messages=[chunk(0, 1), finished(1)]),
+    "a chunk began at 2, not at 1": lambda: Ending(
+        messages=[started(), chunk(0, 1), chunk(2, 1), finished(2)]
+    ),
+    "2 tokens were sent and 3 billed": lambda: Ending(messages=[started(), chunk(0, 2), finished(3)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_what_must_not_be_is_seen(fault: str) -> None:
+    assert any(fault in each for each in faults_of(CASE, WRONG[fault]()))
+
+
+def test_what_may_be_is_no_fault() -> None:
+    good = [started(), chunk(0, 2), chunk(2, 1), finished(3)]
+    assert list(faults_of(CASE, Ending(messages=good))) == []
+    assert list(faults_of(CASE, Ending("NOT_FOUND", "MODEL_NOT_FOUND"))) == []
+    assert list(faults_of(CASE, Ending("CANCELLED", "by gRPC"))) == []
+
+
+def test_a_leak_is_seen() -> None:
+    before = _Rest(100 << 20, 50_000, 30)
+    assert list(growth_faults(before, _Rest(120 << 20, 52_000, 30))) == []
+    for after in (_Rest(400 << 20, 50_000, 30), _Rest(100 << 20, 90_000, 30), _Rest(100 << 20, 50_000, 31)):
+        assert len(list(growth_faults(before, after))) == 1

@@ -392,6 +392,8 @@ class Flight:
             self._check_in_time(budget)
             async with asyncio.timeout(budget.silence_s) as limit:
                 reply = await client.prefill(action.order, timeout_s=budget.call_timeout_s)
+        except asyncio.CancelledError:
+            return  # the task ends with it; kept as its error it would be a cycle with its frames
         except Exception as error:
             is_late = isinstance(error, TimeoutError) and limit.expired()
             self._tell(LegFailed(action.leg, _baton_error(self._silent(budget) if is_late else error)))
@@ -410,6 +412,8 @@ class Flight:
                 await client.decode(action.order, timeout_s=leg.budget.left_s, sink=leg)
             if not leg.is_done:
                 raise engine_failed(action.worker.worker_id, "ended a decode without saying why")
+        except asyncio.CancelledError:
+            return  # the task ends with it; kept as its error it would be a cycle with its frames
         except Exception as error:
             is_late = isinstance(error, TimeoutError) and limit.expired()
             self._tell(LegFailed(action.leg, _baton_error(self._silent(leg.budget) if is_late else error)))
@@ -453,6 +457,10 @@ class Flight:
                 logger.error("%s did not end when cancelled", task.get_name())
         for fact in self._facts.drain():
             self._perform_all(self.handoff.on(fact))
+        # A cancelled task has its error, that its frames, and those this: kept, they would wait for the collector.
+        self._legs.clear()
+        self._lease_keepers.clear()
+        self._wait = None
         self._give_place_back()
 
     def _give_place_back(self) -> None:

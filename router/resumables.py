@@ -105,7 +105,8 @@ class Resumable:
 
     @property
     def task(self) -> asyncio.Task[None]:
-        assert self._task is not None, "it was started when it was made"
+        """While it runs."""
+        assert self._task is not None, "it runs"
         return self._task
 
     @property
@@ -132,6 +133,7 @@ class Resumable:
 
     def start(self, events: AsyncGenerator[RelayEvent, None]) -> None:
         self._task = asyncio.create_task(self._run(events), name=f"{self.about.generation_id} resumable")
+        self._task.add_done_callback(self._ended)
         self._start_grace()  # until somebody reads
 
     async def read(
@@ -220,6 +222,10 @@ class Resumable:
         finally:
             self._end(resume_unknown())  # the first end counts: this one only for what was cancelled
             self._tell()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        # A cancelled task has its error, that its frames, and those this: kept, they would wait for the collector.
+        self._task = None
 
     def _end(self, last: Completed | BatonError) -> None:
         if self.window.last is None:

@@ -1,4 +1,4 @@
-"""Watches and steers a running Baton through its admin address, for ``baton top`` and for scripts.
+"""Watches and steers a running Baton through its admin address, for scripts; ``baton top`` asks the public one.
 
 Watching needs nothing; draining and changing roles need the cluster's secret.
 """

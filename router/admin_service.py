@@ -1,4 +1,4 @@
-"""ClusterService on gRPC: what the fleet tells the router, and what ``baton top`` shows.
+"""ClusterService on gRPC: what the fleet tells the router, and what whoever steers it is shown.
 
 Thin: protobuf to the roster and back. Watching is open to whoever reaches the admin address (loopback by default);
 every change needs the cluster's token.

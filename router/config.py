@@ -35,7 +35,7 @@ class RouterConfig:
     listen_address: str = "127.0.0.1:50051"
     """Public gRPC: generation, health, reflection."""
     admin_address: str = "127.0.0.1:50052"
-    """ClusterService, for the fleet and for ``baton top``."""
+    """ClusterService, for the fleet and for whoever steers it."""
     metrics_address: str = "127.0.0.1:9400"
     """Prometheus ``/metrics`` over HTTP."""
     allow_non_loopback: bool = False

@@ -29,7 +29,7 @@ from baton.request import ChatMessage, Tool, ToolCall
 from router.tokenizer import TokenizerError, read_json_object
 from router.tool_words import openai_call, openai_tools
 
-MAX_RENDER_S = 0.25
+MAX_RENDER_S = 1.0
 """Of the event loop's time that one conversation may take, looked at with each part that the template writes."""
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

@@ -29,7 +29,12 @@ from router.tool_words import SharedNameError, required_structure
 MAX_TOOL_COUNT = 128
 MAX_TOOL_DESCRIPTION_BYTES = 4096
 MAX_TOOL_SCHEMA_BYTES = 64 * 1024
+MAX_TOOLS_BYTES = 256 * 1024
+"""Of all tools together: reading them is the event loop's time."""
 MAX_CALL_COUNT = 128
+MAX_CHAT_CALL_COUNT = 1024
+MAX_CHAT_CALLS_BYTES = 256 * 1024
+"""Of the calls of all messages together."""
 MAX_CALL_ID_BYTES = 128
 MAX_MESSAGE_NAME_BYTES = 64
 MAX_ARGUMENTS_BYTES = 4096
@@ -72,6 +77,15 @@ def template_arguments(chat: ChatPrompt) -> dict[str, Any]:
 
 def _messages(chat: ChatPrompt, abilities: ChatAbilities) -> Iterator[FieldViolation]:
     open_calls: dict[str, int] = {}
+    calls = [call for message in chat.messages[:MAX_MESSAGE_COUNT] for call in message.tool_calls]
+    size = sum(len(call.name) + len(call.arguments_json) for call in calls)
+    if len(calls) > MAX_CHAT_CALL_COUNT or size > MAX_CHAT_CALLS_BYTES:
+        yield FieldViolation(
+            "chat.messages",
+            f"have {len(calls)} calls of {size} characters; at most {MAX_CHAT_CALL_COUNT} of {MAX_CHAT_CALLS_BYTES} "
+            "together. Drop old turns.",
+        )
+        return
     for index, message in enumerate(chat.messages[:MAX_MESSAGE_COUNT]):
         field = f"chat.messages[{index}]"
         for call_index, call in enumerate(message.tool_calls[:MAX_CALL_COUNT]):
@@ -159,6 +173,12 @@ def _tools(chat: ChatPrompt, abilities: ChatAbilities) -> Iterator[FieldViolatio
         )
     if count > MAX_TOOL_COUNT:
         yield FieldViolation("chat.tools", f"has {count} tools; at most {MAX_TOOL_COUNT}")
+    size = sum(len(tool.name) + len(tool.description) + len(tool.parameters_json_schema) for tool in chat.tools)
+    if size > MAX_TOOLS_BYTES:
+        yield FieldViolation(
+            "chat.tools", f"have {size} characters together; at most {MAX_TOOLS_BYTES}. Shorten them, or give fewer."
+        )
+        return
     names: set[str] = set()
     for index, tool in enumerate(chat.tools[:MAX_TOOL_COUNT]):
         yield from _tool(tool, f"chat.tools[{index}]", names)

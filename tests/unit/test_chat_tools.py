@@ -225,6 +225,15 @@ def test_tools_are_counted_and_named_once() -> None:
     assert fields(chat(tools=tuple(Tool(f"f{n}") for n in range(128)))) == []
 
 
+def test_what_all_tools_or_all_calls_have_together_is_bounded_before_it_is_read() -> None:
+    schema = '{"x": "' + "y" * 60_000 + '"'  # no JSON, which nobody found out
+    assert fields(chat(tools=tuple(Tool(f"f{n}", "", schema) for n in range(128)))) == ["chat.tools"]
+    many = [ChatMessage("assistant", tool_calls=tuple(ToolCall("", "", "{") for _ in range(128))) for _ in range(9)]
+    assert fields(chat(*many)) == ["chat.messages"]
+    large = [ChatMessage("assistant", tool_calls=(ToolCall("", "", "{" * 60_000),)) for _ in range(5)]
+    assert fields(chat(*large)) == ["chat.messages"]
+
+
 def test_a_choice_must_be_possible() -> None:
     required = ToolChoice.REQUIRED
     assert fields(chat(tool_choice=required)) == ["chat.tool_choice.mode"]

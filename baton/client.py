@@ -281,7 +281,7 @@ class BatonClient:
                     # From None: what broke the transport is in the error; its own text says nothing more.
                     failure = cut.error
                 if self._is_closed:
-                    raise failure
+                    raise state.broken(failure)
                 next_try = state.after(failure, remaining_s=give_up_at - loop.time())
                 await asyncio.sleep(next_try.delay_s)
         except GeneratorExit:

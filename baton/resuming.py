@@ -112,6 +112,10 @@ class Continuity:
     def check_end(self) -> None:
         self._grammar.check_end()
 
+    def broken(self, error: BatonError) -> BatonError:
+        """The error as it ends this stream: of what came already, nobody may be told that nothing did."""
+        return self._grammar.broken(error)
+
     def after(self, error: BatonError, *, remaining_s: float) -> NextTry:
         """What to do about a call that failed. Raises what the caller is to see where nothing is left to do."""
         if not self.is_attaching_again:

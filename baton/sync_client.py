@@ -206,10 +206,10 @@ class BatonClientSync:
                 except grpc.RpcError as error:
                     failure = from_rpc_error(error, peer=peer.address)
                 if self._closed.is_set():
-                    raise failure
+                    raise state.broken(failure)
                 next_try = state.after(failure, remaining_s=give_up_at - self._clock())
                 if self._closed.wait(next_try.delay_s):
-                    raise failure
+                    raise state.broken(failure)
         finally:
             if state.may_still_run and not self._closed.is_set():
                 self._say_goodbye(state, call.message.tenant)

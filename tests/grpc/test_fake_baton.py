@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing
 from typing import Any
 
@@ -42,6 +43,7 @@ from baton.request import (
 )
 from baton.sync_client import BatonClientSync
 from baton.testing import FakeBaton
+from baton.testing.fake_service import FakeState, attach
 
 BOTH = OutputOptions(wants_token_ids=True)
 QUICK: dict[str, Any] = {"timeout": 20.0}
@@ -377,7 +379,68 @@ async def test_a_stopped_fake_cuts_everything_and_comes_back_where_it_was() -> N
         assert text == "You said: hello"
 
 
+async def test_a_server_that_goes_away_is_a_lost_connection_and_no_cancelled_task(
+    fake: FakeBaton, client: Any
+) -> None:
+    """grpc.aio raises CancelledError for a call that the other side cancelled: nobody cancelled this task."""
+    fake.will_stall(after_tokens=4)
+    request = asyncio.create_task(client.complete("x", **QUICK))
+    await asyncio.to_thread(
+        fake.wait_until, lambda fake: len(fake.calls) == 1 and fake.calls[0].sent_token_count == 4
+    )
+    await asyncio.to_thread(fake.stop)
+    with pytest.raises((Interrupted, Unavailable)):
+        await request
+    assert not request.cancelled()
+
+
+async def test_a_call_that_the_server_cancels_is_lost() -> None:
+    async def cancelled(_: bytes, context: Any) -> None:
+        await context.abort(grpc.StatusCode.CANCELLED, "")
+
+    server = grpc.aio.server()
+    handlers: dict[str, Any] = {"Generate": grpc.unary_stream_rpc_method_handler(cancelled)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("baton.v1.GenerationService", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with BatonClient(f"127.0.0.1:{port}") as client:
+            with pytest.raises(Unavailable) as lost:
+                await client.complete("x", **QUICK)
+            assert lost.value.metadata["transport"] == "CANCELLED"
+    finally:
+        await server.stop(0)
+
+
+async def test_a_closed_client_ends_its_streams_and_resumes_nothing(fake: FakeBaton) -> None:
+    fake.will_stall(after_tokens=4)
+    client = BatonClient(fake.address)
+    stream = client.generate("hello", resume=True, **QUICK)
+    assert isinstance(await anext(stream), Started)
+    assert isinstance(await anext(stream), Chunk)
+    await client.close()
+    with pytest.raises(Interrupted):
+        await anext(stream)
+    assert fake.calls_of("ResumeGenerate") == ()
+
+
 # Requests
+
+
+async def test_credentials_make_the_channel() -> None:
+    server = grpc.server(ThreadPoolExecutor(max_workers=4))
+    attach(FakeState("fake", 8192, None), server)
+    port = server.add_secure_port("127.0.0.1:0", grpc.local_server_credentials())
+    server.start()
+    try:
+        address, credentials = f"127.0.0.1:{port}", grpc.local_channel_credentials()
+        async with BatonClient(address, credentials=credentials) as client:
+            assert (await client.complete("x", **QUICK)).text == "You said: x"
+        with BatonClientSync(address, credentials=credentials) as blocking:
+            answer = await asyncio.to_thread(blocking.complete, "x", **QUICK)
+        assert answer.text == "You said: x"
+    finally:
+        server.stop(0)
 
 
 async def test_keys_are_asked_for_and_sent() -> None:

@@ -423,6 +423,20 @@ def test_a_client_without_an_address_is_refused(addresses: Any) -> None:
         BatonClientSync(addresses)
 
 
+def test_virtual_time_imports_no_grpc_and_the_fake_does_when_it_is_asked_for() -> None:
+    script = (
+        "import sys\n"
+        "from baton.testing import in_virtual_time, run_virtual\n"
+        "assert not {'grpc', 'google.protobuf'} & set(sys.modules)\n"
+        "from baton.testing import FakeBaton, FakeCall\n"
+        "assert 'grpc' in sys.modules\n"
+        "import baton.testing\n"
+        "assert not hasattr(baton.testing, 'FakeOther')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_client_and_its_command_import_nothing_of_the_server() -> None:
     script = (
         "import sys, baton.client, baton.admin_client, baton.__main__\n"

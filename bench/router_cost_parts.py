@@ -51,6 +51,7 @@ class Pace:
 
     def __init__(self) -> None:
         self.step_s = 0.025
+        self._due_at = 0.0
         self._waiting: list[asyncio.Future[None]] = []
         self._timer: asyncio.TimerHandle | None = None
 
@@ -61,7 +62,10 @@ class Pace:
         waiting = loop.create_future()
         self._waiting.append(waiting)
         if self._timer is None:
-            self._timer = loop.call_later(self.step_s, self._tick)
+            # From step to step, not from when the last was dealt with: the pace is an engine's own.
+            now = loop.time()
+            self._due_at = max(self._due_at + self.step_s, now)
+            self._timer = loop.call_at(self._due_at, self._tick)
         await waiting
 
     def _tick(self) -> None:

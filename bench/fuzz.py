@@ -114,7 +114,9 @@ def faults_of(case: Case, ending: Ending) -> Iterator[str]:
         yield f"ended with {ending.status} {ending.reason or 'and no reason'}: {ending.text[:200]}"
     elif ending.reason == "INVALID_REQUEST" and not ending.violation_count:
         yield "INVALID_REQUEST without a field violation"
-    if WATCHWORD in ending.text or WATCHWORD.encode() in ending.details:
+    # A model's name is repeated, cut and made printable; garbled bytes may make a prompt the name of a model.
+    is_told = WATCHWORD in ending.text or WATCHWORD.encode() in ending.details
+    if is_told and ending.reason != "MODEL_NOT_FOUND":
         yield "the error repeats the prompt"
     allowed_s = DEFAULT_DEADLINE_S if case.timeout_s is None else case.timeout_s
     if ending.seconds > allowed_s + LATE_S:

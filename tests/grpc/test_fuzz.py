@@ -14,7 +14,7 @@ from bench.fuzz_mutations import CORPUS, GENERATE, METHODS, RESUME, WATCHWORD, C
 from bench.fuzz_target import Ending, fuzz_target
 
 SEED = 5
-NO_PARSERS = {"tool_parser": "", "reasoning_parser": ""}
+NO_PARSERS: dict[str, Any] = {"tool_parser": "", "reasoning_parser": ""}
 """They take seconds to start; the soak has them."""
 
 
@@ -63,7 +63,7 @@ async def test_a_bug_in_the_router_is_found(tmp_path: Path) -> None:
         def broken(*_: object) -> Any:
             raise KeyError("bug")
 
-        target.router.relay.run = broken  # type: ignore[method-assign]
+        target.router.relay.run = broken  # type: ignore[method-assign, assignment]
         findings = Findings()
         for number in range(200):
             case = case_of(number, SEED)
@@ -92,7 +92,7 @@ WRONG: dict[str, Callable[[], Ending]] = {
     "ended with ABORTED INVALID_REQUEST": lambda: Ending("ABORTED", "INVALID_REQUEST"),
     "ended with UNAVAILABLE NO_WORKER": lambda: Ending("UNAVAILABLE", "NO_WORKER"),
     "without a field violation": lambda: Ending("INVALID_ARGUMENT", "INVALID_REQUEST"),
-    "repeats the prompt": lambda: Ending("NOT_FOUND", "MODEL_NOT_FOUND", text=f"no {WATCHWORD}"),
+    "repeats the prompt": lambda: Ending("INVALID_ARGUMENT", "PROMPT_TOO_LONG", text=f"no {WATCHWORD}"),
     "after its deadline": lambda: Ending("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", seconds=4.5),
     "kept the event loop": lambda: Ending("NOT_FOUND", "MODEL_NOT_FOUND", longest_turn_s=1.0),
     "left the handler": lambda: Ending("CANCELLED", "by gRPC", bug="KeyError left the handler"),

@@ -13,12 +13,15 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from baton.errors import BatonError, FieldViolation, invalid_request
 from baton.request import ChatPrompt, FinishReason, OutputOptions, Prompt, ToolCall, ToolCallDelta, ToolChoice
 from router.answer import TextAnswer
 from router.answering import Answer, Completed, Piece, RelayEvent, RoutedRequest
 from router.chat_abilities import ChatAbilities
 from router.tool_words import call_names, openai_tools
 from router.validation_chat import template_arguments
+
+_STRUCTURE = "sampling.structure"
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,9 +209,27 @@ class AnswerParsing:
                             yield _completed(event, parsed, names)
                         case _:
                             yield event
+        except BatonError as error:
+            if not plan.is_required:
+                raise
+            raise _of_the_tools(error) from error
         finally:
             if stream is not None:
                 stream.close()
+
+
+def _of_the_tools(error: BatonError) -> BatonError:
+    """What an engine says against the structure of a required call, said of where the structure came from."""
+    if not any(violation.field.startswith(_STRUCTURE) for violation in error.violations):
+        return error
+    return invalid_request(
+        [
+            FieldViolation("chat.tools", f"become, with REQUIRED, a structure that {violation.description}")
+            if violation.field.startswith(_STRUCTURE)
+            else violation
+            for violation in error.violations
+        ]
+    )
 
 
 class _CallNames:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
-from baton.errors import BatonError, internal
+from baton.errors import BatonError, FieldViolation, internal, invalid_request
 from baton.request import (
     ChatMessage,
     ChatPrompt,
@@ -296,3 +296,19 @@ def test_a_call_that_must_be_made_leaves_no_room_for_thinking() -> None:
     assert one_tool is not None
     assert (any_tool.uses_reasoning, any_tool.is_required, any_tool.choice) == (False, True, "required")
     assert one_tool.choice == {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(("is_required", "field"), [(True, "chat.tools"), (False, "sampling.structure")])
+async def test_what_an_engine_says_against_a_required_calls_structure_names_the_tools(
+    is_required: bool, field: str
+) -> None:
+    async def source() -> AsyncGenerator[RelayEvent, None]:
+        raise invalid_request([FieldViolation("sampling.structure", "takes too long to read")])
+        yield Admitted("gen-1")
+
+    plan = replace(PLAN, is_required=is_required)
+    stage = AnswerParsing(ScriptedParsers(ScriptedStream()), BOTH)
+    events = stage.run(source(), plan, new_answer(), ROUTED, deadline_at=1e9)
+    with pytest.raises(BatonError, match="takes too long to read") as refused:
+        await anext(events)
+    assert [violation.field for violation in refused.value.violations] == [field]

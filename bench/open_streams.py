@@ -42,6 +42,8 @@ RULE: dict[str, Any] = {"vocab_size": VOCABULARY, "special_token_count": 3, "eos
 KV_BYTES_PER_TOKEN = 1000
 MOST_RUNNING = 4096
 """Of one engine, as its configuration has it."""
+WORKER_SILENCE_S = 10.0
+"""Of the router, whose default is 1 s: every process of this has to share the machine's few cores with all others."""
 SETTLE_S = 5.0
 """Between two spans: what changed has changed by then."""
 MOVE_LIMIT = 0.05
@@ -388,6 +390,7 @@ def fleet_config(plan: Plan, folder: Path) -> FleetConfig:
         placement = "split"
         lease_s = 600.0
         log_level = "WARNING"
+        worker_silence_s = {WORKER_SILENCE_S}
         max_concurrent_call_count = {plan.stream_count + 100}
         max_in_flight_count = {plan.stream_count + 100}
         queue_limit = {plan.stream_count}

@@ -520,8 +520,11 @@ class Admission:
             if placement is not None:
                 self._waiters.remove(item)
                 waiter.given.set_result(self._take(entry, waiter.chain, placement))
-            elif not waiter.entry.excluded:
-                return  # the first in line: nobody overtakes
+            elif not entry.excluded or self._find(replace(entry, excluded=frozenset()), waiter.chain) is None:
+                # The first in line: nobody overtakes. One that waits for nothing but a worker other than those that
+                # failed it is no such; where there is room for it nowhere, it is, or a thousand requests that lost
+                # their workers at once would each be looked at whenever anything changes.
+                return
 
     def _find(self, entry: Entry, chain: tuple[int, ...]) -> Placement | None:
         ask = PlacementAsk(

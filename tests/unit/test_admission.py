@@ -27,7 +27,7 @@ from router.admission import (
     retry_after_s,
 )
 from router.cluster_view import Assigned, WorkerIdentity
-from router.placement import Placement, PlacementPolicy
+from router.placement import Placement, PlacementPolicy, place
 
 PLACEMENT = Placement(None, WorkerIdentity("d", "e"), PlacementMode.LOCAL, "policy")
 LIMITS = AdmissionLimits(queue_limit=2, max_in_flight_count=10)
@@ -337,6 +337,30 @@ async def test_a_process_that_failed_a_request_gets_it_again_only_when_no_other_
         other.close()
         await waiting
         it.assert_empty()
+
+
+@in_virtual_time
+async def test_a_storm_of_retries_with_room_nowhere_is_not_looked_at_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with house(Role.DECODE, Role.DECODE) as it:
+        failed = frozenset({it.workers[0].identity})
+        visitors = [it.visitor(name, stay_s=5.0) for name in ("one", "two")]
+        visitors += [it.visitor(f"retry {n}", stay_s=0.0, is_retry=True, excluded=failed) for n in range(300)]
+        await asyncio.sleep(0.01)
+        looked = 0
+
+        def counting(*arguments: Any) -> Placement | None:
+            nonlocal looked
+            looked += 1
+            return place(*arguments)
+
+        monkeypatch.setattr("router.admission.place", counting)
+        it.admission.pump()
+        assert looked <= 3, "both workers are full: the first in line is told so, and nobody else is asked"
+        await asyncio.wait(visitors)
+        it.assert_empty()
+        assert len(it.served) == 302
 
 
 @in_virtual_time

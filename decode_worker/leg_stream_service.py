@@ -25,8 +25,8 @@ from engine.legs import is_duration
 from engine.service import MAX_CALL_S, failing_as_ours
 
 AHEAD_COUNT = 4
-"""Messages that may be on their way to the reader: one that is being dealt with, the next, and two whose taking was
-not told yet (readers tell it of two at a time)."""
+"""Messages that may be on their way to the reader: the next one, and three whose taking was not told yet (readers tell
+it of three at a time: each telling is a message, too)."""
 PHASE = "decode"
 
 

@@ -24,7 +24,7 @@ from baton.worker.v1 import worker_pb2 as pb
 from router.leg_messages_client import decode_request, finish_of, kv_adopted, logprobs_of
 from router.worker_client import DecodeSink
 
-TELL_AFTER_COUNT = 2
+TELL_AFTER_COUNT = 3
 """Messages dealt with that the worker is told of at once; it sends at most 4 ahead."""
 TURN_LEG_COUNT = 64
 """Legs dealt with before what they woke, and everything else on the loop, has its turn."""

@@ -37,8 +37,8 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """How likely one token was in the model's own distribution, before temperature, penalties and masks; natural
-    logarithms."""
+    """How likely one token was in the model's own distribution, before temperature, penalties, biases and
+    lists of tokens; under a structure, among the tokens that it allows. Natural logarithms."""
 
     token_id: int
     logprob: float

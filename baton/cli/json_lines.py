@@ -6,6 +6,7 @@ Fields are added, never renamed: programs read this.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -144,9 +145,19 @@ def status_as_json(status: ServiceStatus) -> dict[str, Any]:
     }
 
 
+def _finite(logprob: float) -> float | None:
+    return logprob if math.isfinite(logprob) else None
+
+
 def _logprobs(logprobs: Iterable[TokenLogprob]) -> list[dict[str, Any]]:
+    """JSON has no infinity: null for tokens that a structure does not allow."""
     return [
-        {"token_id": each.token_id, "logprob": each.logprob, "rank": each.rank, "top": list(each.top)}
+        {
+            "token_id": each.token_id,
+            "logprob": _finite(each.logprob),
+            "rank": each.rank,
+            "top": [[token_id, _finite(logprob)] for token_id, logprob in each.top],
+        }
         for each in logprobs
     ]
 

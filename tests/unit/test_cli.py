@@ -353,6 +353,11 @@ def test_json_lines_say_everything_but_secrets() -> None:
     error = error_as_json(errors.queue_full(3, 2, 1.5))
     assert (error["event"], error["status"], error["reason"]) == ("error", "RESOURCE_EXHAUSTED", "QUEUE_FULL")
     assert (error["retry_after_s"], error["is_retryable"]) == (1.5, True)
+    ruled_out = TokenLogprob(7, 0.0, 1, ((7, 0.0), (8, float("-inf"))))
+    assert json.loads(json_line(event_as_json(Chunk(0, "a", (7,), 1, (ruled_out,)))))["logprobs"][0]["top"] == [
+        [7, 0.0],
+        [8, None],  # JSON has no infinity
+    ]
     last = event_as_json(replace(finished(), samples=(SampleResult(0, None, None, None, 2),), resume_count=1))
     assert (last["samples"][0]["reason"], last["resume_count"]) == (None, 1)
     assert next(iter(event_as_json(PromptPart(0, "a", (1,), 1)))) == "event"

@@ -158,7 +158,7 @@ class FakeBaton:
         return tuple(call for call in self.calls if call.method == method)
 
     def wait_until(self, is_so: Callable[[FakeBaton], bool], *, timeout_s: float = 5.0) -> None:
-        """Blocks this thread until it is so, asked at every call that begins or ends. Raises TimeoutError."""
+        """Blocks this thread until it is so, asked at every call and chunk. Raises TimeoutError."""
         with self._state.changed:
             if not self._state.changed.wait_for(lambda: is_so(self), timeout_s):
                 raise TimeoutError(f"not within {timeout_s:g} s; calls so far: {[c.method for c in self.calls]}")

@@ -258,7 +258,9 @@ class FakeGenerationService(_Serving, generation_pb2_grpc.GenerationServiceServi
                         _wait(ended, script.chunk_delay_s)
                         yield _chunk(tokens, indices[index], index, request)
                         indices[index] += len(tokens)
-                        call.sent_token_count += len(tokens)
+                        with self._state.changed:
+                            call.sent_token_count += len(tokens)
+                            self._state.changed.notify_all()
                     if limit is not None and call.sent_token_count >= limit:
                         assert fault is not None
                         _break(context, fault, ended)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -427,13 +428,18 @@ async def test_a_closed_client_ends_its_streams_and_resumes_nothing(fake: FakeBa
 # Requests
 
 
-async def test_credentials_make_the_channel() -> None:
+async def test_credentials_make_the_channel(tmp_path: Path) -> None:
+    """Those of a call travel on channels with credentials alone, and here they are the key that is asked for."""
+    local = grpc.LocalConnectionType.UDS
     server = grpc.server(ThreadPoolExecutor(max_workers=4))
-    attach(FakeState("fake", 8192, None), server)
-    port = server.add_secure_port("127.0.0.1:0", grpc.local_server_credentials())
+    attach(FakeState("fake", 8192, "of-the-call"), server)
+    address = f"unix:{tmp_path}/fake.sock"
+    server.add_secure_port(address, grpc.local_server_credentials(local))
     server.start()
     try:
-        address, credentials = f"127.0.0.1:{port}", grpc.local_channel_credentials()
+        credentials = grpc.composite_channel_credentials(
+            grpc.local_channel_credentials(local), grpc.access_token_call_credentials("of-the-call")
+        )
         async with BatonClient(address, credentials=credentials) as client:
             assert (await client.complete("x", **QUICK)).text == "You said: x"
         with BatonClientSync(address, credentials=credentials) as blocking:

@@ -44,8 +44,8 @@ RETURN_S = 15.0
 """Of those that are not."""
 DRAIN_S = 0.5
 LEASE_S = 10.0
-"""Longer than the grace, so that it frees nothing that the end of a grace must; a router that is killed leaves the KV of
-its prefills to it."""
+"""Longer than the grace, so that it frees nothing that the end of a grace must. A router that is killed leaves the KV
+of its prefills to it."""
 STEP_S = 0.1
 """Slow, so that a thousand streams at once are no question of the machine."""
 TOKEN_COUNT = 120

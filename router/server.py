@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -376,7 +377,14 @@ class RouterServer:
 
 def public_options(config: RouterConfig) -> list[tuple[str, int]]:
     """What the public port has beside what both ports have: how much one connection may ask, and how old it gets."""
-    options = [("grpc.max_concurrent_streams", config.max_connection_call_count)]
+    options = [
+        ("grpc.max_concurrent_streams", config.max_connection_call_count),
+        # Of calls that we have not come to yet, gRPC cancels all beyond 1,000 to 3,000, and all that wait for 30 s:
+        # CANCELLED, which says nothing and which nobody retries. They wait for us instead, at most until a deadline.
+        ("grpc.server.max_pending_requests", max(1000, config.max_concurrent_call_count)),
+        ("grpc.server.max_pending_requests_hard_limit", max(3000, 2 * config.max_concurrent_call_count)),
+        ("grpc.server_max_unrequested_time_in_server", math.ceil(config.max_deadline_s)),
+    ]
     if config.max_connection_age_s:
         options += [
             ("grpc.max_connection_age_ms", round(1000 * config.max_connection_age_s)),

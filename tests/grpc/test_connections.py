@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -279,3 +281,24 @@ async def test_a_call_too_many_for_the_process_is_refused_and_can_be_told(tmp_pa
         assert from_rpc_error(refused.value).reason is not Reason.INVALID_REQUEST
         for call in running:
             call.cancel()
+
+
+async def test_a_burst_that_comes_while_the_router_is_busy_waits_and_is_not_cancelled_unseen(tmp_path: Path) -> None:
+    """gRPC itself keeps calls that nobody has come to yet, and by default cancels those beyond a thousand or so."""
+    wrong = pb.GenerateRequest(text=PROMPT, sampling=pb.Sampling(top_p=7.0))  # refused at once, and costs nothing
+    async with sim_cluster(tmp_path) as cluster, AsyncExitStack() as stack:
+        calls = []
+        for _ in range(4):
+            channel = await stack.enter_async_context(
+                grpc.aio.insecure_channel(
+                    cluster.endpoint.address,
+                    options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)],
+                )
+            )
+            await channel.channel_ready()
+            calls += [stub_of(channel).Generate(wrong, timeout=60) for _ in range(900)]
+        await asyncio.sleep(0)  # every call has begun...
+        await asyncio.sleep(0)
+        time.sleep(1.0)  # noqa: ASYNC251  # ...and the loop that serves them is busy
+        codes = Counter([await call.code() for call in calls])
+        assert codes == {grpc.StatusCode.INVALID_ARGUMENT: len(calls)}

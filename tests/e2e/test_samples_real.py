@@ -34,7 +34,7 @@ from bench.fleet_under_test import FleetUnderTest, running_fleet
 from bench.real_fleet import fleet_config
 from router.grpc_worker_client import GrpcWorkerClient
 
-pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
 
 BLOCK = 128
 PROMPT_LENGTH, SCORED_LENGTH, CACHED_LENGTH = 1100, 700, 900
@@ -124,7 +124,7 @@ def plain_answers(model_path: Path, folder: Path, prompts: Sequence[tuple[int, .
     environment = pinned_engine_environment(os.environ, (0,))
     root = Path(__file__).resolve().parents[2]
     environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": str(root)}
-    subprocess.run(command, check=True, env=environment, cwd=root, timeout=180)
+    subprocess.run(command, check=True, env=environment, cwd=root, timeout=300)
     answers: list[dict[str, Any]] = json.loads((folder / "out.json").read_text())
     return answers
 

@@ -11,12 +11,12 @@ import json
 import os
 import random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as HfTokenizer
 
@@ -28,7 +28,7 @@ from router.tiny_model import write_tiny_model
 from router.tokenizer import Tokenizer
 from router.tool_words import openai_tools, required_structure
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
 SPECIAL = ("<|python_tag|>", "<|eom_id|>")
 PLAIN = ("<think>", "</think>", "<tool_call>", "</tool_call>")
@@ -131,14 +131,37 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@asynccontextmanager
-async def parsers(model_dir: Path, tool_parser: str, reasoning_parser: str) -> AsyncIterator[ParserChild]:
-    child = ParserChild(ParserSpec(str(model_dir), tool_parser, reasoning_parser))
-    await child.start()
+PROCESSES = (("hermes", "deepseek_r1"), ("hermes", "qwen3"), ("llama3_json", "qwen3"), ("pythonic", ""))
+"""Each imports vLLM: a parser alone is asked of one that has another, too."""
+
+
+class Children:
+    """The processes, each started when it is first needed."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self._model_dir = model_dir
+        self._started: dict[tuple[str, str], ParserChild] = {}
+
+    async def with_parsers(self, tool_parser: str, reasoning_parser: str) -> ParserChild:
+        names = next(each for each in PROCESSES if tool_parser in ("", each[0]) and reasoning_parser in ("", each[1]))
+        if names not in self._started:
+            child = ParserChild(ParserSpec(str(self._model_dir), *names))
+            await child.start()
+            self._started[names] = child
+        return self._started[names]
+
+    async def close(self) -> None:
+        for child in self._started.values():
+            await child.close()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def children(model_dir: Path) -> AsyncIterator[Children]:
+    all_of_them = Children(model_dir)
     try:
-        yield child
+        yield all_of_them
     finally:
-        await child.close()
+        await all_of_them.close()
 
 
 async def hear(
@@ -180,77 +203,71 @@ def assert_is(heard: Heard, case: Case) -> None:
 
 
 @pytest.mark.parametrize("names", AUTO, ids=lambda names: "+".join(filter(None, names)))
-async def test_pieces_give_what_the_whole_does(model_dir: Path, names: tuple[str, str]) -> None:
+async def test_pieces_give_what_the_whole_does(model_dir: Path, children: Children, names: tuple[str, str]) -> None:
     rng = random.Random(20261121)
     tokenizer = Tokenizer.load(model_dir)
     plan = AnswerPlan(uses_tools=bool(names[0]), uses_reasoning=bool(names[1]), tools=TOOLS if names[0] else ())
-    async with parsers(model_dir, *names) as child:
-        for case in AUTO[names]:
-            by_token = await hear(child, plan, tokenizer, case.said)
-            assert_is(by_token, case)
-            for _ in range(ROUNDS):
-                in_pieces = await hear(child, plan, tokenizer, case.said, sizes=rng)
-                assert_is(in_pieces, case)
-                # Text that may begin a stop sequence comes later than its token.
-                stops = ("</think>never", "<tool_call>\n[", '"days": 9', "noX", "👍👍")
-                lagging = await hear(child, plan, tokenizer, case.said, sizes=rng, stop_sequences=stops)
-                assert_is(lagging, case)
+    child = await children.with_parsers(*names)
+    for case in AUTO[names]:
+        by_token = await hear(child, plan, tokenizer, case.said)
+        assert_is(by_token, case)
+        for _ in range(ROUNDS):
+            in_pieces = await hear(child, plan, tokenizer, case.said, sizes=rng)
+            assert_is(in_pieces, case)
+            # Text that may begin a stop sequence comes later than its token.
+            stops = ("</think>never", "<tool_call>\n[", '"days": 9', "noX", "👍👍")
+            lagging = await hear(child, plan, tokenizer, case.said, sizes=rng, stop_sequences=stops)
+            assert_is(lagging, case)
 
 
-async def test_required_calls_stream_whatever_the_models_own_way_is(model_dir: Path) -> None:
+async def test_required_calls_stream_whatever_the_models_own_way_is(model_dir: Path, children: Children) -> None:
     tokenizer = Tokenizer.load(model_dir)
     any_tool = AnswerPlan(True, False, is_required=True, tools=TOOLS, choice="required")
     named = {"type": "function", "function": {"name": "get_weather"}}
     one_tool = AnswerPlan(True, False, is_required=True, tools=TOOLS, choice=named)
     rng = random.Random(1)
     two = json.dumps([{"name": name, "parameters": arguments} for name, arguments in (OSLO, TIME)])
-    async with parsers(model_dir, "pythonic", "") as child:
-        for sizes in (None, rng, rng, rng):
-            assert_is(await hear(child, any_tool, tokenizer, two, sizes=sizes), Case(two, calls=(OSLO, TIME)))
-            arguments = json.dumps(OSLO[1])
-            assert_is(await hear(child, one_tool, tokenizer, arguments, sizes=sizes), Case(arguments, calls=(OSLO,)))
-            cut = await hear(child, one_tool, tokenizer, arguments[:-3], sizes=sizes)
-            assert cut.whole == []
+    arguments = json.dumps(OSLO[1])
+    child = await children.with_parsers("pythonic", "")
+    for sizes in (None, rng, rng, rng):
+        assert_is(await hear(child, any_tool, tokenizer, two, sizes=sizes), Case(two, calls=(OSLO, TIME)))
+        assert_is(await hear(child, one_tool, tokenizer, arguments, sizes=sizes), Case(arguments, calls=(OSLO,)))
+        cut = await hear(child, one_tool, tokenizer, arguments[:-3], sizes=sizes)
+        assert cut.whole == []
 
 
-async def test_a_prompt_that_ended_the_thinking_leaves_none_to_the_answer(model_dir: Path) -> None:
+async def test_a_prompt_that_ended_the_thinking_leaves_none_to_the_answer(
+    model_dir: Path, children: Children
+) -> None:
     tokenizer = Tokenizer.load(model_dir)
     prompt = tokenizer.encode("<think>\n\n</think>\n\n", add_special_tokens=False)
     plan = AnswerPlan(uses_tools=True, uses_reasoning=True, tools=TOOLS)
-    async with parsers(model_dir, "hermes", "deepseek_r1") as child:
-        heard = await hear(child, plan, tokenizer, f"Now. {HERMES}", prompt=prompt)
+    child = await children.with_parsers("hermes", "deepseek_r1")
+    heard = await hear(child, plan, tokenizer, f"Now. {HERMES}", prompt=prompt)
     assert_is(heard, Case("", "Now. ", calls=(OSLO,)))
 
 
-async def test_what_half_a_surrogate_pair_leaves_is_a_character(model_dir: Path) -> None:
+async def test_what_half_a_surrogate_pair_leaves_is_a_character(model_dir: Path, children: Children) -> None:
     tokenizer = Tokenizer.load(model_dir)
     said = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "\\ud800"}}\n</tool_call>'
     plan = AnswerPlan(uses_tools=True, uses_reasoning=False, tools=TOOLS)
-    async with parsers(model_dir, "hermes", "") as child:
-        heard = await hear(child, plan, tokenizer, said)
+    heard = await hear(await children.with_parsers("hermes", ""), plan, tokenizer, said)
     assert [name for name, _ in heard.whole] == ["get_weather"]
     assert all(text.encode() for pair in heard.whole for text in pair)
 
 
-@pytest.mark.parametrize(
-    ("tool_parser", "reasoning_parser", "said"),
-    [("nonsense", "", "nonsense"), ("", "nonsense", "nonsense")],
-)
-async def test_a_parser_that_is_not_there_is_named(
-    model_dir: Path, tool_parser: str, reasoning_parser: str, said: str
-) -> None:
-    with pytest.raises(ParserStartError, match=said):
-        await ParserChild(ParserSpec(str(model_dir), tool_parser, reasoning_parser)).start()
+async def test_a_parser_that_is_not_there_is_named(model_dir: Path) -> None:
+    with pytest.raises(ParserStartError, match="nonsense"):
+        await ParserChild(ParserSpec(str(model_dir), "", "nonsense")).start()
 
 
-def test_the_schema_of_required_calls_is_vllms() -> None:
+async def test_the_schema_of_required_calls_is_vllms() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.tool_parsers.utils import get_json_schema_from_tools
 
-    request = ChatCompletionRequest(
-        model="", messages=[{"role": "user", "content": ""}], tools=openai_tools([WEATHER])
-    )
+    messages = [{"role": "user", "content": ""}]
+    request = ChatCompletionRequest(model="", messages=messages, tools=openai_tools([WEATHER]))
     ours = required_structure(ChatPrompt((), (WEATHER,), ToolChoice.REQUIRED))
     assert ours is not None
     assert json.loads(ours.text) == get_json_schema_from_tools(tool_choice="required", tools=request.tools)

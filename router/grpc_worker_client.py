@@ -69,7 +69,10 @@ class GrpcWorkerClient:
         self._worker_stub: Any = worker_pb2_grpc.WorkerServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._late_releases: set[asyncio.Task[None]] = set()
         self._legs = LegStreamClient(
-            lambda: self._open_stream(self._decode_stub.DecodeMany), self._answer, self.address
+            lambda: self._open_stream(self._decode_stub.DecodeMany),
+            lambda order, timeout_s: self._open(self._decode_stub.Decode, order, timeout_s),
+            self._answer,
+            self.address,
         )
 
     def __repr__(self) -> str:

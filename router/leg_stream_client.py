@@ -18,16 +18,21 @@ from typing import Any
 import grpc.aio
 
 from baton.errors import BatonError, StatusName, deadline_exceeded, engine_failed, internal
-from baton.leg import DecodeOrder
+from baton.leg import DecodeDone, DecodeOrder, KvAdopted, Stepped
+from baton.request import LegFinish
 from baton.status import from_status_bytes
 from baton.worker.v1 import worker_pb2 as pb
-from router.leg_messages_client import decode_request, finish_of, kv_adopted, logprobs_of
+from router.leg_messages_client import decode_request, events_from_proto, finish_of, kv_adopted, logprobs_of
 from router.worker_client import DecodeSink
 
 TELL_AFTER_COUNT = 3
 """Messages dealt with that the worker is told of at once; it sends at most 4 ahead."""
 TURN_LEG_COUNT = 64
 """Legs dealt with before what they woke, and everything else on the loop, has its turn."""
+
+MAX_STARTS_BYTES = 64 * 1024
+"""No order is added to a message beyond so much, and a larger one gets a call of its own: a worker refuses messages
+of 1 MiB with the whole stream that they are on, and one request must not take the others along."""
 
 logger = logging.getLogger(__name__)
 
@@ -46,20 +51,27 @@ class _Leg:
 class LegStreamClient:
     """One per worker client."""
 
-    def __init__(self, open_call: Callable[[], Any], answer: Answer, address: str) -> None:
-        """``open_call`` opens the stream. ``answer`` awaits something of it, and raises ``BatonError`` for what gRPC
-        raises."""
+    def __init__(
+        self, open_call: Callable[[], Any], open_leg: Callable[[Any, float], Any], answer: Answer, address: str
+    ) -> None:
+        """``open_call`` opens the stream, ``open_leg`` a call for one order and its time. ``answer`` awaits something
+        of them, and raises ``BatonError`` for what gRPC raises."""
         self._open_call = open_call
+        self._open_leg = open_leg
         self._answer = answer
         self._address = address
         self._stream: _Stream | None = None
 
     async def decode(self, order: DecodeOrder, *, timeout_s: float, sink: DecodeSink) -> None:
         """See ``WorkerClient``. Cancelled, the leg is aborted on the worker."""
+        request = decode_request(order)
+        if request.ByteSize() > MAX_STARTS_BYTES:
+            await self._decode_alone(request, timeout_s, sink)
+            return
         stream = self._stream
         if stream is None or stream.is_broken:
             stream = self._stream = _Stream(self._open_call(), self._answer, self._address)
-        leg = stream.start(order, timeout_s, sink)
+        leg = stream.start(request, timeout_s, sink)
         try:
             async with asyncio.timeout(timeout_s) as limit:
                 await leg.ended
@@ -69,6 +81,23 @@ class LegStreamClient:
             raise deadline_exceeded("decode", 0) from None
         finally:
             stream.leave(leg)
+
+    async def _decode_alone(self, request: Any, timeout_s: float, sink: DecodeSink) -> None:
+        """In a call of its own."""
+        call = self._open_leg(request, timeout_s)
+        try:
+            while (message := await self._answer(call.read())) is not grpc.aio.EOF:
+                for event in events_from_proto(message):
+                    match event:
+                        case Stepped():
+                            sink.tokens(event.token_ids, event.logprobs)
+                        case KvAdopted():
+                            sink.adopted(event)
+                        case DecodeDone():
+                            sink.done(event.finish)
+                            return
+        finally:
+            call.cancel()  # of no effect on a call that is over
 
     async def close(self) -> None:
         """Fails every leg. Idempotent."""
@@ -94,12 +123,10 @@ class _Stream:
         self._writer = asyncio.create_task(self._write(), name=f"writer of the legs on {address}")
         self._reader = asyncio.create_task(self._read(), name=f"reader of the legs on {address}")
 
-    def start(self, order: DecodeOrder, timeout_s: float, sink: DecodeSink) -> _Leg:
+    def start(self, order: Any, timeout_s: float, sink: DecodeSink) -> _Leg:
         leg = _Leg(next(self._numbers), sink)
         self._legs[leg.number] = leg
-        self._starts[leg.number] = pb.LegStart(
-            leg_number=leg.number, order=decode_request(order), timeout_s=timeout_s
-        )
+        self._starts[leg.number] = pb.LegStart(leg_number=leg.number, order=order, timeout_s=timeout_s)
         self._may_write.set()
         return leg
 
@@ -128,18 +155,29 @@ class _Stream:
                     self._may_write.clear()
                     await self._may_write.wait()
                     untold_count = self._taken_count - self._told_count
-                starts, self._starts = self._starts, {}
+                starts = self._next_starts()
                 cancels, self._cancels = self._cancels, []
                 self._told_count = self._taken_count
                 await self._call.write(
                     pb.DecodeManyRequest(
-                        starts=starts.values(),
+                        starts=starts,
                         cancelled_leg_numbers=cancels,
                         taken_response_count=self._told_count,
                     )
                 )
         except (grpc.aio.BaseError, asyncio.InvalidStateError):
             return  # the stream is over, and whoever reads it is told why
+
+    def _next_starts(self) -> list[Any]:
+        """Those that fit into one message, in order; at least one, if there is any."""
+        starts: list[Any] = []
+        byte_count = 0
+        for number, start in list(self._starts.items()):
+            byte_count += start.ByteSize()
+            if starts and byte_count > MAX_STARTS_BYTES:
+                break
+            starts.append(self._starts.pop(number))
+        return starts
 
     # Hearing
 
@@ -188,21 +226,16 @@ class _Stream:
         leg = self._legs.get(news.leg_number)
         if leg is None:
             return
-        events = news.events
-        has_step = events.HasField("step")
-        if events.HasField("adopted"):
-            leg.sink.adopted(kv_adopted(events.adopted, is_with_tokens=has_step))
-        if has_step:
-            leg.sink.tokens(tuple(events.step.token_ids), tuple(map(logprobs_of, events.step.logprobs)))
+        try:
+            finish = _tell_events(news.events, leg.sink)
+        except BatonError as error:
+            self._end(leg, error)
+            return
         if news.failure:
             self._end(leg, from_status_bytes(news.failure, peer=self._address))
-        elif events.HasField("finished"):
-            finish = finish_of(events.finished)
-            if finish is None:
-                self._end(leg, internal("a decode ended in a way this router does not know"))
-            else:
-                leg.sink.done(finish)
-                self._end(leg, None)
+        elif finish is not None:
+            leg.sink.done(finish)
+            self._end(leg, None)
 
     def _end(self, leg: _Leg, error: BatonError | None) -> None:
         self._legs.pop(leg.number, None)
@@ -221,3 +254,18 @@ class _Stream:
         for leg in list(self._legs.values()):
             # Each its own: an exception that is raised in many tasks collects the frames of all.
             self._end(leg, BatonError(error.reason, StatusName(error.status), error.message, metadata=error.metadata))
+
+
+def _tell_events(events: Any, sink: DecodeSink) -> LegFinish | None:
+    """Tells ``sink`` but for the end, which is returned. Raises INTERNAL for an end that is not known here."""
+    has_step = events.HasField("step")
+    if events.HasField("adopted"):
+        sink.adopted(kv_adopted(events.adopted, is_with_tokens=has_step))
+    if has_step:
+        sink.tokens(tuple(events.step.token_ids), tuple(map(logprobs_of, events.step.logprobs)))
+    if not events.HasField("finished"):
+        return None
+    finish = finish_of(events.finished)
+    if finish is None:
+        raise internal("a decode ended in a way this router does not know")
+    return finish

@@ -30,7 +30,7 @@ from engine.hosting import HostConfig, WorkerHost
 from engine.sim import SimConfig, SimEngine, SimNetwork, TokenRule, simulated_answer
 from router.grpc_worker_client import GrpcWorkerClient
 from router.leg_messages_client import decode_request
-from router.leg_stream_client import TELL_AFTER_COUNT
+from router.leg_stream_client import MAX_STARTS_BYTES, TELL_AFTER_COUNT
 
 SECRET = bytes(range(32))
 RULE = TokenRule()
@@ -242,6 +242,47 @@ async def test_a_leg_has_its_own_time_on_the_worker_too() -> None:
         assert reasons == {1: Reason.DEADLINE_EXCEEDED, 2: Reason.INVALID_REQUEST}
         await eventually(lambda: worker.decode.running_count == 1)
         reader.call.cancel()
+
+
+async def test_large_orders_go_out_in_several_messages_and_a_huge_one_in_its_own_call() -> None:
+    """The worker refuses messages of 1 MiB with everything that is on their stream."""
+    async with hosted() as worker:
+
+        def large(number: int, bad_count: int) -> DecodeOrder:
+            bad = tuple(tuple(range(100 + each, 164 + each)) for each in range(bad_count))
+            stop = EngineStop(max_token_count=5, ignore_eos=True)
+            return DecodeOrder(f"g.{number}", prompt(number), Sampling(bad_token_sequences=bad), stop)
+
+        async def ask(asked: DecodeOrder) -> Any:
+            return [event async for event in told(worker.client, asked, 60)][-1]
+
+        sizes = [decode_request(large(1, count)).ByteSize() for count in (200, 256)]
+        assert sizes[0] < MAX_STARTS_BYTES
+        together = await asyncio.gather(*(ask(large(number, 200)) for number in range(1, 61)))
+        assert 60 * sizes[0] > HostConfig().max_message_bytes
+        assert together == [DecodeDone(LegFinish.LENGTH)] * 60
+
+        def with_ticket(byte_count: int) -> DecodeOrder:
+            return order(99, 5, ticket=bytes(byte_count))
+
+        huge = tuple(range(16, 266)) * 32
+        bias = tuple((token_id, 0.5) for token_id in range(1000))
+        sampling = Sampling(bad_token_sequences=large(98, 256).sampling.bad_token_sequences, logit_bias=bias)
+        alone = DecodeOrder("g.98", huge, sampling, EngineStop(max_token_count=5, ignore_eos=True))
+        assert decode_request(alone).ByteSize() > MAX_STARTS_BYTES
+        async with aclosing(told(worker.client, alone, 60)) as events:
+            adopted, *steps, done = [event async for event in events]
+        assert isinstance(adopted, KvAdopted)
+        assert sum(len(step.token_ids) for step in steps if isinstance(step, Stepped)) == 5
+        assert done == DecodeDone(LegFinish.LENGTH)
+
+        other = asyncio.create_task(tokens_of(worker.client, 1, 100))
+        await eventually(lambda: worker.decode.running_count == 1)
+        for byte_count, reason in ((MAX_STARTS_BYTES, Reason.TICKET_REFUSED), (2 << 20, Reason.INVALID_REQUEST)):
+            with pytest.raises(BatonError) as refused:
+                await ask(with_ticket(byte_count))
+            assert refused.value.reason is reason
+        assert await other == answer(1, 100)
 
 
 async def test_a_stream_that_its_caller_ends_aborts_every_leg() -> None:

@@ -167,10 +167,20 @@ async def resume_drill(
     async with running_fleet(config, start_timeout_s=120.0) as fleet:
         whole = await _uncut(fleet)
         drill = _Drill(fleet, rng, report, whole)
-        await drill.cuts(cut_count)
-        await drill.restarts(restart_count)
-        await drill.abandoned(abandoned_count)
-        await drill.strangers()
+        parts = {
+            "cuts": drill.cuts(cut_count),
+            "restarts": drill.restarts(restart_count),
+            "abandoned": drill.abandoned(abandoned_count),
+            "strangers": drill.strangers(),
+        }
+        for name, part in parts.items():
+            began = asyncio.get_running_loop().time()
+            try:
+                await part
+            except Exception as error:  # the page is written whatever was found
+                report.broken.append(f"{name} ended with {error!r}")
+                say(f"resume: {report.broken[-1]}")
+            say(f"resume: {name} took {asyncio.get_running_loop().time() - began:.0f} s")
     return report
 
 

@@ -6,11 +6,10 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
 import grpc
-from google.protobuf.duration_pb2 import Duration
 
 from baton.errors import (
     BatonError,
@@ -22,9 +21,16 @@ from baton.errors import (
     resume_denied,
     resume_unknown,
 )
-from baton.request import ChatPrompt, FinishReason, GenerateRequest, Prompt, TextPrompt, ToolCall, ToolCallDelta
+from baton.request import ChatPrompt, GenerateRequest, Prompt, TextPrompt
 from baton.request_proto import chat_from_proto, request_from_proto
 from baton.status import to_rpc_status
+from baton.testing.fake_proto import (
+    FakeGeneration,
+    chunk_to_proto,
+    finished_to_proto,
+    prompt_to_proto,
+    started_to_proto,
+)
 from baton.testing.fake_rules import check_request
 from baton.testing.fake_script import (
     VOCAB_SIZE,
@@ -45,30 +51,9 @@ from baton.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 
 MAX_KEPT_GENERATION_COUNT = 1000
 TOKEN_PREFIX = "fake-resume-"  # noqa: S105  # the beginning of what is made up
-DEFAULT_GRACE_S = 30.0
 CHAT_TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}<assistant>"
 
 R = TypeVar("R")
-
-_REASONS = {
-    FinishReason.STOP: pb.FINISH_REASON_STOP,
-    FinishReason.MAX_OUTPUT_TOKENS: pb.FINISH_REASON_MAX_OUTPUT_TOKENS,
-    FinishReason.CONTEXT_FULL: pb.FINISH_REASON_CONTEXT_FULL,
-    FinishReason.TOOL_CALLS: pb.FINISH_REASON_TOOL_CALLS,
-}
-
-
-@dataclass(slots=True)
-class _Generation:
-    """One answer, which calls attach to."""
-
-    generation_id: str
-    resume_token: str
-    message: pb.GenerateRequest
-    request: GenerateRequest
-    script: Scripted
-    samples: tuple[FakeSample, ...]
-    is_running: bool = True
 
 
 @dataclass(slots=True)
@@ -83,7 +68,7 @@ class FakeState:
     answers: deque[Scripted] = field(default_factory=deque)
     faults: deque[Fault] = field(default_factory=deque)
     calls: list[FakeCall] = field(default_factory=list)
-    generations: dict[str, _Generation] = field(default_factory=dict)
+    generations: dict[str, FakeGeneration] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def note(self, call: FakeCall) -> FakeCall:
@@ -188,12 +173,12 @@ class FakeGenerationService(_Serving, generation_pb2_grpc.GenerationServiceServi
             raise fault.error
         return fault
 
-    def _new_generation(self, message: pb.GenerateRequest, request: GenerateRequest, room: int) -> _Generation:
+    def _new_generation(self, message: pb.GenerateRequest, request: GenerateRequest, room: int) -> FakeGeneration:
         state = self._state
         with state.changed:
             script = state.answers.popleft() if state.answers else Scripted((words(echo_of(request.prompt)),))
             number = next(state.numbers)
-            generation = _Generation(
+            generation = FakeGeneration(
                 f"fake-{number}",
                 f"{TOKEN_PREFIX}{number}" if request.resume is not None else "",
                 message,
@@ -209,7 +194,7 @@ class FakeGenerationService(_Serving, generation_pb2_grpc.GenerationServiceServi
 
     def _found(
         self, message: pb.ResumeGenerateRequest, request: GenerateRequest | None, indices: Sequence[int]
-    ) -> _Generation:
+    ) -> FakeGeneration:
         """What the token stands for, or, with a continuation, what another fake would go on with."""
         if not message.resume_token.startswith(TOKEN_PREFIX):
             raise resume_denied()
@@ -237,7 +222,7 @@ class FakeGenerationService(_Serving, generation_pb2_grpc.GenerationServiceServi
         return generation
 
     def _stream(
-        self, generation: _Generation, call: FakeCall, context: Any, fault: Fault | None, indices: list[int]
+        self, generation: FakeGeneration, call: FakeCall, context: Any, fault: Fault | None, indices: list[int]
     ) -> Iterator[pb.GenerateResponse]:
         ended = threading.Event()
         if not context.add_callback(ended.set):
@@ -246,9 +231,9 @@ class FakeGenerationService(_Serving, generation_pb2_grpc.GenerationServiceServi
         script, request = generation.script, generation.request
         try:
             _wait(ended, script.delay_s)
-            yield _started(generation, self._state.model, call.timeout_s)
+            yield started_to_proto(generation, self._state.model, call.timeout_s)
             if not call.method.startswith("Resume"):
-                yield from _prompt_parts(request)
+                yield from prompt_to_proto(request)
             while any(at < len(sample.tokens) for at, sample in zip(indices, generation.samples, strict=True)):
                 for index, sample in enumerate(generation.samples):
                     tokens = _next_tokens(sample, indices[index], request.output.max_chunk_token_count)
@@ -256,7 +241,7 @@ class FakeGenerationService(_Serving, generation_pb2_grpc.GenerationServiceServi
                         tokens = tokens[: limit - call.sent_token_count]
                     if tokens:
                         _wait(ended, script.chunk_delay_s)
-                        yield _chunk(tokens, indices[index], index, request)
+                        yield chunk_to_proto(tokens, indices[index], index, request)
                         indices[index] += len(tokens)
                         with self._state.changed:
                             call.sent_token_count += len(tokens)
@@ -268,7 +253,7 @@ class FakeGenerationService(_Serving, generation_pb2_grpc.GenerationServiceServi
                 _break(context, fault, ended)
             with self._state.changed:
                 generation.is_running = False
-            yield _finished(generation)
+            yield finished_to_proto(generation)
         except GeneratorExit:
             call.was_left = True
             raise
@@ -411,134 +396,3 @@ def _next_tokens(sample: FakeSample, at: int, limit: int) -> tuple[FakeToken, ..
         if sample.tokens[end - 1].ends_chunk:
             break
     return sample.tokens[at:end]
-
-
-def _started(generation: _Generation, model: str, timeout_s: float | None) -> pb.GenerateResponse:
-    started = pb.Started(
-        generation_id=generation.generation_id,
-        model=model,
-        prompt_token_count=len(rendered(generation.request.prompt)),
-        resume_token=generation.resume_token,
-    )
-    resume = generation.request.resume
-    if resume is not None:
-        started.resume_grace.CopyFrom(_duration(DEFAULT_GRACE_S if resume.grace_s is None else resume.grace_s))
-    if timeout_s is not None:
-        started.time_allowed.CopyFrom(_duration(timeout_s))
-    return pb.GenerateResponse(started=started)
-
-
-def _prompt_parts(request: GenerateRequest) -> Iterator[pb.GenerateResponse]:
-    output = request.output
-    if not output.echo_prompt and output.prompt_logprob_count is None:
-        return
-    text = rendered(request.prompt)
-    ids = encode(text)
-    part = pb.Prompt(token_count=len(ids))
-    if output.echo_prompt and output.wants_text:
-        part.text = text
-    if output.echo_prompt and output.wants_token_ids:
-        part.token_ids.extend(ids)
-    if output.prompt_logprob_count is not None:
-        part.logprobs.add(token_id=ids[0], rank=0)
-        part.logprobs.extend(_logprobs(each, output.prompt_logprob_count) for each in ids[1:])
-    yield pb.GenerateResponse(prompt=part)
-
-
-def _chunk(
-    tokens: Sequence[FakeToken], first: int, sample_index: int, request: GenerateRequest
-) -> pb.GenerateResponse:
-    output = request.output
-    chunk = pb.Chunk(first_token_index=first, token_count=len(tokens), sample_index=sample_index)
-    if output.wants_text:
-        chunk.text = "".join(token.text for token in tokens)
-        chunk.reasoning_text = "".join(token.reasoning_text for token in tokens)
-        chunk.tool_call_deltas.extend(
-            pb.ToolCallDelta(index=each.index, id=each.id, name=each.name, arguments_json=each.arguments_json)
-            for each in _joined(tokens)
-        )
-    if output.wants_token_ids:
-        chunk.token_ids.extend(token.token_id for token in tokens)
-    if output.top_logprob_count is not None:
-        chunk.logprobs.extend(_logprobs(token.token_id, output.top_logprob_count) for token in tokens)
-    return pb.GenerateResponse(chunk=chunk)
-
-
-def _joined(tokens: Sequence[FakeToken]) -> list[ToolCallDelta]:
-    found: list[ToolCallDelta] = []
-    for delta in (token.delta for token in tokens if token.delta is not None):
-        if found and found[-1].index == delta.index:
-            found[-1] = replace(found[-1], arguments_json=found[-1].arguments_json + delta.arguments_json)
-        else:
-            found.append(delta)
-    return found
-
-
-def _logprobs(token_id: int, top_count: int) -> pb.TokenLogprobs:
-    """Every token is the likeliest; those after it are the next code points."""
-    return pb.TokenLogprobs(
-        token_id=token_id,
-        logprob=-0.5,
-        rank=1,
-        top=[
-            pb.TopLogprob(token_id=(token_id + place) % VOCAB_SIZE, logprob=-0.5 - place)
-            for place in range(top_count)
-        ],
-    )
-
-
-def _finished(generation: _Generation) -> pb.GenerateResponse:
-    first = generation.samples[0]
-    has_logprobs = generation.request.output.top_logprob_count is not None
-    finished = pb.Finished(
-        reason=_REASONS[first.reason],
-        matched_stop_sequence=first.matched_stop_sequence or "",
-        matched_stop_token_id=first.matched_stop_token_id,
-        usage=pb.Usage(
-            prompt_token_count=len(rendered(generation.request.prompt)),
-            output_token_count=sum(len(sample.tokens) for sample in generation.samples),
-            cached_prompt_token_count=generation.script.cached_prompt_token_count,
-        ),
-        phases=pb.PhaseTimings(
-            queue=_duration(0.001),
-            prefill=_duration(0.002),
-            handoff_wait=_duration(0.001),
-            kv_transfer=_duration(0.001),
-            decode_wait=_duration(0.001),
-            decode=_duration(0.004),
-            time_to_first_token=_duration(0.003),
-            kv_pull_count=1,
-            prefill_worker_id="fake-prefill",
-            decode_worker_id="fake-decode",
-            attempt_count=1,
-            placement_mode=pb.PLACEMENT_MODE_SPLIT,
-            placement_reason="fake",
-            handover_mode=pb.HANDOVER_MODE_OUTPUT_INJECTION,
-        ),
-        cumulative_logprob=-0.5 * len(first.tokens) if has_logprobs else None,
-        tool_calls=_tool_calls(first.tool_calls),
-    )
-    if len(generation.samples) > 1:
-        finished.samples.extend(
-            pb.SampleResult(
-                sample_index=index,
-                reason=_REASONS[sample.reason],
-                matched_stop_sequence=sample.matched_stop_sequence or "",
-                matched_stop_token_id=sample.matched_stop_token_id,
-                output_token_count=len(sample.tokens),
-                cumulative_logprob=-0.5 * len(sample.tokens) if has_logprobs else None,
-                tool_calls=_tool_calls(sample.tool_calls),
-            )
-            for index, sample in enumerate(generation.samples)
-        )
-    return pb.GenerateResponse(finished=finished)
-
-
-def _tool_calls(calls: Sequence[ToolCall]) -> list[pb.ToolCall]:
-    return [pb.ToolCall(id=each.id, name=each.name, arguments_json=each.arguments_json) for each in calls]
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(round(seconds * 1e9))
-    return duration

@@ -356,11 +356,6 @@ class Resumables:
         for resumable in [*self._kept]:
             resumable.give_up(draining())
 
-    async def until_detached_ended(self) -> None:
-        """Returns when nothing runs that nobody reads. Bound it with a timeout."""
-        while detached := [each.task for each in self._kept if each.is_running and not each.is_read]:
-            await asyncio.wait(detached)
-
     async def close(self) -> None:
         """Ends everything and waits. Idempotent."""
         for resumable in [*self._kept]:

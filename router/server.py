@@ -344,7 +344,6 @@ class RouterServer:
 
     async def _wait_idle(self) -> None:
         await self.generation.wait_idle()
-        await self.resumables.until_detached_ended()
         await self.models.wait_idle()
 
     def _server(self, *options: tuple[str, int]) -> grpc.aio.Server:

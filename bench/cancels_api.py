@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import math
 import random
 import secrets
@@ -259,8 +260,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 async def run(options: argparse.Namespace) -> bool:
     """Acceptance 3 of the API: cancel at every await, engine abort within 50 ms at p99, KV back at baseline."""
     before = MachineClock.read()
-    cancels = await api_cancels(options.cancels_api, SEED)
+    late_s: list[float] = []
+    watching = asyncio.create_task(_watch_lateness(late_s))
+    try:
+        cancels = await api_cancels(options.cancels_api, SEED)
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
     busy_share = MachineClock.read().use_since(before, 0.0).busy_share
+    lateness_s = percentile(sorted(late_s), 0.99)
     rows = rows_of(cancels)
     times = sorted(each.abort_s for each in cancels if each.abort_s is not None)
     p99_s = percentile(times, 0.99)
@@ -271,6 +279,7 @@ async def run(options: argparse.Namespace) -> bool:
         f"and workers in processes of their own on cores that were {100 * busy_share:.0f} % busy",
         "measured from the caller's cancel to the moment the last of its legs has left its simulated engine; leases "
         "of 600 s, so that no timer helps",
+        f"how late the machine was anyway: a timer of 5 ms in the callers' process, p99 {1000 * lateness_s:.1f} ms",
         f"p99 {1000 * p99_s:.1f} ms; goal {1000 * GOAL_S:g} ms: " + ("kept" if is_kept else "MISSED"),
         "after every batch each engine's own count of blocks, its leases and its held KV were at zero",
         "each await once, in virtual time, through the public handlers (moments of any task at which a caller left; "
@@ -281,8 +290,17 @@ async def run(options: argparse.Namespace) -> bool:
     return is_kept
 
 
+async def _watch_lateness(late_s: list[float]) -> None:
+    """Until cancelled."""
+    while True:
+        began_at = time.monotonic()
+        await asyncio.sleep(0.005)
+        late_s.append(time.monotonic() - began_at - 0.005)
+
+
 def _sweeps() -> list[str]:
     lines = []
+    logging.getLogger("router").setLevel(logging.ERROR)  # legs are lost on purpose
     for kind in SWEEPS:
         with tempfile.TemporaryDirectory() as folder:
             results = [swept(Path(folder), kind, write_s) for write_s in (0.0, 0.003, 0.03)]

@@ -463,6 +463,6 @@ async def test_a_wrong_value_is_noticed(tmp_path: Path) -> None:
         grpc.aio.insecure_channel(cluster.endpoint.address) as channel,
     ):
         wrong = await generate(channel, request(output=pb.OutputOptions(content=BOTH, top_logprob_count=0)))
-    found = Answers(*[wrong] * 9)
+    found = Answers(wrong, wrong, wrong, wrong, wrong, wrong, wrong, wrong, wrong)
     for name in ("Chunk.token_ids", "Chunk.text", "Finished.reason", "TokenLogprobs.logprob", "Finished.samples"):
         assert not SEEN[name](found), name

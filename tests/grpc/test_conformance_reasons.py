@@ -160,7 +160,10 @@ async def no_worker(directory: Path) -> Outcome:
 
 async def draining(directory: Path) -> Outcome:
     async with served(directory) as (cluster, channel):
-        await cluster.server.drain(asyncio.Event())
+        # A drain, but for the goodbye to connections: so come calls that were on their way when it was said.
+        await cluster.server.health.drain()
+        cluster.server.generation.begin_drain()
+        cluster.server.models.begin_drain()
         for path in ("ListModels", "GetModel"):
             request = getattr(models, f"{path}Request")()
             assert (await ask(channel, f"/{MODELS}/{path}", request)).reason == "DRAINING"

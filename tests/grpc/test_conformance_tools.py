@@ -1,6 +1,6 @@
 """The fields of chats with tools and thinking: a server with a tools template and vLLM's own parsers.
 
-Engines are simulated: what the model says is scripted, token by token; the parsers are the real ones, in their child process.
+Engines are simulated: what the model says is scripted, token by token. The parsers run in their child process.
 """
 
 from __future__ import annotations

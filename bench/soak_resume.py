@@ -58,8 +58,8 @@ MORE_BYTES = 16 * 1024 * 1024
 resumable stream, too."""
 OPENING_COUNT = 32
 """Streams that are opened at a time: a prefill worker refuses more than it can queue."""
-ABANDONED_TOKEN_COUNT = 600
-"""Such a stream would run for a minute: none ends by itself before it is abandoned."""
+ABANDONED_TOKEN_COUNT = 1200
+"""Such a stream would run for two minutes: none ends by itself before it is abandoned."""
 LIMIT_S = 240.0
 
 
@@ -90,7 +90,7 @@ def simulated_config(
 ) -> FleetConfig:
     """Two routers, one prefill and two decode workers; a token takes ``step_s``. ``vocab_size``: the model's."""
     listen, admin, metrics = _ports_for_two_routers()
-    engine = 'kind = "simulated"\nkv_cache_bytes = 17179869184\nblock_token_count = 16\nmax_running_count = 1024'
+    engine = 'kind = "simulated"\nkv_cache_bytes = 34359738368\nblock_token_count = 16\nmax_running_count = 1024'
     cost = (
         "cost = {prefill = {base_s = 0.002, per_token_s = 1e-5, per_token_squared_s = 0.0}, "
         f"decode = {{base_s = {step_s}, per_context_token_s = 0.0, per_sequence_s = 0.0}}}}\n"
@@ -401,7 +401,7 @@ class _Drill:
                 request = _requests(GRACE_S)[number % 2]
                 request.stop.max_output_token_count = ABANDONED_TOKEN_COUNT
                 async with gate:
-                    call = _stub(channels[number % len(channels)]).Generate(request, timeout=120)
+                    call = _stub(channels[number % len(channels)]).Generate(request, timeout=240)
                     heard = Heard(request)
                     async for response in call:
                         heard.take(response)

@@ -283,6 +283,11 @@ class _Drill:
             await asyncio.sleep(GRACE_S + 1.0)
             quiet_s = await self._fleet.quiet_after_s(None, 10.0)
             left = await self._held()
+            for _ in range(10):  # a machine that is busy notices a cut late
+                if not any(left.values()):
+                    break
+                await asyncio.sleep(0.5)
+                left = await self._held()
             memory.append(self._router_bytes())
             self._report.rows.append(
                 {

@@ -163,7 +163,7 @@ async def _at_rest(target: FuzzTarget, findings: Findings, when: str) -> _Rest:
     left = await target.at_rest(REST_LIMIT_S)
     if left:
         findings.fault(f"{when} there is left after {REST_LIMIT_S:g} s: {left}")
-    await asyncio.sleep(0.3)  # what ends with a call's last step
+    await asyncio.sleep(2.0)  # longer than the longest grace of what is kept for a caller's return
     gc.collect()
     return _Rest(_memory_bytes(), len(gc.get_objects()), len(asyncio.all_tasks()))
 

@@ -397,6 +397,8 @@ async def fuzz_target(directory: Path, **config: Any) -> AsyncIterator[FuzzTarge
         "default_deadline_s": DEFAULT_DEADLINE_S,
         "max_deadline_s": 60.0,
         "worker_silence_s": 30.0,  # a machine that is busy fuzzing is no worker that died
+        "resume_grace_s": 0.5,  # what is kept for a caller's return is over soon after the last call
+        "max_resume_grace_s": 1.0,
         "lease_s": 600.0,  # no timer may do what an explicit release must
         "log_level": "ERROR",
         # So that chats with tools and values for the template come as far as they can; vLLM's own parsers.

@@ -69,7 +69,8 @@ class Outbox:
             self._reader.set_result(None)
 
     def _fits(self, last: Piece, item: Piece) -> bool:
-        is_open = last.matched_stop_sequence is None
+        # Text without tokens stays by itself: a caller who was cut off says by its index whether it has it.
+        is_open = last.matched_stop_sequence is None and bool(item.token_ids)
         return is_open and last.token_count + item.token_count <= self._max_chunk_token_count
 
 

@@ -59,7 +59,9 @@ def write_tiny_model(directory: Path, *, max_context_token_count: int = 2048) ->
     config = {"vocab_size": vocab_size, "max_position_embeddings": max_context_token_count, "eos_token_id": END_ID}
     tokens = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"},
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>",
     }
     for name, content in (
         ("config.json", config),

@@ -39,7 +39,7 @@ from router.cluster_view import Assigned, ClusterView, WorkerIdentity
 from router.placement import Placement, PlacementAsk, PlacementPolicy, place
 from router.room import Room, RoomAsk, candidates, find_room, room_of
 from router.roster import Roster
-from router.sample_group import SampleGroup, Seat
+from router.samples.sample_group import SampleGroup, Seat
 
 MIN_RETRY_AFTER_S = 0.1
 MAX_RETRY_AFTER_S = 30.0

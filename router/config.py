@@ -16,7 +16,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from router.chat_abilities import MAX_ARGUMENT_NAMES, argument_name_problem
+from router.chats.chat_abilities import MAX_ARGUMENT_NAMES, argument_name_problem
 
 
 class ConfigError(ValueError):

@@ -61,7 +61,7 @@ from router.handoff_words import (
 from router.outbox import Outbox
 from router.phase_account import PhaseAccount
 from router.roster import Roster
-from router.sample_group import Seat
+from router.samples.sample_group import Seat
 from router.worker_client import WorkerClient
 
 logger = logging.getLogger(__name__)

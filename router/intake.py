@@ -15,14 +15,14 @@ from baton.errors import BatonError, FieldViolation, deadline_exceeded
 from baton.metrics import RouterMetrics, outcome_of
 from baton.request import ChatPrompt, GenerateRequest, Sampling
 from router.answer import TextAnswer
-from router.answer_parsing import AnswerParsing, AnswerPlan, ParsedAnswer, text_wanted
 from router.answering import RoutedRequest
-from router.beginning import Beginning
+from router.chats.answer_parsing import AnswerParsing, AnswerPlan, ParsedAnswer, text_wanted
+from router.chats.tool_words import required_structure
+from router.chats.validation_chat import answer_violations
 from router.prompt_encoder import PromptEncoder
+from router.resuming.beginning import Beginning
 from router.tokenizer import Detokenizer, Tokenizer
-from router.tool_words import required_structure
 from router.validation import ModelLimits, check, resolved_output_token_count
-from router.validation_chat import answer_violations
 
 
 @dataclass(frozen=True, slots=True)

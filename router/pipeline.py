@@ -11,9 +11,10 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Protocol
 
-from router.answer_parsing import AnswerParsing
 from router.answering import Answer, RelayEvent, RoutedRequest
-from router.beginning import (
+from router.chats.answer_parsing import AnswerParsing
+from router.intake import Intake, Prepared
+from router.resuming.beginning import (
     end_only,
     how_it_ended,
     no_tail_yet,
@@ -21,10 +22,9 @@ from router.beginning import (
     with_beginning,
     without_beginning,
 )
-from router.fan_out import fan_out
-from router.intake import Intake, Prepared
-from router.prompt_echo import with_prompt
-from router.sample_group import SampleGroup, Seat
+from router.samples.fan_out import fan_out
+from router.samples.prompt_echo import with_prompt
+from router.samples.sample_group import SampleGroup, Seat
 
 
 class Relay(Protocol):

@@ -9,11 +9,11 @@ import asyncio
 
 from baton.errors import FieldViolation, invalid_request, prompt_too_long
 from baton.request import ChatPrompt, Prompt, TextPrompt, TokenPrompt
-from router.chat_abilities import ChatAbilities
-from router.chat_template import ChatTemplate
+from router.chats.chat_abilities import ChatAbilities
+from router.chats.chat_template import ChatTemplate
+from router.chats.validation_chat import chat_violations, template_arguments
 from router.tokenizer import Tokenizer
 from router.validation import ModelLimits, check_prompt_length
-from router.validation_chat import chat_violations, template_arguments
 
 
 class PromptEncoder:

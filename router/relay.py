@@ -29,10 +29,10 @@ from router.cluster_view import Assigned, WorkerIdentity
 from router.flight import Flight, FlightLimits
 from router.handoff import State
 from router.handoff_words import Finish, ReleaseKv
-from router.prompt_parts import prompt_parts
 from router.relay_run import RelayRun, TokenMeter
 from router.roster import Roster
-from router.sample_group import SampleGroup, Seat
+from router.samples.prompt_parts import prompt_parts
+from router.samples.sample_group import SampleGroup, Seat
 
 __all__ = ["Admitted", "Answer", "Completed", "PhaseReport", "Piece", "Relay", "RelayEvent", "RoutedRequest"]
 

@@ -29,9 +29,10 @@ from baton.v1 import generation_pb2_grpc, model_pb2_grpc, status_pb2_grpc
 from router import admin_service, model_service, service, status_service
 from router.admin_service import AdminService, Counts
 from router.admission import Admission, AdmissionLimits
-from router.answer_parsing import AnswerParsing
 from router.callers import ApiKeys, ApiKeysError, Callers
-from router.chat_template import ChatTemplate
+from router.chats.answer_parsing import AnswerParsing
+from router.chats.chat_template import ChatTemplate
+from router.chats.parser_child import ParserStartError, parsers_of
 from router.config import RouterConfig, is_loopback
 from router.flight import FlightLimits
 from router.grpc_worker_client import GrpcWorkerClient
@@ -40,15 +41,14 @@ from router.intake import Intake
 from router.introductions import Introductions
 from router.model_card import Capabilities, ModelCard
 from router.model_service import ModelService
-from router.parser_child import ParserStartError, parsers_of
 from router.phase_window import PhaseWindow
 from router.pipeline import Pipeline
 from router.placement import PlacementPolicy
 from router.prompt_encoder import PromptEncoder, abilities_of
 from router.relay import Relay
-from router.replay_window import WindowLimits
-from router.resumables import Resumables, ResumeLimits
-from router.resume_desk import ResumeDesk
+from router.resuming.replay_window import WindowLimits
+from router.resuming.resumables import Resumables, ResumeLimits
+from router.resuming.resume_desk import ResumeDesk
 from router.roster import Roster, RosterLimits
 from router.service import GenerationService
 from router.service_parsing import RefusesUnreadable

@@ -29,12 +29,12 @@ from router.callers import AUTHORIZATION_KEY, Caller, Callers
 from router.intake import Intake, Prepared
 from router.phase_window import PhaseWindow
 from router.pipeline import Pipeline
-from router.resumables import About, Resumable
-from router.resume_desk import ResumeDesk
+from router.resuming.resumables import About, Resumable
+from router.resuming.resume_desk import ResumeDesk
+from router.resuming.service_resuming import continuation_from_proto, next_indices_of, request_digest
 from router.service_events import started_to_proto
 from router.service_lengths import check_continuation_lengths, check_lengths
 from router.service_messages import request_from_proto
-from router.service_resuming import continuation_from_proto, next_indices_of, request_digest
 from router.stream_writer import StreamWriter
 
 SERVICE_NAME = "baton.v1.GenerationService"

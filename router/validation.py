@@ -32,7 +32,7 @@ from baton.request import (
     TokenPrompt,
 )
 from baton.structures import structure_problem
-from router.validation_samples import prompt_output, samples
+from router.samples.validation_samples import prompt_output, samples
 
 MAX_TEMPERATURE = 2.0
 MAX_STOP_SEQUENCE_COUNT = 16

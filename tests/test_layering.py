@@ -53,7 +53,7 @@ HEAVY: dict[str, tuple[str, ...]] = {
         "engine/vllm_arguments.py",
         "engine/vllm_sampling.py",
         "kvtransfer/connector*.py",
-        "router/parser_process.py",  # a child of the router: its parsers, and nothing of its engine
+        "router/chats/parser_process.py",  # a child of the router: its parsers, and nothing of its engine
     ),
     "nixl": ("engine/vllm_engine.py", "kvtransfer/connector*.py"),
     "torch": (

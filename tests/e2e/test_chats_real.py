@@ -86,7 +86,7 @@ async def ask(fleet: FleetUnderTest, **request: Any) -> Heard:
     """The answer, put together; fails for a gap in its tokens."""
     heard = Heard()
     async with grpc.aio.insecure_channel(fleet.address) as channel:
-        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
         request.setdefault("stop", pb.StopConditions(max_output_token_count=120))
         async for message in stub.Generate(pb.GenerateRequest(**request), timeout=120):
             match message.WhichOneof("event"):
@@ -201,7 +201,7 @@ async def test_the_answer_of_a_tool_goes_back_into_the_conversation(fleet: Fleet
         template_arguments_json='{"enable_thinking": false}',
     )
     async with grpc.aio.insecure_channel(fleet.address) as channel:
-        models = model_pb2_grpc.ModelServiceStub(channel)
+        models = model_pb2_grpc.ModelServiceStub(channel)  # type: ignore[no-untyped-call]
         tokens = await models.Tokenize(model_pb2.TokenizeRequest(chat=chat), timeout=10)
         text = await models.Detokenize(
             model_pb2.DetokenizeRequest(token_ids=pb.TokenIds(ids=tokens.token_ids), keep_special_tokens=True)
@@ -214,7 +214,7 @@ async def test_the_answer_of_a_tool_goes_back_into_the_conversation(fleet: Fleet
 
 async def test_a_model_says_what_its_chats_may_ask(fleet: FleetUnderTest) -> None:
     async with grpc.aio.insecure_channel(fleet.address) as channel:
-        reply = await model_pb2_grpc.ModelServiceStub(channel).GetModel(model_pb2.GetModelRequest(), timeout=10)
+        reply = await model_pb2_grpc.ModelServiceStub(channel).GetModel(model_pb2.GetModelRequest(), timeout=10)  # type: ignore[no-untyped-call]
     capabilities = reply.model.capabilities
     assert (capabilities.has_tools, capabilities.tool_parser, capabilities.reasoning_parser) == (
         True,
@@ -241,7 +241,7 @@ async def test_a_killed_parser_fails_what_it_had_and_the_next_request_is_served(
 async def kill_parser_while_it_streams(fleet: FleetUnderTest, request: pb.GenerateRequest) -> None:
     is_killed = False
     async with grpc.aio.insecure_channel(fleet.address) as channel:
-        async for message in generation_pb2_grpc.GenerationServiceStub(channel).Generate(request, timeout=120):
+        async for message in generation_pb2_grpc.GenerationServiceStub(channel).Generate(request, timeout=120):  # type: ignore[no-untyped-call]
             if message.WhichOneof("event") == "chunk" and not is_killed:
                 is_killed = True
                 os.kill(parser_pid(), signal.SIGKILL)
@@ -258,7 +258,7 @@ def parser_pid() -> int:
         except OSError:
             continue
         parents[int(path.name)] = int(stat.rpartition(")")[2].split()[1])
-        if b"router.parser_process" in command:
+        if b"router.chats.parser_process" in command:
             parsers.append(int(path.name))
     for pid in parsers:
         above = pid

@@ -22,11 +22,11 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from baton.request import ChatPrompt, OutputOptions, Tool, ToolChoice
 from router.answer import TextAnswer
-from router.answer_parsing import AnswerPlan, Parsed, ParsedAnswer
-from router.parser_child import ParserChild, ParserSpec, ParserStartError
+from router.chats.answer_parsing import AnswerPlan, Parsed, ParsedAnswer
+from router.chats.parser_child import ParserChild, ParserSpec, ParserStartError
+from router.chats.tool_words import openai_tools, required_structure
 from router.tiny_model import write_tiny_model
 from router.tokenizer import Tokenizer
-from router.tool_words import openai_tools, required_structure
 
 pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
@@ -40,7 +40,7 @@ WEATHER = Tool(
 CLOCK = Tool("tell_time")
 TOOLS = openai_tools((WEATHER, CLOCK))
 OSLO = ("get_weather", {"city": "Oslo", "days": 2})
-TIME = ("tell_time", {})
+TIME: tuple[str, dict[str, object]] = ("tell_time", {})
 HERMES = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo", "days": 2}}\n</tool_call>'
 HERMES_TIME = '<tool_call>\n{"name": "tell_time", "arguments": {}}\n</tool_call>'
 CUT = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "O'

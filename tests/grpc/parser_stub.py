@@ -1,4 +1,4 @@
-"""Stands in for ``router.parser_process`` where a test is about the process and not about what parsers say.
+"""Stands in for ``router.chats.parser_process`` where a test is about the process and not about what parsers say.
 
 Speaks the same frames. Every text comes back in capitals. What an answer says so far, and nothing else, does more:
 "die" ends the process, "hang" keeps it busy, "fail" is a parser that raises, "noise" is answered with what is no
@@ -13,8 +13,8 @@ import sys
 import time
 from typing import Any
 
-from router.parser_frames import frame
-from router.parser_process import frames
+from router.chats.parser_frames import frame
+from router.chats.parser_process import frames
 
 READY = [
     {"uses_tools": tools, "uses_reasoning": reasoning, "keeps_special_tokens": tools}

@@ -22,8 +22,8 @@ import router.server
 from baton.status import from_rpc_error
 from baton.v1 import generation_pb2 as pb
 from baton.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
+from router.chats.parser_child import ParserChild, ParserSpec
 from router.config import RouterConfig
-from router.parser_child import ParserChild, ParserSpec
 from router.tiny_model import END_ID
 
 STUB = (str(Path(__file__).with_name("parser_stub.py")),)
@@ -55,7 +55,7 @@ class Chats:
         """The answer, put together. ``says``: what the model will."""
         async with grpc.aio.insecure_channel(self.cluster.endpoint.address) as channel:
             await self._tell(channel, says, request)
-            stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            stub = generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
             heard = Heard()
             async for message in stub.Generate(pb.GenerateRequest(**request), timeout=30):
                 heard.add(message)
@@ -63,7 +63,7 @@ class Chats:
 
     async def _tell(self, channel: grpc.aio.Channel, says: str, request: dict[str, Any]) -> None:
         prompt = {key: request[key] for key in ("chat", "text") if key in request}
-        models = model_pb2_grpc.ModelServiceStub(channel)
+        models = model_pb2_grpc.ModelServiceStub(channel)  # type: ignore[no-untyped-call]
         count = await models.CountTokens(model_pb2.CountTokensRequest(**prompt), timeout=10)
         self.script.start = count.token_count
         self.script.token_ids = TOKENIZER.encode(says, add_special_tokens=False)
@@ -96,7 +96,7 @@ async def chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
 
     monkeypatch.setattr(router.server, "parsers_of", stub)
     script = Script()
-    config = {
+    config: dict[str, Any] = {
         "tool_parser": "stub",
         "chat_template_path": str(TEMPLATE),
         "template_arguments": ("enable_thinking",),
@@ -155,7 +155,7 @@ async def test_every_broken_rule_of_a_chat_is_named_with_its_field(chats: Chats)
         keep_reasoning_in_text=True,
     )
     async with grpc.aio.insecure_channel(chats.cluster.endpoint.address) as channel:
-        call = generation_pb2_grpc.GenerationServiceStub(channel).Generate(pb.GenerateRequest(chat=chat), timeout=30)
+        call = generation_pb2_grpc.GenerationServiceStub(channel).Generate(pb.GenerateRequest(chat=chat), timeout=30)  # type: ignore[no-untyped-call]
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await anext(aiter(call))
     error = from_rpc_error(refused.value)
@@ -171,7 +171,7 @@ async def test_every_broken_rule_of_a_chat_is_named_with_its_field(chats: Chats)
 
 async def test_a_template_argument_changes_the_prompt(chats: Chats) -> None:
     async with grpc.aio.insecure_channel(chats.cluster.endpoint.address) as channel:
-        models = model_pb2_grpc.ModelServiceStub(channel)
+        models = model_pb2_grpc.ModelServiceStub(channel)  # type: ignore[no-untyped-call]
         counts = [
             await models.CountTokens(model_pb2.CountTokensRequest(chat=asked(template_arguments_json=arguments)))
             for arguments in ("", '{"enable_thinking": false}')
@@ -204,7 +204,7 @@ async def test_plain_requests_are_served_while_no_parser_is_there(chats: Chats) 
 
 async def test_a_model_says_what_its_chats_may_ask(chats: Chats) -> None:
     async with grpc.aio.insecure_channel(chats.cluster.endpoint.address) as channel:
-        reply = await model_pb2_grpc.ModelServiceStub(channel).GetModel(model_pb2.GetModelRequest())
+        reply = await model_pb2_grpc.ModelServiceStub(channel).GetModel(model_pb2.GetModelRequest())  # type: ignore[no-untyped-call]
     capabilities = reply.model.capabilities
     assert (capabilities.has_chat, capabilities.has_tools, capabilities.tool_parser) == (True, True, "stub")
     assert list(capabilities.template_argument_names) == ["enable_thinking"]

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from baton.errors import BatonError, Reason
-from router.answer_parsing import AnswerPlan
-from router.parser_child import ParserChild, ParserSpec, ParserStartError, ParserStream
+from router.chats.answer_parsing import AnswerPlan
+from router.chats.parser_child import ParserChild, ParserSpec, ParserStartError, ParserStream
 
 STUB = (str(Path(__file__).with_name("parser_stub.py")),)
 PLAN = AnswerPlan(uses_tools=True, uses_reasoning=False)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from sim_cluster import RULE, TOKENIZER, sim_cluster
-from test_resume import SLOW, cancel_all, channel_to, go_on, second_router, stub_of
-from test_resume import Heard as Cut
+from test_resume import SLOW, cancel_all, go_on, second_router, stub_of
 
 from baton.v1 import generation_pb2 as pb
 from baton.v1 import model_pb2, model_pb2_grpc
+from bench.resuming_caller import Heard as Cut
+from bench.resuming_caller import channel_to
 from router.tiny_model import END_ID
 
 TEMPLATE = Path(__file__).parents[2] / "deploy/templates/chatml-tools.jinja"
@@ -75,14 +76,18 @@ async def test_a_cut_chat_goes_on_elsewhere_with_the_same_calls(tmp_path: Path) 
         return ids[position - start] if 0 <= position - start < len(ids) else None
 
     sim = {**SLOW, "tokens": replace(RULE, scripted=scripted)}
-    config = {"tool_parser": "hermes", "reasoning_parser": "qwen3", "chat_template_path": str(TEMPLATE)}
+    config: dict[str, Any] = {
+        "tool_parser": "hermes",
+        "reasoning_parser": "qwen3",
+        "chat_template_path": str(TEMPLATE),
+    }
     async with (
         sim_cluster(tmp_path, sim=sim, **config) as cluster,
         second_router(cluster) as other,
         channel_to(cluster.endpoint.address) as channel,
         channel_to(other) as elsewhere,
     ):
-        models = model_pb2_grpc.ModelServiceStub(channel)
+        models = model_pb2_grpc.ModelServiceStub(channel)  # type: ignore[no-untyped-call]
         start = (await models.CountTokens(model_pb2.CountTokensRequest(chat=REQUEST.chat))).token_count
         whole = BothHeard(REQUEST)
         async for response in stub_of(channel).Generate(REQUEST, timeout=20):

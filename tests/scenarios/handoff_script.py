@@ -51,6 +51,7 @@ from router.handoff_words import (
     StartDecode,
     StartPrefill,
     StopMatched,
+    TellPrompt,
     TokensArrived,
     WorkerLost,
 )
@@ -181,6 +182,8 @@ def _action_text(action: Action) -> str:
             return f"release-kv {action.ticket_id} on {action.worker.worker_id}"
         case Emit():
             return f"emit from={action.first_index}: {' '.join(map(str, action.token_ids))}"
+        case TellPrompt():
+            return "tell-prompt"
         case Finish():
             token = "" if action.matched_stop_token_id is None else f" at token {action.matched_stop_token_id}"
             return f"FINISH {action.reason.value}{token}, {action.output_token_count} tokens"

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -15,12 +15,12 @@ from baton.request import OutputOptions, Role, Sampling
 from baton.testing import in_virtual_time
 from bench.virtual_cluster import TokenAnswer, VirtualCluster, virtual_cluster
 from router.answering import Admitted, Completed, Piece, RelayEvent, RoutedRequest
-from router.replay_window import WindowLimits
-from router.resumables import About, Resumable, Resumables, ResumeLimits
+from router.resuming.replay_window import WindowLimits
+from router.resuming.resumables import About, Resumable, Resumables, ResumeLimits
 
 GRACE_S = 5.0
 STEP_S = 0.1
-END = cast(Completed, object.__new__(Completed))
+END = object.__new__(Completed)
 
 
 @dataclass

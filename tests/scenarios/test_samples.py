@@ -18,8 +18,8 @@ from baton.testing import in_virtual_time
 from bench.virtual_cluster import BLOCK, RULE, TokenAnswer, VirtualCluster, virtual_cluster
 from router.admission import AdmissionLimits
 from router.answering import Admitted, Completed, Piece, PromptPart, RelayEvent, RoutedRequest
-from router.fan_out import fan_out
 from router.placement import PlacementPolicy
+from router.samples.fan_out import fan_out
 
 CACHING = {"enable_prefix_caching": True}
 PROMPT = 100

@@ -26,9 +26,9 @@ from baton.request import (
 from baton.timeline import Timeline
 from baton.transfer_report import TransferReport
 from router.answer import TextAnswer
-from router.answer_parsing import AnswerParsing, AnswerPlan, Parsed, ParsedAnswer, WholeCall, plan_of
 from router.answering import Admitted, Completed, PhaseReport, Piece, RelayEvent, RoutedRequest
-from router.chat_abilities import ChatAbilities
+from router.chats.answer_parsing import AnswerParsing, AnswerPlan, Parsed, ParsedAnswer, WholeCall, plan_of
+from router.chats.chat_abilities import ChatAbilities
 from router.tiny_model import tiny_tokenizer
 from router.tokenizer import Tokenizer
 

@@ -12,7 +12,7 @@ from baton.errors import BatonError, Reason
 from baton.request import FinishReason, OutputOptions
 from router.answer import TextAnswer
 from router.answering import Admitted, Completed, Piece, RelayEvent, RoutedRequest
-from router.beginning import (
+from router.resuming.beginning import (
     Beginning,
     check_beginning,
     end_only,

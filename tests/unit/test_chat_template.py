@@ -10,7 +10,7 @@ import pytest
 
 from baton.errors import BatonError, Reason
 from baton.request import ChatMessage
-from router.chat_template import ChatTemplate
+from router.chats.chat_template import ChatTemplate
 from router.tiny_model import write_tiny_model
 from router.tokenizer import Tokenizer, TokenizerError
 

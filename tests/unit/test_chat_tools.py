@@ -21,13 +21,13 @@ from baton.request import (
     ToolCall,
     ToolChoice,
 )
-from router.chat_abilities import ChatAbilities, argument_name_problem
-from router.chat_template import MAX_RENDER_S, ChatTemplate
+from router.chats.chat_abilities import ChatAbilities, argument_name_problem
+from router.chats.chat_template import MAX_RENDER_S, ChatTemplate
+from router.chats.tool_words import call_names, openai_tools, required_structure
+from router.chats.validation_chat import answer_violations, chat_violations
 from router.config import ConfigError, RouterConfig
 from router.tiny_model import CHAT_TEMPLATE, write_tiny_model
 from router.tokenizer import TokenizerError
-from router.tool_words import call_names, openai_tools, required_structure
-from router.validation_chat import answer_violations, chat_violations
 
 TOOLS_TEMPLATE = Path(__file__).parents[2] / "deploy/templates/chatml-tools.jinja"
 SOURCE = TOOLS_TEMPLATE.read_text(encoding="utf-8")

@@ -37,7 +37,7 @@ def test_our_client_pings_at_most_half_as_often_as_a_router_permits() -> None:
 
 
 def test_only_what_was_refused_before_it_was_admitted_is_sent_again() -> None:
-    (method,) = SERVICE_CONFIG["methodConfig"]  # type: ignore[misc]
+    (method,) = SERVICE_CONFIG["methodConfig"]
     policy = method["retryPolicy"]  # type: ignore[index]
     assert policy["retryableStatusCodes"] == ["UNAVAILABLE"]
     assert "hedgingPolicy" not in method, "it would compute the prompt twice"

@@ -24,8 +24,8 @@ from router.answering import (
     RelayEvent,
     RoutedRequest,
 )
-from router.fan_out import fan_out, sample_request
-from router.sample_group import SampleGroup, Seat
+from router.samples.fan_out import fan_out, sample_request
+from router.samples.sample_group import SampleGroup, Seat
 
 REQUEST = RoutedRequest(
     "gen-1", (1, 2, 3), 8, sampling=Sampling(temperature=1.0, seed=40), prompt_logprob_count=2, top_logprob_count=0

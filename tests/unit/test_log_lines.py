@@ -41,7 +41,7 @@ def test_a_traceback_in_the_log_has_frames_and_types_and_no_text() -> None:
 
 
 def test_what_baton_itself_says_is_told() -> None:
-    assert said_of(queue_full(3, 3, 1.0)).startswith("BatonError: ")
+    assert said_of(queue_full(3, 3, 1.0)).startswith("Overloaded: ")
 
 
 def test_errors_that_cause_each_other_end_somewhere() -> None:

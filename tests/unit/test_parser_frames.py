@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import struct
+from typing import Any
 
 import pytest
 
-from router.parser_frames import (
+from router.chats.parser_frames import (
     HEADER_BYTES,
     MAX_FRAME_BYTES,
     FrameError,
@@ -17,12 +18,12 @@ from router.parser_frames import (
     packed_ids,
     unpacked_ids,
 )
-from router.parser_process import frames
+from router.chats.parser_process import frames
 
 
 def test_what_goes_in_comes_out_whatever_it_says() -> None:
-    messages = [{"op": "push", "texts": ["\ud800", "é👍\n\0", ""]}, {"x": [1, None, True]}]
-    assert list(frames(io.BytesIO(b"".join(map(frame, messages))))) == messages
+    messages: list[dict[str, Any]] = [{"op": "push", "texts": ["\ud800", "é👍\n\0", ""]}, {"x": [1, None, True]}]
+    assert list(frames(io.BytesIO(b"".join(frame(message) for message in messages)))) == messages
 
 
 def test_token_ids_travel_packed() -> None:

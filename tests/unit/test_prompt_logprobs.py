@@ -10,7 +10,7 @@ from baton.leg import PromptLogprobs
 from baton.request import TokenLogprobs
 from engine.protocol import PrefillJob
 from engine.vllm_sampling import prompt_logprobs
-from router.prompt_parts import MAX_PART_TOKENS, part_token_count, prompt_parts
+from router.samples.prompt_parts import MAX_PART_TOKENS, part_token_count, prompt_parts
 
 
 @dataclass

@@ -5,16 +5,16 @@ from __future__ import annotations
 import random
 import sys
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from baton.errors import BatonError, Reason, draining
 from baton.request import TokenLogprobs, ToolCallDelta
 from router.answering import Completed, Piece
-from router.replay_window import Cursor, ReplayWindow, SharedBytes, WindowLimits, merged, size_bytes
+from router.resuming.replay_window import Cursor, ReplayWindow, SharedBytes, WindowLimits, merged, size_bytes
 
-END = cast(Completed, object.__new__(Completed))
+END = object.__new__(Completed)
 """An end: the window looks at nothing of it."""
 
 
@@ -184,7 +184,8 @@ def test_a_gap_is_a_bug_of_the_writer() -> None:
 def test_however_often_a_reader_is_cut_off_it_hears_every_token_once(seed: int) -> None:
     rng = random.Random(seed)
     replay = window(chunk=rng.choice((1, 5, 64)))
-    text, heard, heard_ids, index = "", "", [], 0
+    text, heard, index = "", "", 0
+    heard_ids: list[int] = []
     cursor = replay.cursor([0])
     first = 0
     while first < 200:

@@ -13,7 +13,7 @@ import pytest
 
 from baton.errors import BatonError, Reason
 from baton.secret import resume_key
-from router.resume_token import MAX_TOKEN_BYTES, ResumeClaim, open_claim, seal_claim
+from router.resuming.resume_token import MAX_TOKEN_BYTES, ResumeClaim, open_claim, seal_claim
 
 SECRET = bytes(range(32))
 CLAIM = ResumeClaim("gen-1", "key:chat", "ab" * 32, 1_000.0, 1_300.5, 1_330.5)

@@ -20,7 +20,7 @@ from baton.request import (
     TextPrompt,
     TokenPrompt,
 )
-from router.chat_template import ChatTemplate
+from router.chats.chat_template import ChatTemplate
 from router.prompt_encoder import PromptEncoder
 from router.tiny_model import CHAT_TEMPLATE, tiny_tokenizer
 from router.tokenizer import Tokenizer

@@ -30,7 +30,7 @@ from router.answering import (
     RoutedRequest,
     SampleCompleted,
 )
-from router.sample_group import SampleGroup, Seat
+from router.samples.sample_group import SampleGroup, Seat
 
 RunSample = Callable[[RoutedRequest, Seat], AsyncGenerator[RelayEvent, None]]
 

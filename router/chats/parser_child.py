@@ -25,10 +25,10 @@ from typing import Any
 from baton.errors import BatonError, attempts_exhausted, deadline_exceeded, internal, no_worker
 from baton.request import ToolCallDelta
 from baton.timeline import Phase
-from router.answer_parsing import AnswerPlan, Parsed, WholeCall
+from router.chats.answer_parsing import AnswerPlan, Parsed, WholeCall
+from router.chats.parser_frames import HEADER_BYTES, FrameError, body_length, frame, message_of, packed_ids
+from router.chats.parser_process import PARENT_VARIABLE
 from router.config import RouterConfig
-from router.parser_frames import HEADER_BYTES, FrameError, body_length, frame, message_of, packed_ids
-from router.parser_process import PARENT_VARIABLE
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 15.0
 STOP_S = 2.0
@@ -63,7 +63,7 @@ class ParserSpec:
     deadline_s: float = 10.0
     """Of one step of one answer."""
     start_deadline_s: float = 120.0
-    command: tuple[str, ...] = ("-m", "router.parser_process")
+    command: tuple[str, ...] = ("-m", "router.chats.parser_process")
     """What the interpreter runs; a test may have it run something quicker."""
     wait_s: float = 60.0
     """How long a request waits for a process that is being started again: ten seconds, or more on a busy machine."""

@@ -23,8 +23,8 @@ from baton.request import (
     ToolChoice,
 )
 from baton.structures import structure_problem
-from router.chat_abilities import ChatAbilities
-from router.tool_words import SharedNameError, required_structure
+from router.chats.chat_abilities import ChatAbilities
+from router.chats.tool_words import SharedNameError, required_structure
 
 MAX_TOOL_COUNT = 128
 MAX_TOOL_DESCRIPTION_BYTES = 4096

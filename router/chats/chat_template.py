@@ -26,8 +26,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from baton.errors import BatonError, FieldViolation, invalid_request
 from baton.request import ChatMessage, Tool, ToolCall
+from router.chats.tool_words import openai_call, openai_tools
 from router.tokenizer import TokenizerError, read_json_object
-from router.tool_words import openai_call, openai_tools
 
 MAX_RENDER_S = 1.0
 """Of the event loop's time that one conversation may take, looked at with each part that the template writes."""

@@ -33,7 +33,7 @@ from baton.errors import (
 from baton.request import OutputOptions
 from baton.timeline import Phase
 from router.answering import Admitted, Completed, Piece, PromptPart, RelayEvent
-from router.replay_window import Cursor, ReplayWindow, SharedBytes, WindowLimits
+from router.resuming.replay_window import Cursor, ReplayWindow, SharedBytes, WindowLimits
 
 logger = logging.getLogger(__name__)
 

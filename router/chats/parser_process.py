@@ -1,6 +1,6 @@
 """The process that parses answers: vLLM's own parsers of tool calls and of thinking, away from the event loop.
 
-    python -m router.parser_process MODEL_DIR TOOL_PARSER REASONING_PARSER      (empty: none)
+    python -m router.chats.parser_process MODEL_DIR TOOL_PARSER REASONING_PARSER      (empty: none)
 
 Reads frames (parser_frames.py) from standard input and answers on standard output; ends when its input does, when its
 router dies, or when it has grown beyond its bound. Owns the state of the streams that are open; knows no request.
@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from router.parser_frames import HEADER_BYTES, body_length, frame, message_of, unpacked_ids
+from router.chats.parser_frames import HEADER_BYTES, body_length, frame, message_of, unpacked_ids
 
 PARENT_VARIABLE = "BATON_PARSER_PARENT_PID"
 MAX_STREAM_COUNT = 8192

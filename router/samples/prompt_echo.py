@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from router.answering import Admitted, PromptPart, RelayEvent
-from router.prompt_parts import prompt_parts
+from router.samples.prompt_parts import prompt_parts
 from router.tokenizer import Detokenizer
 
 

@@ -7,7 +7,7 @@ import hashlib
 
 from baton.errors import FieldViolation, invalid_request
 from baton.v1 import generation_pb2 as pb
-from router.resume_desk import Continuation
+from router.resuming.resume_desk import Continuation
 from router.service_messages import request_from_proto
 
 

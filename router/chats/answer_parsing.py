@@ -17,9 +17,9 @@ from baton.errors import BatonError, FieldViolation, invalid_request
 from baton.request import ChatPrompt, FinishReason, OutputOptions, Prompt, ToolCall, ToolCallDelta, ToolChoice
 from router.answer import TextAnswer
 from router.answering import Answer, Completed, Piece, RelayEvent, RoutedRequest
-from router.chat_abilities import ChatAbilities
-from router.tool_words import call_names, openai_tools
-from router.validation_chat import template_arguments
+from router.chats.chat_abilities import ChatAbilities
+from router.chats.tool_words import call_names, openai_tools
+from router.chats.validation_chat import template_arguments
 
 _STRUCTURE = "sampling.structure"
 

@@ -14,12 +14,12 @@ from baton.errors import BatonError, FieldViolation, Reason, draining, invalid_r
 from baton.metrics import RouterMetrics
 from baton.request import GenerateRequest
 from router.answering import RelayEvent
-from router.beginning import Beginning, check_beginning
 from router.callers import Caller
 from router.intake import Intake, Prepared
 from router.pipeline import Pipeline
-from router.resumables import About, Resumable, Resumables
-from router.resume_token import ResumeClaim, open_claim, seal_claim
+from router.resuming.beginning import Beginning, check_beginning
+from router.resuming.resumables import About, Resumable, Resumables
+from router.resuming.resume_token import ResumeClaim, open_claim, seal_claim
 from router.wall_clock import Now
 
 

@@ -54,8 +54,8 @@ LEAST_CUT_BYTES, MOST_CUT_BYTES = 300, 6_000
 WAVE_COUNT = 3
 """Of abandoned streams: the first one fills pools and caches, the others must leave nothing on top of it."""
 MORE_BYTES = 16 * 1024 * 1024
-"""What a router's memory may differ by after further waves: pages that its allocator keeps, seen in runs without any
-resumable stream, too."""
+"""What a router's memory may differ by after further waves: a round number, 16 KiB for each stream of a wave. What is
+counted exactly, generations kept, window bytes and KV blocks, must be none."""
 OPENING_COUNT = 32
 """Streams that are opened at a time: a prefill worker refuses more than it can queue."""
 ABANDONED_TOKEN_COUNT = 1200

@@ -27,6 +27,7 @@ from engine.load_board import LoadBoard
 from engine.service import add_worker_service, worker_info
 from engine.sim import SimEngine, SimNetwork
 from engine.sim_config import SimConfig
+from engine.sim_scheduler import State
 from engine.sim_tokens import TokenRule
 from prefill_worker.config import PrefillLimits
 from prefill_worker.service import add_prefill_service
@@ -40,13 +41,14 @@ COST = CostModel(
 
 
 class NotingEngine(SimEngine):
-    """Notes CLOCK_MONOTONIC whenever its scheduler lets go of a leg."""
+    """Notes CLOCK_MONOTONIC whenever its scheduler lets go of a leg, and whether the leg was done by then."""
 
-    left_at: dict[str, float]
+    left_at: dict[str, tuple[float, bool]]
 
     def _leave(self, leg: Any) -> None:
+        is_done = leg.sequence.state is State.DONE
         super()._leave(leg)
-        self.left_at[leg.leg_id] = time.monotonic()
+        self.left_at[leg.leg_id] = time.monotonic(), is_done
 
 
 class Worker:

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,13 @@ MOST_MEMORY_BYTES = 16 * 2**30
 GROWTH_BYTES, GROWTH_SHARE = 48 * 2**20, 0.25
 """Memory that may come on top after the warm-up: the allocator's, at most the larger of the two."""
 OBJECTS = 20_000
+CASES_PER_OBJECT, SLACK_OBJECTS = 200, 200
+"""Of the last third of the cases: objects may grow by one in so many cases, and by what a process at rest has more at
+one time than at another."""
+BYTES_PER_CASE, SLACK_BYTES = 16, 4 * 2**20
+"""The same of memory: pages of the allocator."""
+GROWS_ON_SHARE = 0.5
+"""Growth of the last third that is less than this share of the middle one's is a cache that fills; a leak grows on."""
 TOLD_COUNT = 40
 
 REASONS = {
@@ -183,15 +190,20 @@ async def fuzz_part(
             warm_up_count = max(1, int(len(numbers) * WARM_UP_SHARE))
             await _run_cases(target, numbers[:warm_up_count], seed, by_wire, findings, concurrency, tell)
             before = await _at_rest(target, findings, "after the warm-up")
-            await _run_cases(target, numbers[warm_up_count:], seed, by_wire, findings, concurrency, tell)
-            after = await _at_rest(target, findings, "at the end")
+            cuts = [warm_up_count, *(max(warm_up_count, round(len(numbers) * part / 3)) for part in (1, 2, 3))]
+            rests: list[_Rest] = []
+            for third, (start, end) in enumerate(itertools.pairwise(cuts), 1):
+                await _run_cases(target, numbers[start:end], seed, by_wire, findings, concurrency, tell)
+                rests.append(await _at_rest(target, findings, f"after {third} of 3 thirds"))
+            after = rests[-1]
             if not await target.engines_alive():
                 findings.fault("an engine died")
             if not target.router.health.is_serving:
                 findings.fault("the router does not serve any more")
-    for fault in growth_faults(before, after):
+    for fault in (*growth_faults(before, after), *trend_faults(rests, cuts[3] - cuts[2])):
         findings.fault(fault)
-    return {**findings.plain(), "before": asdict(before), "after": asdict(after)}
+    thirds = [asdict(rest) for rest in rests]
+    return {**findings.plain(), "before": asdict(before), "after": asdict(after), "thirds": thirds}
 
 
 def growth_faults(before: _Rest, after: _Rest) -> Iterator[str]:
@@ -202,6 +214,26 @@ def growth_faults(before: _Rest, after: _Rest) -> Iterator[str]:
         yield f"objects grew from {before.object_count} to {after.object_count}"
     if after.task_count > before.task_count:
         yield f"tasks grew from {before.task_count} to {after.task_count}"
+
+
+def trend_faults(rests: Sequence[_Rest], last_count: int) -> Iterator[str]:
+    """What grows on. ``rests``: after each third of the cases; ``last_count``: cases of the last one."""
+    first, second, third = rests
+    for what, allowed, counts in (
+        (
+            "objects",
+            SLACK_OBJECTS + last_count / CASES_PER_OBJECT,
+            (first.object_count, second.object_count, third.object_count),
+        ),
+        (
+            "bytes",
+            SLACK_BYTES + last_count * BYTES_PER_CASE,
+            (first.memory_bytes, second.memory_bytes, third.memory_bytes),
+        ),
+    ):
+        middle, last = counts[1] - counts[0], counts[2] - counts[1]
+        if last > allowed and last > GROWS_ON_SHARE * middle:
+            yield f"{what} grow on: {middle:+} in the middle third, {last:+} in the last one of {last_count} cases"
 
 
 async def _run_cases(
@@ -264,6 +296,8 @@ async def run(options: argparse.Namespace) -> bool:
                     "longest turn, ms of CPU": f"{turn_s * 1000:.1f} (case {case_number})",
                     "memory, MiB": f"{before['memory_bytes'] >> 20} to {after['memory_bytes'] >> 20}",
                     "objects": f"{before['object_count']} to {after['object_count']}",
+                    "KiB by third": _growths(result["thirds"], "memory_bytes", 1024),
+                    "objects by third": _growths(result["thirds"], "object_count", 1),
                     "tasks": f"{before['task_count']} to {after['task_count']}",
                 }
             )
@@ -274,12 +308,20 @@ async def run(options: argparse.Namespace) -> bool:
         f"routers in {core_count} processes, through real serialisation, {options.fuzzed_by_wire} over real sockets",
         "endings: " + ", ".join(f"{name} {count}" for name, count in findings.outcomes.most_common()),
         f"faults: {findings.fault_count}",
-        f"memory and objects: at rest, after the first {WARM_UP_SHARE:.0%} of each process' cases and at its end",
+        f"memory and objects: at rest, after the first {WARM_UP_SHARE:.0%} of each process' cases and at its end; by "
+        f"third: grown in the middle third of the cases and in the last one, where 1 object in {CASES_PER_OBJECT} "
+        f"cases (and {SLACK_OBJECTS}) and {BYTES_PER_CASE} bytes a case (and {SLACK_BYTES >> 20} MiB) are the most "
+        f"that may grow on (last third more than {GROWS_ON_SHARE:g} of the middle one)",
         "promise (no crash, no leak, only typed errors): " + ("kept" if is_kept else "BROKEN"),
         *(f"fault: {fault}" for fault in findings.faults[:TOLD_COUNT]),
     ]
     evidence.write("fuzz", "A million requests gone wrong", summary, rows, [findings.plain()])
     return is_kept
+
+
+def _growths(thirds: Sequence[dict[str, int]], what: str, unit: int) -> str:
+    values = [third[what] for third in thirds]
+    return ", ".join(f"{(later - earlier) // unit:+}" for earlier, later in itertools.pairwise(values))
 
 
 async def _child(

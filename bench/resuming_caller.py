@@ -64,12 +64,17 @@ class Heard:
     """Calls by kind."""
     ends: Counter[str] = field(default_factory=Counter)
     """How calls ended."""
+    resumes: Counter[str] = field(default_factory=Counter)
+    """What a ResumeGenerate became: attached to the generation that was there, or continued as another one."""
 
     def take(self, response: Any) -> None:
         assert self.finished is None, "an event after the last"
         match response.WhichOneof("event"):
             case "started":
                 self.token = response.started.resume_token
+                if self.generation_ids:
+                    is_same = response.started.generation_id == self.generation_ids[-1]
+                    self.resumes["attached" if is_same else "continued"] += 1
                 self.generation_ids.append(response.started.generation_id)
             case "chunk":
                 chunk = response.chunk

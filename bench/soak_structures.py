@@ -132,6 +132,13 @@ async def ask_features(stub: Any, biases: Sequence[pb.TokenBias]) -> list[Verdic
     return [await ask_schema(stub, name, schema, biases) for name, schema in FEATURES.items()]
 
 
+def verdict_of(wrong_count: int, cut_count: int, refused_count: int) -> str:
+    """Of the promise that answers always parse and fit: one that was cut does neither, though nobody is wrong."""
+    if wrong_count or refused_count:
+        return f"BROKEN: {wrong_count} wrong, {refused_count} refused"
+    return f"{cut_count} cut by the token limit, 0 wrong" if cut_count else "kept"
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--schemas", type=int, default=200, help="JSON schemas that answers are held to")
 
@@ -149,7 +156,8 @@ async def run(options: argparse.Namespace) -> bool:
             features = await ask_features(stub, biases)
     kinds = Counter(each.kind for each in verdicts)
     wrong = [each for each in (*verdicts, *features) if each.kind == "wrong"]
-    is_kept = not wrong and kinds["refused"] == 0 and kinds["cut"] <= MOST_CUT_SHARE * len(verdicts)
+    most_cut = MOST_CUT_SHARE * len(verdicts)
+    is_kept = not wrong and kinds["refused"] == 0 and kinds["cut"] <= most_cut and len(verdicts) == options.schemas
     for each in (*wrong, *(each for each in verdicts if each.kind != "fits")):
         say(f"structures: {each}")
     tokens = [each.output_token_count for each in verdicts]
@@ -162,7 +170,9 @@ async def run(options: argparse.Namespace) -> bool:
         "white space is made unlikely by a bias and ends likelier: so small a model would not come to an end; what "
         "may be said is the schema's alone",
         "single keywords, below: what the engine does not follow must be refused with INVALID_REQUEST, not ignored",
-        "promise (always parses, always fits): " + ("kept" if is_kept else "BROKEN"),
+        "promise (always parses, always fits): "
+        + verdict_of(len(wrong), kinds["cut"], kinds["refused"])
+        + (f", more than the {most_cut:.0f} allowed: BROKEN" if kinds["cut"] > most_cut else ""),
     ]
     rows: list[Mapping[str, Any]] = [
         {"keyword": each.name, "engine": each.kind, "says": each.detail.replace("|", "\\|")} for each in features

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -30,7 +31,11 @@ def test_two_hundred_streams_are_right_to_the_last_token_though_a_tenth_stop_rea
     assert all(span.gap_count > 200 for span in report.spans)
     assert report.base_rss_bytes > 0
     page = page_of(report)
-    assert "finished and right to the last token 200; wrong: none" in page
+    assert "finished and right to the last token 200; wrong: none. Nothing dropped: kept" in page
+    assert report.has_stalled
+    assert not replace(report, kept_back_count=0).is_kept
+    assert not replace(report, staller_count=10).has_stalled
+    assert not replace(report, finished_count=199).is_kept
     assert page.count("| all read") == 2
     assert len(report.moves) == len(report.noises) == 1
 

@@ -20,10 +20,17 @@ def test_a_callers_cancel_reaches_the_engine_and_every_block_comes_back() -> Non
     assert [row["cancelled in"] for row in rows_of(cancels)] == [*STAGES, "all"]
 
 
-def test_figures_count_those_that_no_engine_had() -> None:
-    cancels = [ApiCancel("prefill", "a", 0.001), ApiCancel("prefill", "b", None), ApiCancel("decode", "c", 0.003)]
+def test_figures_count_those_that_no_engine_had_and_those_that_were_done_apart() -> None:
+    cancels = [
+        ApiCancel("prefill", "a", 0.001),
+        ApiCancel("prefill", "b", None),
+        ApiCancel("decode", "c", 0.003),
+        ApiCancel("decode", "d", None, ended_itself=True),
+    ]
     rows = {row["cancelled in"]: row for row in rows_of(cancels)}
     assert rows["prefill"]["in no engine then"] == 1
+    assert (rows["decode"]["aborted"], rows["decode"]["done by themselves"]) == (1, 1)
+    assert rows["decode"]["in no engine then"] == 0
     assert rows["all"]["max, ms"] == "3.0"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from baton.v1 import generation_pb2 as pb
-from bench.fuzz import Findings, _Rest, faults_of, fuzz_part, growth_faults
+from bench.fuzz import Findings, _Rest, faults_of, fuzz_part, growth_faults, trend_faults
 from bench.fuzz_mutations import CORPUS, GENERATE, METHODS, RESUME, WATCHWORD, Case, case_of
 from bench.fuzz_target import Ending, fuzz_target
 
@@ -116,6 +116,27 @@ def test_what_may_be_is_no_fault() -> None:
     assert list(faults_of(CASE, Ending(messages=good))) == []
     assert list(faults_of(CASE, Ending("NOT_FOUND", "MODEL_NOT_FOUND"))) == []
     assert list(faults_of(CASE, Ending("CANCELLED", "by gRPC"))) == []
+
+
+@pytest.mark.parametrize(
+    ("objects", "mebibytes", "found"),
+    [
+        ((50_000, 50_000, 50_000), (100, 100, 100), ""),
+        ((50_000, 51_500, 53_000), (100, 100, 100), "objects grow on"),
+        ((50_000, 54_000, 55_500), (100, 100, 100), ""),  # a cache that fills up
+        ((50_000, 50_000, 51_500), (100, 100, 100), "objects grow on"),
+        ((50_000, 50_000, 50_900), (100, 100, 100), ""),
+        ((50_000, 50_000, 50_000), (100, 108, 116), "bytes grow on"),
+        ((50_000, 50_000, 50_000), (100, 130, 137), ""),
+    ],
+)
+def test_what_grows_on_to_the_last_third_is_a_leak_and_a_cache_is_none(
+    objects: tuple[int, ...], mebibytes: tuple[int, ...], found: str
+) -> None:
+    rests = [_Rest(size << 20, count, 30) for size, count in zip(mebibytes, objects, strict=True)]
+    faults = list(trend_faults(rests, 150_000))
+    assert len(faults) == bool(found)
+    assert all(found in fault for fault in faults)
 
 
 def test_a_leak_is_seen() -> None:

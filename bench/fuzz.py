@@ -52,7 +52,7 @@ one time than at another."""
 BYTES_PER_CASE, SLACK_BYTES = 16, 4 * 2**20
 """The same of memory: pages of the allocator."""
 GROWS_ON_SHARE = 0.5
-"""Growth of the last third that is less than this share of the middle one's is a cache that fills; a leak grows on."""
+"""Growth of the last third that is a smaller share of the middle one's is a cache that fills; a leak grows on."""
 TOLD_COUNT = 40
 
 REASONS = {

@@ -55,8 +55,8 @@ LEAST_CUT_BYTES, MOST_CUT_BYTES = 300, 6_000
 WAVE_COUNT = 3
 """Of abandoned streams: the first one fills pools and caches, the others must leave nothing on top of it."""
 LEAK_BYTES = 8 * 1024
-"""What a router's memory may grow by for each stream that was abandoned on it after the first wave: a part of what one
-generation holds. What is counted exactly, generations kept, window bytes, leases and KV blocks, must be none."""
+"""What a router's memory may grow by for each stream that was abandoned on it after the first wave: a part of what
+one generation holds. What is counted exactly, generations kept, window bytes, leases and KV blocks, must be none."""
 LEAST_JUDGED_COUNT = 400
 """Streams abandoned on one router after the first wave, of which memory is judged: of fewer ones, 8 KiB each are lost
 in the allocator's own moves of some MiB."""
@@ -340,7 +340,8 @@ class _Drill:
                     "answers": count,
                     "calls": f"kept {held['kept']:g}, KV blocks {held['blocks']:g}",
                     "ends": f"after grace: kept {left['kept']:g}, detached {left['detached']:g}, window bytes "
-                    f"{left['window_bytes']:g}, KV blocks {left['blocks']:g}, leases {left['leases']:g}, rest {quiet_s:.2f} s later; router MiB "
+                    f"{left['window_bytes']:g}, KV blocks {left['blocks']:g}, "
+                    f"leases {left['leases']:g}, rest {quiet_s:.2f} s later; router MiB "
                     + ", ".join(f"{bytes_ / 2**20:.1f}" for bytes_ in memory[-1].values()),
                     "wrong": int(any(left.values())),
                 }

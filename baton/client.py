@@ -17,6 +17,7 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -96,7 +97,8 @@ __all__ = [
 ]
 
 GOODBYE_S = 2.0
-"""How long the cancel of a resumable generation that its reader left may take. After that its grace ends it."""
+"""How long the cancel of a resumable generation that its reader left may take, and all of them when the client is
+closed. After that its grace ends it."""
 
 
 class _Peer:
@@ -109,6 +111,15 @@ class _Peer:
         self.models = model_pb2_grpc.ModelServiceStub(channel)  # type: ignore[no-untyped-call]
         # The health protocol by hand: two one-field messages are not worth a dependency.
         self.health: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
+
+
+@dataclass(slots=True)
+class _Open:
+    """A stream that somebody reads, or left without our knowing yet."""
+
+    tenant: str
+    call: Any = None
+    """The present attachment's."""
 
 
 class BatonClient:
@@ -133,9 +144,12 @@ class BatonClient:
         self._policy = resume_policy
         self._rng = rng or random.Random()  # noqa: S311  # delays are no secret
         self._peers = tuple(_Peer(each, _channel(each, credentials, options)) for each in self.addresses)
-        # What changes: which address answered last, and cancels under way.
+        # What changes: which address answered last, the open streams, and cancels under way. Who takes a stream out
+        # of ``_open`` says goodbye to it: its own end, or close(), which may come first. The generator of a loop that
+        # was left by ``break`` is closed by the event loop a moment later.
         self._index = 0
-        self._is_closed = False
+        self._closing = asyncio.Event()
+        self._open: dict[Continuity, _Open] = {}
         self._goodbyes: set[asyncio.Task[None]] = set()
 
     @property
@@ -194,7 +208,10 @@ class BatonClient:
     async def cancel_generation(self, resume_token: str, *, timeout: float, tenant: str = "") -> bool:
         """Ends a resumable generation now, whoever reads it. Returns whether it was running."""
         request = cancel_to_proto(resume_token, tenant)
-        reply = await self._unary(lambda peer: peer.generation.CancelGeneration, request, timeout)
+        # One router does not know what runs at another, and says so with False.
+        reply = await self._unary(
+            lambda peer: peer.generation.CancelGeneration, request, timeout, is_enough=lambda reply: reply.was_running
+        )
         return bool(reply.was_running)
 
     async def list_models(self, *, timeout: float) -> tuple[Model, ...]:
@@ -237,12 +254,21 @@ class BatonClient:
         reply = await self._unary(lambda peer: peer.models.Detokenize, request, timeout)
         return str(reply.text)
 
-    async def _unary(self, method: Callable[[_Peer], Any], request: Any, timeout: float) -> Any:
-        """At the address that answered last, then at the others: all of these calls may be repeated."""
+    async def _unary(
+        self,
+        method: Callable[[_Peer], Any],
+        request: Any,
+        timeout: float,
+        *,
+        is_enough: Callable[[Any], bool] = lambda _: True,
+    ) -> Any:
+        """At the address that answered last, then at the others: all of these calls may be repeated. ``is_enough``:
+        of a reply, whether the others need not be asked; the last one is returned."""
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + checked_timeout(timeout)
+        first, found = self._index, None  # other calls move the index meanwhile
         for place in range(len(self._peers)):
-            index = (self._index + place) % len(self._peers)
+            index = (first + place) % len(self._peers)
             peer = self._peers[index]
             try:
                 reply = await method(peer)(
@@ -253,9 +279,13 @@ class BatonClient:
                 if failure.status is not StatusName.UNAVAILABLE:
                     raise failure from None
             else:
-                self._index = index
-                return reply
-        raise failure
+                if is_enough(reply):
+                    self._index = index
+                    return reply
+                found = reply
+        if found is None:
+            raise failure
+        return found
 
     async def _events(self, call: Asked) -> AsyncGenerator[Event, None]:
         loop = asyncio.get_running_loop()
@@ -270,30 +300,43 @@ class BatonClient:
             policy=self._policy,
         )
         has_left = False
+        stream = self._open[state] = _Open(call.message.tenant)
         try:
             while True:
                 try:
-                    async with aclosing(self._attached(call, state, give_up_at)) as events:
+                    async with aclosing(self._attached(call, state, stream, give_up_at)) as events:
                         async for event in events:
                             yield event
                     return
                 except _Cut as cut:
                     # From None: what broke the transport is in the error; its own text says nothing more.
                     failure = cut.error
-                if self._is_closed:
+                if self._closing.is_set():
                     raise state.broken(failure)
                 next_try = state.after(failure, remaining_s=give_up_at - loop.time())
-                await asyncio.sleep(next_try.delay_s)
+                if await self._is_closed_within(next_try.delay_s):
+                    raise state.broken(failure)
         except GeneratorExit:
             has_left = True
             raise
         finally:
-            if state.may_still_run and not self._is_closed:
-                goodbye = self._say_goodbye(state, call.message.tenant)
+            is_ours = self._open.pop(state, None) is not None
+            if is_ours and state.may_still_run:
+                goodbye = self._say_goodbye(state, stream.tenant)
                 if has_left:  # who cancels or fails must not wait; close() does
                     await asyncio.shield(goodbye)
 
-    async def _attached(self, call: Asked, state: Continuity, give_up_at: float) -> AsyncGenerator[Event, None]:
+    async def _is_closed_within(self, delay_s: float) -> bool:
+        try:
+            async with asyncio.timeout(delay_s):
+                await self._closing.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _attached(
+        self, call: Asked, state: Continuity, opened: _Open, give_up_at: float
+    ) -> AsyncGenerator[Event, None]:
         """One call's events. Raises ``_Cut`` for a call that failed, and INTERNAL for a server out of its grammar."""
         peer = self._peers[state.address_index]
         left_s = max(0.001, give_up_at - asyncio.get_running_loop().time())
@@ -303,6 +346,7 @@ class BatonClient:
             )
         else:
             stream = peer.generation.Generate(call.message, timeout=left_s, metadata=self._metadata)
+        opened.call = stream
         try:
             async for response in stream:
                 event = event_from_proto(response)
@@ -327,7 +371,7 @@ class BatonClient:
 
     def _say_goodbye(self, state: Continuity, tenant: str) -> asyncio.Task[None]:
         """Nobody reads this generation any more: without this it would be computed for all of its grace."""
-        peer = self._peers[state.address_index]
+        peer = self._peers[state.home_index]
         request = cancel_to_proto(state.resume_token, tenant)
 
         async def cancel() -> None:
@@ -359,10 +403,16 @@ class BatonClient:
         return any(replies)
 
     async def close(self) -> None:
-        """Cancels what is open. Idempotent."""
-        self._is_closed = True
-        if self._goodbyes:
-            await asyncio.wait(self._goodbyes)  # each has its own deadline
+        """Cancels what is open, for which it waits ``GOODBYE_S`` at most. Idempotent."""
+        self._closing.set()
+        while self._open:
+            state, stream = self._open.popitem()
+            if stream.call is not None:
+                stream.call.cancel()
+            if state.may_still_run:
+                self._say_goodbye(state, stream.tenant)
+        if self._goodbyes:  # BEFORE the channels, which carry them
+            await asyncio.wait(self._goodbyes, timeout=GOODBYE_S)
         await asyncio.gather(*(peer.channel.close() for peer in self._peers))
 
     async def __aenter__(self) -> Self:

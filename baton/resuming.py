@@ -62,8 +62,11 @@ class Continuity:
         self._token_ids: list[list[int]] = [[] for _ in range(sample_count)]
         # What changes with every attachment.
         self.address_index = address_index
+        self.home_index = address_index
+        """Where it was last attached, and so where it runs."""
         self.resume_token = ""
         self.resume_count = 0
+        self._is_taken = False
         self._try_count = 0  # since the last token
         self._first_index = address_index  # where the tries of this cut began
         self._original: BatonError | None = None
@@ -75,8 +78,9 @@ class Continuity:
 
     @property
     def may_still_run(self) -> bool:
-        """Whether a server computes on if nobody tells it to stop."""
-        return bool(self.resume_token) and not self._grammar.is_finished
+        """Whether a server computes on, for nobody, if nobody tells it to stop. What another call of ours took over
+        has its reader: a cancel would end that one's."""
+        return bool(self.resume_token) and not self._grammar.is_finished and not self._is_taken
 
     @property
     def next_token_indices(self) -> tuple[int, ...]:
@@ -97,6 +101,7 @@ class Continuity:
         match event:
             case Started():
                 self.resume_token = event.resume_token
+                self.home_index = self.address_index
                 if is_again:
                     self.resume_count += 1
                     return None
@@ -114,6 +119,7 @@ class Continuity:
 
     def broken(self, error: BatonError) -> BatonError:
         """The error as it ends this stream: of what came already, nobody may be told that nothing did."""
+        self._is_taken |= error.reason is Reason.ATTACHED_ELSEWHERE
         return self._grammar.broken(error)
 
     def after(self, error: BatonError, *, remaining_s: float) -> NextTry:
@@ -121,7 +127,7 @@ class Continuity:
         if not self.is_attaching_again:
             return self._elsewhere(error, remaining_s)
         if error.reason in (Reason.DEADLINE_EXCEEDED, Reason.ATTACHED_ELSEWHERE):
-            raise error
+            raise self.broken(error)
         if self._grammar.is_started:
             if not _is_cut(error):
                 raise self._grammar.broken(error)
@@ -129,7 +135,7 @@ class Continuity:
             if self._try_count == 0:
                 # One that drains will not take us back.
                 self._first_index = self.address_index + (error.reason is Reason.DRAINING)
-        elif not _is_cut(error) and error.status is not StatusName.RESOURCE_EXHAUSTED:
+        elif not _is_cut(error):
             raise self._given_up() from error
         next_try = self._next_try(error, remaining_s)
         if next_try is None:
@@ -185,6 +191,7 @@ _TORN = frozenset({"INTERNAL", "UNKNOWN"})
 
 
 def _is_cut(error: BatonError) -> bool:
-    """Whether the generation may still be there, or a router may go on with it."""
+    """Whether the generation may still be there, or a router may go on with it. So may one that is full (QUEUE_FULL),
+    which it may say after ``Started``, too: a continuation is placed after it was accepted."""
     is_torn = error.reason is Reason.INTERNAL and error.metadata.get("transport") in _TORN
-    return error.status is StatusName.UNAVAILABLE or error.reason in _MAY_GO_ON or is_torn
+    return error.is_retryable or error.reason in _MAY_GO_ON or is_torn

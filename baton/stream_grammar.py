@@ -73,9 +73,9 @@ class StreamGrammar:
         self._ended_tokenless[sample] = chunk.token_count == 0
 
     def broken(self, error: BatonError) -> BatonError:
-        """The error that ends this stream. UNAVAILABLE says that nothing was sent, so a connection lost after tokens
-        came is ABORTED: whoever retries at once would repeat them."""
-        if error.status is not StatusName.UNAVAILABLE or self.token_count == 0:
+        """The error that ends this stream. One that may be retried says that nothing was sent, so after tokens came
+        (a lost connection; a router too full to go on with them) it is ABORTED: a retry would repeat them."""
+        if not error.is_retryable or self.token_count == 0:
             return error
         metadata = {**error.metadata, "emitted_token_count": str(self.token_count)}
         message = f"{error.message}, after {self.token_count} tokens; start over"

@@ -13,7 +13,8 @@ import random
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -57,6 +58,15 @@ class _Peer:
         self.models = model_pb2_grpc.ModelServiceStub(channel)  # type: ignore[no-untyped-call]
 
 
+@dataclass(slots=True)
+class _Open:
+    """A stream that somebody reads, or left without closing it."""
+
+    tenant: str
+    call: Any = None
+    """The present attachment's."""
+
+
 class BatonClientSync:
     """A client of one Baton. Use as a context manager, or ``close()``."""
 
@@ -81,6 +91,9 @@ class BatonClientSync:
         # What changes: which address answered last (any thread may say so; each value is a good one).
         self._index = 0
         self._closed = threading.Event()
+        # The open streams. Who takes one out says goodbye to it: its own end, or close(). Without a lock: a dict's
+        # pop is one step, and the garbage collector may end a generator while this thread is in the middle of one.
+        self._open: dict[Continuity, _Open] = {}
 
     @property
     def address(self) -> str:
@@ -132,7 +145,11 @@ class BatonClientSync:
     def cancel_generation(self, resume_token: str, *, timeout: float, tenant: str = "") -> bool:
         """Ends a resumable generation now, whoever reads it. Returns whether it was running."""
         request = cancel_to_proto(resume_token, tenant)
-        return bool(self._unary(lambda peer: peer.generation.CancelGeneration, request, timeout).was_running)
+        # One router does not know what runs at another, and says so with False.
+        reply = self._unary(
+            lambda peer: peer.generation.CancelGeneration, request, timeout, is_enough=lambda reply: reply.was_running
+        )
+        return bool(reply.was_running)
 
     def list_models(self, *, timeout: float) -> tuple[Model, ...]:
         """Every served model."""
@@ -168,10 +185,18 @@ class BatonClientSync:
         request = detokenize_to_proto(token_ids, model=model, keep_special_tokens=keep_special_tokens)
         return str(self._unary(lambda peer: peer.models.Detokenize, request, timeout).text)
 
-    def _unary(self, method: Callable[[_Peer], Any], request: Any, timeout: float) -> Any:
-        """At the address that answered last, then at the others: all of these calls may be repeated."""
+    def _unary(
+        self,
+        method: Callable[[_Peer], Any],
+        request: Any,
+        timeout: float,
+        *,
+        is_enough: Callable[[Any], bool] = lambda _: True,
+    ) -> Any:
+        """At the address that answered last, then at the others: all of these calls may be repeated. ``is_enough``:
+        of a reply, whether the others need not be asked; the last one is returned."""
         give_up_at = self._clock() + checked_timeout(timeout)
-        first = self._index
+        first, found = self._index, None  # other threads move the index meanwhile
         for place in range(len(self._peers)):
             index = (first + place) % len(self._peers)
             peer = self._peers[index]
@@ -182,9 +207,13 @@ class BatonClientSync:
                 if failure.status is not StatusName.UNAVAILABLE:
                     raise failure from None
             else:
-                self._index = index
-                return reply
-        raise failure
+                if is_enough(reply):
+                    self._index = index
+                    return reply
+                found = reply
+        if found is None:
+            raise failure
+        return found
 
     def _events(self, call: Asked) -> Generator[Event, None, None]:
         give_up_at = self._clock() + call.timeout_s
@@ -197,11 +226,12 @@ class BatonClientSync:
             rng=self._rng,
             policy=self._policy,
         )
+        stream = self._open[state] = _Open(call.message.tenant)
         try:
             while True:
                 peer = self._peers[state.address_index]
                 try:
-                    yield from self._attached(call, state, give_up_at)
+                    yield from self._attached(call, state, stream, give_up_at)
                     return
                 except grpc.RpcError as error:
                     failure = from_rpc_error(error, peer=peer.address)
@@ -211,10 +241,13 @@ class BatonClientSync:
                 if self._closed.wait(next_try.delay_s):
                     raise state.broken(failure)
         finally:
-            if state.may_still_run and not self._closed.is_set():
-                self._say_goodbye(state, call.message.tenant)
+            is_ours = self._open.pop(state, None) is not None
+            if is_ours and state.may_still_run:
+                self._wait_for(self._goodbye_to(state, stream.tenant))
 
-    def _attached(self, call: Asked, state: Continuity, give_up_at: float) -> Generator[Event, None, None]:
+    def _attached(
+        self, call: Asked, state: Continuity, opened: _Open, give_up_at: float
+    ) -> Generator[Event, None, None]:
         """One call's events. Raises what gRPC raises, and INTERNAL for a server out of its grammar."""
         peer = self._peers[state.address_index]
         left_s = max(0.001, give_up_at - self._clock())
@@ -224,6 +257,7 @@ class BatonClientSync:
             )
         else:
             stream = peer.generation.Generate(call.message, timeout=left_s, metadata=self._metadata)
+        opened.call = stream
         try:
             for response in stream:
                 event = event_from_proto(response)
@@ -238,18 +272,37 @@ class BatonClientSync:
         finally:
             stream.cancel()  # a finished call ignores it; an abandoned one must not run on
 
-    def _say_goodbye(self, state: Continuity, tenant: str) -> None:
-        """Nobody reads this generation any more: without this it would be computed for all of its grace."""
-        peer = self._peers[state.address_index]
+    def _goodbye_to(self, state: Continuity, tenant: str) -> Any:
+        """Nobody reads this generation any more: without this it would be computed for all of its grace. None: the
+        channel was closed meanwhile."""
+        peer = self._peers[state.home_index]
         request = cancel_to_proto(state.resume_token, tenant)
         try:
-            peer.generation.CancelGeneration(request, timeout=GOODBYE_S, metadata=self._metadata)
-        except (grpc.RpcError, ValueError):  # ValueError: the channel was closed meanwhile
-            return  # it cannot be reached; its grace ends it
+            return peer.generation.CancelGeneration.future(request, timeout=GOODBYE_S, metadata=self._metadata)
+        except ValueError:
+            return None
+
+    def _wait_for(self, goodbye: Any) -> None:
+        """Its call has its own deadline. One that fails is left to its grace."""
+        if goodbye is not None:
+            with suppress(grpc.FutureCancelledError):
+                goodbye.exception()
 
     def close(self) -> None:
-        """Cancels what is open. Idempotent."""
+        """Cancels what is open, for which it waits ``GOODBYE_S`` at most. Idempotent."""
         self._closed.set()
+        goodbyes = []
+        while self._open:
+            try:
+                state, stream = self._open.popitem()
+            except KeyError:  # the last one ended in its own thread
+                break
+            if stream.call is not None:
+                stream.call.cancel()
+            if state.may_still_run:
+                goodbyes.append(self._goodbye_to(state, stream.tenant))
+        for goodbye in goodbyes:  # BEFORE the channels, which carry them. All began now, and end in their time
+            self._wait_for(goodbye)
         for peer in self._peers:
             peer.channel.close()
 

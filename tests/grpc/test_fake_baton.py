@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from baton.errors import (
     Unauthenticated,
     Unavailable,
     attempts_exhausted,
+    queue_full,
 )
 from baton.pytest_plugin import fake_baton  # noqa: F401  # here baton-client is not installed, but its tree
 from baton.request import (
@@ -423,6 +424,109 @@ async def test_a_closed_client_ends_its_streams_and_resumes_nothing(fake: FakeBa
     with pytest.raises(Interrupted):
         await anext(stream)
     assert fake.calls_of("ResumeGenerate") == ()
+    assert len(fake.calls_of("CancelGeneration")) == 1
+    await client.close()
+    await stream.aclose()
+    assert len(fake.calls_of("CancelGeneration")) == 1, "one goodbye is enough"
+
+
+@pytest.mark.parametrize("how", ["break", "raise"])
+async def test_a_loop_left_inside_the_client_s_block_ends_the_generation(fake: FakeBaton, how: str) -> None:
+    """The loop's generator is closed by the event loop, which comes to it only after the client was closed."""
+    fake.will_stall(after_tokens=4)
+    with suppress(ZeroDivisionError):
+        async with BatonClient(fake.address) as client:
+            async for event in client.generate("hello", resume=ResumeOptions(grace_s=60.0), **QUICK):
+                if isinstance(event, Chunk):
+                    if how == "raise":
+                        raise ZeroDivisionError
+                    break
+    (cancel,) = fake.calls_of("CancelGeneration")
+    assert cancel.resume_token.startswith("fake-resume-")
+
+
+async def test_a_closed_client_of_threads_says_goodbye_to_what_is_open(fake: FakeBaton) -> None:
+    for _ in range(2):
+        fake.will_stall(after_tokens=4)
+
+    def leave() -> list[BatonError]:
+        found: list[BatonError] = []
+        with BatonClientSync(fake.address) as client:
+            streams = [client.generate("hello", resume=True, **QUICK) for _ in range(2)]
+            for stream in streams:
+                assert isinstance(next(stream), Started)
+                assert isinstance(next(stream), Chunk)
+        for stream in streams:
+            with pytest.raises(Interrupted) as ended:
+                next(stream)
+            found.append(ended.value)
+        return found
+
+    assert len(await asyncio.to_thread(leave)) == 2
+    assert len({call.resume_token for call in fake.calls_of("CancelGeneration")}) == 2
+    assert (len(fake.calls_of("CancelGeneration")), fake.calls_of("ResumeGenerate")) == (2, ())
+
+
+async def test_a_client_closed_between_two_tries_makes_no_third(fake: FakeBaton) -> None:
+    fake.will_cut(after_tokens=4)
+    fake.will_refuse(queue_full(1, 1, 60.0))
+    client = BatonClient(fake.address)
+    request = asyncio.create_task(client.complete("hello", timeout=600, resume=True))
+    await asyncio.to_thread(
+        fake.wait_until, lambda fake: any(call.is_over for call in fake.calls_of("ResumeGenerate"))
+    )
+    await client.close()
+    with pytest.raises(Interrupted):
+        await request
+    assert [call.method for call in fake.calls] == ["Generate", "ResumeGenerate", "CancelGeneration"]
+
+
+async def test_whom_another_reader_replaced_does_not_end_the_other_s_generation(fake: FakeBaton, client: Any) -> None:
+    fake.will_fail(Reason.ATTACHED_ELSEWHERE, after_tokens=4)
+    with pytest.raises(ResumeFailed):
+        await client.complete("hello", resume=True, **QUICK)
+    assert [call.method for call in fake.calls] == ["Generate"]
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+async def test_a_generation_is_cancelled_wherever_it_runs(kind: str) -> None:
+    async with FakeBaton() as first, FakeBaton() as second:
+        second.will_stall(after_tokens=4)
+        async with BatonClient(second.address) as reader:
+            stream = reader.generate("hello", resume=True, **QUICK)
+            started = await anext(stream)
+            assert isinstance(started, Started)
+            addresses = [first.address, second.address]
+            if kind == "async":
+                async with BatonClient(addresses) as other:
+                    assert await other.cancel_generation(started.resume_token, timeout=10)
+                    assert other.address == second.address
+                    assert not await other.cancel_generation(started.resume_token, timeout=10)
+            else:
+                with BatonClientSync(addresses) as blocking:
+                    cancel = blocking.cancel_generation
+                    assert await asyncio.to_thread(cancel, started.resume_token, timeout=10)
+                    assert not await asyncio.to_thread(cancel, started.resume_token, timeout=10)
+            assert len(first.calls_of("CancelGeneration")) == 2
+            await stream.aclose()
+
+
+async def test_a_call_asks_every_address_though_others_move_the_first_meanwhile() -> None:
+    async with FakeBaton() as first, FakeBaton() as second, BatonClient([first.address, second.address]) as client:
+        first.set_serving(False)
+        asking = asyncio.create_task(client.list_models(**QUICK))
+        await asyncio.to_thread(first.wait_until, lambda fake: bool(fake.calls))
+        client._index = 1  # as another call that was answered at the second leaves it
+        assert [model.name for model in await asking] == ["fake"]
+
+
+async def test_a_router_too_full_to_go_on_is_asked_again_also_after_it_said_started(
+    fake: FakeBaton, client: Any
+) -> None:
+    fake.will_cut(after_tokens=4)
+    fake.will_fail(queue_full(1, 1, 0.01))
+    answer = await client.complete("hello", resume=True, **QUICK)
+    assert (answer.text, answer.resume_count) == ("You said: hello", 2)
 
 
 # Requests

@@ -199,6 +199,41 @@ def test_a_full_router_is_asked_again_when_it_said() -> None:
     assert state.after(queue_full(1, 1, 5.0), remaining_s=TIME).delay_s == 5.0
 
 
+def test_a_router_that_is_full_after_it_said_started_is_asked_again_and_never_called_retryable_at_the_end() -> None:
+    state = state_of(STARTED, chunk(0, 7), rounds=2)
+    state.after(lost(), remaining_s=TIME)
+    state.take(STARTED)
+    assert state.after(queue_full(1, 1, 5.0), remaining_s=TIME).delay_s == 5.0
+    state.take(STARTED)
+    with pytest.raises(Interrupted) as given:
+        state.after(queue_full(1, 1, 5.0), remaining_s=TIME)
+    assert (given.value.reason, given.value.is_retryable) == (Reason.QUEUE_FULL, False)
+    assert (given.value.metadata["emitted_token_count"], given.value.retry_after_s) == ("1", None)
+
+
+def test_what_would_be_retryable_is_not_once_tokens_came_and_is_before() -> None:
+    for error in (queue_full(1, 1, 5.0), lost()):
+        assert state_of(STARTED, is_resumable=False).broken(error) is error
+        assert isinstance(state_of(STARTED, chunk(0, 7), is_resumable=False).broken(error), Interrupted)
+
+
+def test_what_another_reader_took_over_is_not_ours_to_end() -> None:
+    state = state_of(STARTED, chunk(0, 7))
+    assert state.may_still_run
+    with pytest.raises(ResumeFailed):
+        state.after(attached_elsewhere(), remaining_s=TIME)
+    assert not state.may_still_run
+
+
+def test_a_generation_runs_where_it_was_last_attached_whatever_is_tried_since() -> None:
+    state = state_of(STARTED, chunk(0, 7), addresses=2)
+    state.after(lost(), remaining_s=TIME)
+    state.after(lost(), remaining_s=TIME)
+    assert (state.address_index, state.home_index) == (1, 0)
+    state.take(STARTED)
+    assert state.home_index == 1
+
+
 def test_there_is_no_try_after_the_callers_time() -> None:
     state = state_of(STARTED, chunk(0, 7))
     state.after(lost(), remaining_s=TIME)

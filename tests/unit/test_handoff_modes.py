@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from baton.errors import Reason, StatusName, queue_full
 from baton.leg import DecodeOrder, KvAdopted, PrefillOrder, PrefillReply
 from baton.request import EngineStop, PlacementMode, Sampling, TokenLogprobs
 from router.answering import RoutedRequest
@@ -14,8 +15,10 @@ from router.handoff_words import (
     Adopted,
     Emit,
     Emitted,
+    Fail,
     Place,
     Placed,
+    PlacementFailed,
     PrefillDone,
     ReleaseKv,
     StartDecode,
@@ -127,3 +130,27 @@ def test_a_decode_whose_logprobs_are_not_one_per_token_is_lost(brought: tuple[To
     actions = handoff.on(TokensArrived(handoff.leg, 0, (8, 9), brought))
     assert only(actions, Place)
     assert handoff.emitted_token_count == 1
+
+
+@pytest.mark.parametrize("sends_one", [False, True])
+def test_a_continuation_may_be_asked_again_as_long_as_this_call_added_no_token(sends_one: bool) -> None:
+    """What the caller brought along it brings along again: only what was sent since would come twice."""
+    handoff = Handoff(RoutedRequest("g", PROMPT, 10, emitted_token_ids=(4, 5)))
+    handoff.start()
+    if sends_one:
+        place(handoff)
+        prefilled(handoff, 7, None)
+        handoff.on(Emitted(3))
+        handoff.on(WorkerLost(D))
+    refused = only(handoff.on(PlacementFailed(handoff.attempt_count, queue_full(1, 1, 5.0))), Fail)
+    assert isinstance(refused, Fail)
+    error = refused.error
+    if sends_one:
+        assert (error.reason, error.status) == (Reason.ATTEMPTS_EXHAUSTED, StatusName.ABORTED)
+        assert error.metadata["emitted_token_count"] == "1"
+    else:
+        assert (error.reason, error.status, error.retry_after_s) == (
+            Reason.QUEUE_FULL,
+            StatusName.RESOURCE_EXHAUSTED,
+            5.0,
+        )

@@ -7,7 +7,8 @@
 
 A real gRPC server on a free port of this machine, whose threads serve coroutine tests and others alike. It checks
 requests as a server does, echoes what it has no answer for, waits only where it was told to, and does everything in
-the order of its script: answers are taken by the next generations, faults by the next calls, resumes included.
+the order of its script: answers are taken by the next generations, faults by the next calls of Generate and
+ResumeGenerate, or of the method that ``will_refuse`` names.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import grpc
 from baton.errors import BatonError, Reason, StatusName, queue_full
 from baton.request import FinishReason, GenerateRequest, ToolCall
 from baton.testing.fake_script import FakeCall, Fault, Scripted, words
-from baton.testing.fake_service import FakeState, attach
+from baton.testing.fake_service import METHODS, FakeState, attach
 
 MAX_CALL_COUNT = 64
 """Calls that are served at once; each has a thread while it runs."""
@@ -80,8 +81,8 @@ class FakeBaton:
         self._server = server
 
     def stop(self) -> None:
-        """Cuts every connection and forgets every generation, as a killed router does. Script and records stay.
-        Idempotent."""
+        """Cuts every connection and forgets every generation, as a killed router does. Script and records stay, also
+        what each generation was told to answer: a continuation goes on with that. Idempotent."""
         server, self._server = self._server, None
         if server is not None:
             server.stop(grace=0).wait()
@@ -116,27 +117,32 @@ class FakeBaton:
         with self._state.changed:
             self._state.answers.append(script)
 
-    def will_refuse(self, error: BatonError | Reason | None = None, *, count: int = 1) -> None:
-        """The next ``count`` calls, before they are admitted. Default: QUEUE_FULL. Mind that gRPC itself sends a call
-        that was refused with UNAVAILABLE up to three times: each time is a call."""
+    def will_refuse(self, error: BatonError | Reason | None = None, *, count: int = 1, method: str = "") -> None:
+        """The next ``count`` calls, before they are admitted. Default: QUEUE_FULL, and calls of Generate and
+        ResumeGenerate; ``method`` names one of the API, such as "CancelGeneration" or "CountTokens". Mind that gRPC
+        itself sends a call that was refused with UNAVAILABLE up to three times: each time is a call. Raises
+        ValueError for a method that is none."""
+        if method and method not in METHODS:
+            raise ValueError(f"method is {method!r}; must be one of {', '.join(METHODS)}")
         refusal = queue_full(1, 1, 0.01) if error is None else _error(error, 0)
-        self._add(*[Fault(None, refusal)] * count)
+        self._add(*[Fault(None, refusal, method=method)] * count)
 
     def will_fail(self, error: BatonError | Reason, *, after_tokens: int = 0) -> None:
-        """The next call, after so many tokens; with 0 after it was admitted."""
+        """The next stream, after so many tokens; with 0 after it was admitted."""
         self._add(Fault(after_tokens, _error(error, after_tokens)))
 
     def will_cut(self, *, after_tokens: int = 0) -> None:
-        """The next call ends as a lost connection ends it, after so many tokens of its own; a resumable generation
+        """The next stream ends as a lost connection ends it, after so many tokens of its own; a resumable generation
         can be attached to again. (Other calls on the connection go on: ``stop`` cuts them all.)"""
         self._add(Fault(after_tokens, None))
 
     def will_stall(self, *, after_tokens: int = 0) -> None:
-        """Of the next call nothing comes after so many tokens, until its caller leaves or its deadline passes."""
+        """Of the next stream nothing comes after so many tokens, until its caller leaves or its deadline passes."""
         self._add(Fault(after_tokens, None, is_stall=True))
 
     def will_forget(self) -> None:
-        """Every generation, as a restarted router does: to go on takes a continuation."""
+        """Every generation, as a restarted router does: to go on takes a continuation, which gets the rest of what
+        the generation was told to answer."""
         with self._state.changed:
             self._state.generations.clear()
 

@@ -51,6 +51,8 @@ class Fault:
     error: BatonError | None
     """None: the connection is lost, or, with ``is_stall``, nothing more comes."""
     is_stall: bool = False
+    method: str = ""
+    """Whose call it is for, by its name in the API. Empty: Generate's or ResumeGenerate's, whichever comes first."""
 
 
 @dataclass(slots=True)

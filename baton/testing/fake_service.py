@@ -53,6 +53,12 @@ MAX_KEPT_GENERATION_COUNT = 1000
 TOKEN_PREFIX = "fake-resume-"  # noqa: S105  # the beginning of what is made up
 CHAT_TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}<assistant>"
 
+METHODS = (
+    *("Generate", "ResumeGenerate", "CancelGeneration"),
+    *("ListModels", "GetModel", "CountTokens", "Tokenize", "Detokenize"),
+)
+"""Of the public API, except for watching the status."""
+
 R = TypeVar("R")
 
 
@@ -69,6 +75,9 @@ class FakeState:
     faults: deque[Fault] = field(default_factory=deque)
     calls: list[FakeCall] = field(default_factory=list)
     generations: dict[str, FakeGeneration] = field(default_factory=dict)
+    told: dict[str, tuple[pb.GenerateRequest, Scripted]] = field(default_factory=dict)
+    """By resume token, what was asked and scripted. Outlives the generations, as the model outlives its router: it
+    would go on with the same answer."""
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def note(self, call: FakeCall) -> FakeCall:
@@ -97,6 +106,17 @@ class _Serving:
             raise no_api_key()
         if not self._state.is_serving:
             raise draining()
+
+    def _next_fault(self, method: str = "") -> Fault | None:
+        """Takes it. Raises the error of a call that is refused before it is admitted."""
+        state = self._state
+        with state.changed:
+            fault = next((each for each in state.faults if each.method == method), None)
+            if fault is not None:
+                state.faults.remove(fault)  # the first that equals it, which it is
+        if fault is not None and fault.after_token_count is None and fault.error is not None:
+            raise fault.error
+        return fault
 
     def _end(self, call: FakeCall) -> None:
         with self._state.changed:
@@ -150,6 +170,7 @@ class FakeGenerationService(_Serving, generation_pb2_grpc.GenerationServiceServi
         call = self._begin("CancelGeneration", context, resume_token=message.resume_token)
         try:
             self._admit(context)
+            self._next_fault("CancelGeneration")
             with self._state.changed:
                 generation = self._state.generations.pop(message.resume_token, None)
             return pb.CancelGenerationResponse(was_running=generation is not None and generation.is_running)
@@ -165,18 +186,15 @@ class FakeGenerationService(_Serving, generation_pb2_grpc.GenerationServiceServi
         check_request(request, model=self._state.model, max_context_token_count=most, prompt_length=length)
         return most - length
 
-    def _next_fault(self) -> Fault | None:
-        """Raises the error of a call that is refused before it is admitted."""
-        with self._state.changed:
-            fault = self._state.faults.popleft() if self._state.faults else None
-        if fault is not None and fault.after_token_count is None and fault.error is not None:
-            raise fault.error
-        return fault
-
-    def _new_generation(self, message: pb.GenerateRequest, request: GenerateRequest, room: int) -> FakeGeneration:
+    def _new_generation(
+        self, message: pb.GenerateRequest, request: GenerateRequest, room: int, resume_token: str = ""
+    ) -> FakeGeneration:
+        """``resume_token``: of the one that it goes on with."""
         state = self._state
         with state.changed:
-            script = state.answers.popleft() if state.answers else Scripted((words(echo_of(request.prompt)),))
+            asked, script = state.told.get(resume_token, (None, None))
+            if script is None or asked != message:  # another fake's token, or of another request
+                script = state.answers.popleft() if state.answers else Scripted((words(echo_of(request.prompt)),))
             number = next(state.numbers)
             generation = FakeGeneration(
                 f"fake-{number}",
@@ -188,8 +206,10 @@ class FakeGenerationService(_Serving, generation_pb2_grpc.GenerationServiceServi
             )
             if generation.resume_token:
                 state.generations[generation.resume_token] = generation
-                while len(state.generations) > MAX_KEPT_GENERATION_COUNT:
-                    del state.generations[next(iter(state.generations))]
+                state.told[generation.resume_token] = (message, script)
+                for kept in (state.generations, state.told):
+                    while len(kept) > MAX_KEPT_GENERATION_COUNT:
+                        del kept[next(iter(kept))]
         return generation
 
     def _found(
@@ -203,7 +223,9 @@ class FakeGenerationService(_Serving, generation_pb2_grpc.GenerationServiceServi
         if generation is None:
             if request is None:
                 raise resume_unknown()
-            generation = self._new_generation(message.continuation.request, request, self._check(request))
+            room = self._check(request)
+            asked = message.continuation.request
+            generation = self._new_generation(asked, request, room, message.resume_token)
         if message.tenant != generation.request.tenant:
             raise resume_denied()
         if message.HasField("continuation"):
@@ -301,6 +323,7 @@ class FakeModelService(_Serving, model_pb2_grpc.ModelServiceServicer):
         call = self._begin(method, context)
         try:
             self._admit(context)
+            self._next_fault(method)
             return answer()
         except BatonError as error:
             _refuse(context, error)

@@ -311,6 +311,43 @@ async def test_what_a_restarted_server_forgot_is_gone_on_with_from_the_continuat
     assert fake.calls[1].request == fake.requests[0], "its continuation"
 
 
+@pytest.mark.parametrize("how", ["forget", "restart"])
+async def test_a_continuation_gets_the_rest_of_what_its_generation_was_told_to_answer(
+    fake: FakeBaton, how: str
+) -> None:
+    fake.will_answer("one two")
+    fake.will_answer("of another request")
+    fake.will_stall(after_tokens=4) if how == "restart" else fake.will_cut(after_tokens=4)
+    async with BatonClient(fake.address) as client:
+        text = ""
+        async for event in client.generate("x", resume=True, **QUICK):
+            text += event.text
+            if how == "forget" and isinstance(event, Started):
+                fake.will_forget()
+            if how == "restart" and text == "one " and isinstance(event, Chunk):
+                await asyncio.to_thread(fake.stop)
+                fake.start()
+        assert text == "one two"
+        assert (await client.complete("x", **QUICK)).text == "of another request"
+
+
+async def test_a_refusal_may_be_for_one_method_and_is_otherwise_for_streams(fake: FakeBaton, client: Any) -> None:
+    fake.will_refuse(Reason.PERMISSION_DENIED)
+    fake.will_refuse(Reason.INTERNAL, method="CountTokens")
+    fake.will_refuse(Reason.RESUME_DENIED, method="CancelGeneration")
+    assert [model.name for model in await client.list_models(**QUICK)] == ["fake"]
+    with pytest.raises(InternalError):
+        await client.count_tokens("x", **QUICK)
+    with pytest.raises(ResumeFailed):
+        await client.cancel_generation("fake-resume-0", **QUICK)
+    assert not await client.cancel_generation("fake-resume-0", **QUICK)
+    with pytest.raises(NotPermitted):
+        await client.complete("x", **QUICK)
+    assert (await client.complete("x", **QUICK)).text == "You said: x"
+    with pytest.raises(ValueError, match="must be one of Generate, "):
+        fake.will_refuse(method="count_tokens")
+
+
 async def test_a_failure_that_a_resume_can_heal_is_healed(fake: FakeBaton, client: Any) -> None:
     fake.will_fail(attempts_exhausted(3, 2, "decode", "worker d0: lost"), after_tokens=2)
     assert (await client.complete("x", resume=True, **QUICK)).resume_count == 1

@@ -129,7 +129,8 @@ class Continuity:
         if error.reason in (Reason.DEADLINE_EXCEEDED, Reason.ATTACHED_ELSEWHERE):
             raise self.broken(error)
         if self._grammar.is_started:
-            if not _is_cut(error):
+            # Read too slowly (RESUME_TOO_LATE), the window moved on: the tokens are here, so a continuation serves.
+            if not _is_cut(error) and error.reason is not Reason.RESUME_TOO_LATE:
                 raise self._grammar.broken(error)
             self._original = error
             if self._try_count == 0:

@@ -22,6 +22,7 @@ from baton.errors import (
     no_worker,
     queue_full,
     resume_denied,
+    resume_too_late,
 )
 from baton.request import FinishReason, Handover, PlacementMode, Usage
 from baton.resuming import Continuity, NextTry, ResumePolicy
@@ -102,6 +103,22 @@ def test_delays_grow_to_their_bound_and_are_drawn() -> None:
 def test_one_that_drains_is_asked_last() -> None:
     made, _ = tries(state_of(STARTED, chunk(0, 7), addresses=2, rounds=1), draining())
     assert [each.address_index for each in made] == [1, 0]
+
+
+def test_a_reader_too_slow_for_its_window_goes_on_from_the_tokens_it_kept() -> None:
+    state = state_of(STARTED, chunk(0, 7), rounds=2)
+    assert state.after(resume_too_late(1, 40), remaining_s=TIME).delay_s == 0.0
+    state.take(STARTED)
+    state.take(chunk(1, 8))
+    assert (state.resume_count, state.token_ids) == (1, ((7, 8),))
+
+
+def test_an_attachment_refused_as_too_late_was_refused_with_the_continuation_and_is_the_end() -> None:
+    state = state_of(STARTED, chunk(0, 7))
+    state.after(lost(), remaining_s=TIME)
+    with pytest.raises(BatonError) as caught:
+        state.after(resume_too_late(1, 40), remaining_s=TIME)
+    assert isinstance(caught.value, Interrupted)
 
 
 def test_a_token_makes_the_tries_count_anew_and_a_mere_attachment_does_not() -> None:

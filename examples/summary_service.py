@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import signal
 from typing import Any
 
@@ -67,9 +68,8 @@ class SummaryService:
 
     async def answer(self, line: bytes) -> dict[str, Any]:
         try:
-            request = json.loads(line)
-            text, timeout_s = str(request["text"]), min(float(request["timeout_s"]), MAX_TIMEOUT_S)
-        except (ValueError, KeyError, TypeError):
+            text, timeout_s = read(line)
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return failure("invalid", 'send {"text": "...", "timeout_s": seconds}')
         if timeout_s <= OWN_MARGIN_S:
             return failure("deadline", "there was no time to begin")
@@ -92,6 +92,17 @@ class SummaryService:
         finally:
             self._call_count -= 1
         return {"summary": answer.text, "output_token_count": answer.usage.output_token_count}
+
+
+def read(line: bytes) -> tuple[str, float]:
+    """Text, and the seconds that its caller has for it. Raises much for what is none of it: ValueError, KeyError,
+    TypeError, OverflowError, RecursionError."""
+    request = json.loads(line)
+    text, timeout_s = str(request["text"]), float(request["timeout_s"])
+    text.encode()  # JSON can say half a surrogate pair ("\\ud800"); gRPC cannot
+    if math.isnan(timeout_s):  # which Python's JSON reads, and which is neither too little time nor too much
+        raise ValueError("timeout_s is no number")
+    return text, min(timeout_s, MAX_TIMEOUT_S)
 
 
 def failure(kind: str, message: str, *, retry_after_s: float | None = None) -> dict[str, Any]:

@@ -41,6 +41,8 @@ const SERVICE_CONFIG = {
   retryThrottling: { maxTokens: 20, tokenRatio: 0.5 },
 };
 
+const MAX_SAMPLES = 16; // the server refuses more
+
 // A call failed. `status`: gRPC's name of the code, by which to decide what to do; `reason`: why (docs/errors.md), or
 // null if the server did not say, as when it cannot be reached; `violations`: [{field, description}];
 // `retryAfterMs`: when to come back, or null.
@@ -105,24 +107,29 @@ class Baton {
     if (!(timeoutMs > 0)) throw new TypeError("timeoutMs is required: milliseconds for the whole answer");
     const deadline = Date.now() + timeoutMs;
     if (request.resume) request = { ...request, output: { ...request.output, content: withTokenIds(request.output) } };
-    const sofar = { token: "", tokenIds: [], nextIndex: 0, isFinished: false, resumeCount: 0 };
+    const samples = Array.from({ length: Math.min(request.sample_count || 1, MAX_SAMPLES) }, newSample);
+    const sofar = { token: "", samples, isFinished: false, isTaken: false, resumeCount: 0 };
     let call = this.generation.Generate(request, this.headers, { deadline });
     try {
       for (;;) {
+        let delayMs = Math.min(100 * 2 ** Math.min(sofar.resumeCount, 4), 1000);
         try {
           yield* events(call, sofar, signal);
           return;
         } catch (error) {
-          if (!(sofar.token && isCut(error) && Date.now() < deadline && !signal?.aborted)) throw error;
+          sofar.isTaken = error.reason === "ATTACHED_ELSEWHERE";
+          delayMs = Math.max(delayMs, error.retryAfterMs ?? 0);
+          const mayWait = Date.now() + delayMs < deadline && !signal?.aborted;
+          if (!(sofar.token && isCut(error) && mayWait)) throw error;
         }
-        await sleep(Math.min(100 * 2 ** Math.min(sofar.resumeCount, 4), 1000));
+        await sleep(delayMs);
         sofar.resumeCount += 1;
         call = this.generation.ResumeGenerate(
           {
             resume_token: sofar.token,
-            next_token_index: sofar.nextIndex,
+            ...nextIndices(samples),
             tenant: request.tenant,
-            continuation: { request, samples: [{ ids: sofar.tokenIds }] },
+            continuation: { request, samples: samples.map(({ ids }) => ({ ids })) },
           },
           this.headers,
           { deadline },
@@ -130,7 +137,8 @@ class Baton {
       }
     } finally {
       call.cancel(); // a finished call ignores it; an abandoned one must not run on
-      if (sofar.token && !sofar.isFinished) await this.#end(sofar.token, request.tenant);
+      // What another call of ours took over has its reader.
+      if (sofar.token && !sofar.isFinished && !sofar.isTaken) await this.#end(sofar.token, request.tenant);
     }
   }
 
@@ -161,12 +169,7 @@ async function* events(call, sofar, signal) {
         sofar.token = response.started.resume_token;
         if (!isFirst) continue; // the caller was told
       } else if (name === "chunk") {
-        const chunk = response.chunk;
-        if (chunk.first_token_index !== sofar.nextIndex && chunk.sample_index === 0) {
-          throw new BatonError("INTERNAL", null, `token ${sofar.nextIndex} was expected, ${chunk.first_token_index} came`);
-        }
-        if (chunk.sample_index === 0) sofar.nextIndex += chunk.token_count;
-        if (sofar.token) sofar.tokenIds.push(...chunk.token_ids);
+        take(response.chunk, sofar);
       } else if (name === "finished") {
         sofar.isFinished = true;
       } else if (name !== "prompt") {
@@ -182,10 +185,35 @@ async function* events(call, sofar, signal) {
   }
 }
 
+// Each sample has its own place, from which it is gone on with.
+function take(chunk, { token, samples }) {
+  const sample = samples[chunk.sample_index];
+  if (!sample) throw new BatonError("INTERNAL", "INTERNAL", `sample ${chunk.sample_index} was not asked for`);
+  if (chunk.first_token_index !== sample.nextIndex) {
+    const message = `token ${sample.nextIndex} was expected, ${chunk.first_token_index} came`;
+    throw new BatonError("INTERNAL", "INTERNAL", message);
+  }
+  // Text held back to the answer's end comes without a token, and counts as one: it is not to come again.
+  sample.nextIndex += chunk.token_count || 1;
+  if (token) sample.ids.push(...chunk.token_ids);
+}
+
+function newSample() {
+  return { ids: [], nextIndex: 0 };
+}
+
+function nextIndices(samples) {
+  const indices = samples.map(({ nextIndex }) => nextIndex);
+  return indices.length === 1 ? { next_token_index: indices[0] } : { next_token_indices: indices };
+}
+
+// What ended at one router, and may go on there or at another (docs/api/resume.md).
+const MAY_GO_ON = new Set(["DRAINING", "NO_WORKER", "QUEUE_FULL", "ATTEMPTS_EXHAUSTED", "STALLED"]);
+
 // The connection, not the generation: the server says of everything else why it ended the call.
 function isCut(error) {
   if (!(error instanceof BatonError)) return false;
-  if (error.reason === "DRAINING" || error.reason === "NO_WORKER") return true;
+  if (MAY_GO_ON.has(error.reason)) return true;
   return error.reason === null && ["UNAVAILABLE", "CANCELLED", "UNKNOWN", "INTERNAL"].includes(error.status);
 }
 

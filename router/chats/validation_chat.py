@@ -78,11 +78,11 @@ def template_arguments(chat: ChatPrompt) -> dict[str, Any]:
 def _messages(chat: ChatPrompt, abilities: ChatAbilities) -> Iterator[FieldViolation]:
     open_calls: dict[str, int] = {}
     calls = [call for message in chat.messages[:MAX_MESSAGE_COUNT] for call in message.tool_calls]
-    size = sum(len(call.name) + len(call.arguments_json) for call in calls)
+    size = sum(_byte_count(call.id, call.name, call.arguments_json) for call in calls)
     if len(calls) > MAX_CHAT_CALL_COUNT or size > MAX_CHAT_CALLS_BYTES:
         yield FieldViolation(
             "chat.messages",
-            f"have {len(calls)} calls of {size} characters; at most {MAX_CHAT_CALL_COUNT} of {MAX_CHAT_CALLS_BYTES} "
+            f"have {len(calls)} calls of {size} bytes; at most {MAX_CHAT_CALL_COUNT} of {MAX_CHAT_CALLS_BYTES} "
             "together. Drop old turns.",
         )
         return
@@ -173,10 +173,10 @@ def _tools(chat: ChatPrompt, abilities: ChatAbilities) -> Iterator[FieldViolatio
         )
     if count > MAX_TOOL_COUNT:
         yield FieldViolation("chat.tools", f"has {count} tools; at most {MAX_TOOL_COUNT}")
-    size = sum(len(tool.name) + len(tool.description) + len(tool.parameters_json_schema) for tool in chat.tools)
+    size = sum(_byte_count(tool.name, tool.description, tool.parameters_json_schema) for tool in chat.tools)
     if size > MAX_TOOLS_BYTES:
         yield FieldViolation(
-            "chat.tools", f"have {size} characters together; at most {MAX_TOOLS_BYTES}. Shorten them, or give fewer."
+            "chat.tools", f"have {size} bytes together; at most {MAX_TOOLS_BYTES}. Shorten them, or give fewer."
         )
         return
     names: set[str] = set()
@@ -320,6 +320,10 @@ def _object_problem(text: str, max_bytes: int) -> str | None:
     except (ValueError, RecursionError):
         return "is not JSON"
     return None if isinstance(value, dict) else "is not a JSON object"
+
+
+def _byte_count(*texts: str) -> int:
+    return sum(len(text.encode()) for text in texts)
 
 
 def _refuse_constant(name: str) -> None:

@@ -102,6 +102,15 @@ async def test_the_service_answers_within_its_callers_deadline_or_says_why_not(t
         assert again["summary"]
         assert late["error"]["kind"] == "deadline"
         assert wrong["error"]["kind"] == "invalid"
+        strange = await asked(
+            port,
+            '{"text": "a long text", "timeout_s": NaN}',
+            '{"text": "a long text", "timeout_s": "nan"}',
+            '{"text": "half a pair: \\ud800", "timeout_s": 20}',
+            f'{{"text": "a long text", "timeout_s": 1{"0" * 400}}}',
+            "[" * 100_000,
+        )
+        assert [reply["error"]["kind"] for reply in strange] == ["invalid"] * 5
         async with asyncio.timeout(10):
             await cluster.until_balanced()
 

@@ -234,6 +234,19 @@ def test_what_all_tools_or_all_calls_have_together_is_bounded_before_it_is_read(
     assert fields(chat(*large)) == ["chat.messages"]
 
 
+def test_what_is_bounded_together_is_counted_in_bytes_with_the_ids_of_calls() -> None:
+    schema = '{"description": "' + "é" * 30_000 + '"}'
+    assert fields(chat(tools=tuple(Tool(f"f{n}", "", schema) for n in range(4)))) == []
+    assert fields(chat(tools=tuple(Tool(f"f{n}", "", schema) for n in range(5)))) == ["chat.tools"]
+
+    def called(id_length: int) -> list[ChatMessage]:
+        calls = (ToolCall(str(n).rjust(id_length, "0"), "f", '{"x": "' + "é" * 65 + '"}') for n in range(1024))
+        return [ChatMessage("assistant", tool_calls=tuple(next(calls) for _ in range(128))) for _ in range(8)]
+
+    assert fields(chat(*called(4))) == []
+    assert fields(chat(*called(128))) == ["chat.messages"]
+
+
 def test_a_choice_must_be_possible() -> None:
     required = ToolChoice.REQUIRED
     assert fields(chat(tool_choice=required)) == ["chat.tool_choice.mode"]

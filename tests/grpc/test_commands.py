@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import re
 import signal
 import sys
@@ -17,6 +18,13 @@ from sim_cluster import FAST, TOKENIZER, SimCluster, sim_cluster
 from engine.cost import CostModel, DecodeCost
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+ENTER_SCREEN, LEAVE_SCREEN = b"\x1b[?1049h", b"\x1b[?1049l"
+"""What a terminal is told to show another screen, and the one before it."""
+ON_ITS_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # from now on its Ctrl-C is ours
+os.execv(sys.executable, [sys.executable, "-m", "baton", *sys.argv[1:]])
+"""
 SLOW = CostModel(prefill=FAST.prefill, decode=DecodeCost(base_s=0.05))
 
 
@@ -187,6 +195,42 @@ async def test_top_prints_a_frame_and_health_says_serving(tmp_path: Path) -> Non
         code, _, err = await run("health", *at(cluster))
         assert code == 3
         assert "not serving" in err
+
+
+async def test_ctrl_c_leaves_the_live_display_of_top_and_gives_the_terminal_back(tmp_path: Path) -> None:
+    async with sim_cluster(tmp_path) as cluster:
+        screen = b""
+
+        async def shown(words: bytes) -> None:
+            nonlocal screen
+            while words not in screen:
+                screen += await asyncio.to_thread(os.read, ours, 65_536)
+
+        ours, theirs = os.openpty()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", ON_ITS_TERMINAL, "top", "--interval", "0.1", *at(cluster)),
+                stdin=theirs,
+                stdout=theirs,
+                stderr=theirs,
+                env={**os.environ, "TERM": "xterm", "COLUMNS": "140", "LINES": "50"},
+                start_new_session=True,
+            )
+            try:
+                async with asyncio.timeout(30):
+                    await shown(ENTER_SCREEN)
+                    await shown(b"decode-0")
+                    os.write(ours, b"\x03")
+                    await shown(LEAVE_SCREEN)
+                    assert await process.wait() == 0
+            finally:
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
+            assert b"Traceback" not in screen
+        finally:
+            os.close(theirs)
+            os.close(ours)
 
 
 async def test_top_and_health_as_json_are_objects_a_line(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any
 
 
@@ -54,7 +55,11 @@ class BegunWrite:
             self._step()
 
     def close(self) -> None:
-        """Gives up what is under way."""
+        """Gives up what is under way. What is over comes to its end; what it raised is nobody's any more."""
+        if self._future is not None and self._future.done() and not self._future.cancelled():
+            # gRPC frees what a write allocated in the lines after its wait: closed there, it would never be freed.
+            with suppress(Exception, asyncio.CancelledError):
+                self._step()
         coroutine, self._coroutine = self._coroutine, None
         future, self._future = self._future, None
         if future is not None:

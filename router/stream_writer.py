@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from baton.errors import BatonError, deadline_exceeded
+from baton.errors import deadline_exceeded
 from baton.request import OutputOptions
 from baton.timeline import Phase
 from router.answering import Admitted, Completed, Piece, PromptPart, RelayEvent
@@ -72,9 +72,9 @@ class StreamWriter:
                                 self._written_token_count += len(event.token_ids)
                         else:
                             await self._write(self._message(event, loop.time()))
-                except BatonError:
+                except Exception:
                     # The status comes after the write under way: where that is given up, gRPC sends neither, and the
-                    # caller waits for its deadline.
+                    # caller waits for its deadline. A bug has a status, too. Bounded by the timer above.
                     await self._write_under_way.settle()
                     raise
                 await self._write_under_way.settle()

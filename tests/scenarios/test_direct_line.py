@@ -15,7 +15,7 @@ from baton.request import OutputOptions
 from baton.testing import in_virtual_time
 from baton.v1 import generation_pb2 as pb
 from bench.virtual_cluster import TokenAnswer, VirtualCluster, virtual_cluster
-from router.answering import Piece, RelayEvent
+from router.answering import Admitted, Piece, RelayEvent
 from router.outbox import Outbox
 from router.phase_window import PhaseWindow
 from router.relay_run import RelayRun, TokenMeter
@@ -60,16 +60,20 @@ class Caller:
         return [each.chunk for each in said if each.HasField("chunk")]
 
 
-async def written(cluster: VirtualCluster, caller: Caller, count: int = 40, *, timeout_s: float = 60.0) -> None:
-    now = asyncio.get_running_loop().time()
-    writer = StreamWriter(
+def writer_for(caller: Caller, deadline_at: float) -> StreamWriter:
+    return StreamWriter(
         caller,
         response=pb.GenerateResponse,
         started=pb.GenerateResponse(started=pb.Started()),
         output=OutputOptions(),
         window=PhaseWindow(),
-        deadline_at=now + timeout_s,
+        deadline_at=deadline_at,
     )
+
+
+async def written(cluster: VirtualCluster, caller: Caller, count: int = 40, *, timeout_s: float = 60.0) -> None:
+    now = asyncio.get_running_loop().time()
+    writer = writer_for(caller, now + timeout_s)
     request = cluster.request(50, count)
     await writer.write_all(cluster.relay.run(request, TokenAnswer(), now + timeout_s, received_at=now))
 
@@ -99,6 +103,35 @@ async def test_a_slow_caller_gets_every_token_in_order_in_fewer_messages() -> No
             await written(cluster, caller)
             assert indices(caller) == list(range(40))
             assert (len(caller.chunks) < 40) == (write_s > 0.01)
+
+
+@in_virtual_time
+@pytest.mark.parametrize("is_direct", [False, True])
+async def test_a_bug_leaves_the_write_under_way_be_so_that_its_status_can_follow(
+    monkeypatch: pytest.MonkeyPatch, is_direct: bool
+) -> None:
+    """gRPC sends no status while a write is given up half-way: the caller would wait for its deadline."""
+    caller = Caller(write_s=0.5)
+    now = asyncio.get_running_loop().time()
+    if is_direct:
+        caller = Caller(write_s=0.005)
+
+        def broken(self: StreamWriter, piece: Piece, now: float) -> None:
+            raise ValueError("a bug")
+
+        async with virtual_cluster() as cluster:
+            monkeypatch.setattr(StreamWriter, "_chunk", broken)
+            with pytest.raises(ValueError, match="a bug"):
+                await written(cluster, caller)
+    else:
+
+        async def events() -> AsyncGenerator[RelayEvent, None]:
+            yield Admitted("g")
+            raise ValueError("a bug")
+
+        with pytest.raises(ValueError, match="a bug"):
+            await writer_for(caller, now + 60.0).write_all(events())
+    assert len(caller.messages) == 1
 
 
 @in_virtual_time

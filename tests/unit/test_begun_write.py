@@ -104,3 +104,20 @@ async def test_a_settling_that_is_cancelled_leaves_the_write_to_be_closed() -> N
         await settling
     assert writes.is_under_way
     writes.close()
+
+
+async def test_a_write_that_is_over_when_it_is_given_up_comes_to_its_end_which_frees_what_it_holds() -> None:
+    wire, writes = Wire(), BegunWrite()
+    writes.begin(wire.write("a"))
+    wire.gates[0].set_result(None)
+    writes.close()
+    assert wire.over == ["a"]
+    writes.begin(wire.write("b", waits=2))
+    wire.gates[1].set_result(None)
+    writes.close()
+    assert wire.gates[2].cancelled()
+    writes.begin(wire.write("c"))
+    wire.gates[3].set_exception(ConnectionError("the caller is gone"))
+    writes.close()
+    assert writes.try_settle()
+    assert wire.over == ["a"]

@@ -37,7 +37,8 @@ from bench.resuming_caller import Heard, ResumingCaller, channel_to
 from bench.soaking import SEED, model_directory, say
 from bench.tcp_cutter import TcpCutter, tcp_cutter
 from fleet.config import FleetConfig, parse_config
-from fleet.members import PORTS_BETWEEN_ROUTERS, router_name
+from fleet.members import router_name
+from fleet.router_ports import PORTS_BETWEEN_ROUTERS
 
 GRACE_S = 3.0
 """Of the streams that are abandoned."""

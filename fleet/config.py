@@ -20,6 +20,7 @@ from typing import Any, Literal
 from baton.request import Role
 from engine.config import EngineConfig
 from engine.sim_config import SimConfig
+from fleet.router_ports import router_at
 from fleet.toml_table import ConfigError, build, key_path, refuse_unknown_keys
 from router.config import RouterConfig
 
@@ -329,17 +330,37 @@ def _check_together(config: FleetConfig) -> None:
                 f"prefill.engine.{key} and decode.engine.{key} differ ({', '.join(map(str, sorted(values)))}); KV "
                 "moves only between engines that agree on it"
             )
-    taken: dict[int, str] = {}
+    taken = _router_ports(config)
     for role in Role:
         pool = config.pools[role]
         for key in ("port", "metrics_port", "side_channel_port"):
             first = getattr(pool, key)
             for port in range(first, first + pool.count) if first else ():
-                if port in taken:
-                    raise ConfigError(f"{role.value}.{key}: port {port} is given to {taken[port]} already")
-                taken[port] = f"{role.value}.{key}"
+                _take(taken, port, f"{role.value}.{key}")
     if prefill.count and bool(prefill.cores) != bool(decode.cores):
         raise ConfigError("cores: give it for both roles or for neither; otherwise they would be dealt out twice")
+
+
+def _router_ports(config: FleetConfig) -> dict[int, str]:
+    """Every port that a router listens on, and whose it is. Raises ``ConfigError`` for one that two would have."""
+    taken: dict[int, str] = {}
+    for index in range(config.cluster.router_count):
+        which = f" of router {index} (cluster.router_count)" if index else ""
+        try:
+            router = router_at(config.router, index)
+        except ConfigError as error:
+            raise ConfigError(f"cluster.router_count: router {index} would have no port: {error}") from error
+        for key in ("listen_address", "admin_address", "metrics_address"):
+            port = int(getattr(router, key).rpartition(":")[2])
+            if port:
+                _take(taken, port, f"router.{key}{which}")
+    return taken
+
+
+def _take(taken: dict[int, str], port: int, key: str) -> None:
+    if port in taken:
+        raise ConfigError(f"{key}: port {port} is given to {taken[port]} already; set one of them to another port")
+    taken[port] = key
 
 
 def _plain(config: FleetConfig) -> dict[str, Any]:

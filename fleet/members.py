@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from baton.request import Role
@@ -17,10 +17,10 @@ from baton.secret import SECRET_VARIABLE
 from fleet.child_process import ChildSpec
 from fleet.config import FleetConfig, PoolConfig
 from fleet.reconcile import Desired, Policy
+from fleet.router_ports import counted_up, router_at
 from router.config import RouterConfig
 
 ROUTER = "router"
-PORTS_BETWEEN_ROUTERS, METRICS_PORTS_BETWEEN_ROUTERS = 10, 1
 WORKER_MODULE = "fleet.worker_process"
 ROUTER_MODULE = "fleet.router_process"
 
@@ -73,15 +73,7 @@ def members_of(config: FleetConfig, secret: bytes) -> tuple[Member, ...]:
 
 def router_configs(config: FleetConfig) -> list[RouterConfig]:
     """Of every router: alike but for the ports."""
-    return [
-        replace(
-            config.router,
-            listen_address=_moved(config.router.listen_address, index * PORTS_BETWEEN_ROUTERS),
-            admin_address=_moved(config.router.admin_address, index * PORTS_BETWEEN_ROUTERS),
-            metrics_address=_moved(config.router.metrics_address, index * METRICS_PORTS_BETWEEN_ROUTERS),
-        )
-        for index in range(config.cluster.router_count)
-    ]
+    return [router_at(config.router, index) for index in range(config.cluster.router_count)]
 
 
 def router_name(index: int) -> str:
@@ -123,9 +115,9 @@ def _worker(
         "worker_id": name,
         "role": role.value,
         "bind_host": config.cluster.bind_host,
-        "port": _counted_up(pool.port, index),
-        "metrics_port": _counted_up(pool.metrics_port, index),
-        "side_channel_port": _counted_up(pool.side_channel_port, index),
+        "port": counted_up(pool.port, index),
+        "metrics_port": counted_up(pool.metrics_port, index),
+        "side_channel_port": counted_up(pool.side_channel_port, index),
         "cores": list(cores),
         "core_slots": [] if cores else list(range(slot, slot + cpu_count)),
         "gpus": _gpus(gpu, pool.gpus_per_worker),
@@ -146,16 +138,6 @@ def _child(name: str, module: str, arguments: Mapping[str, Any], env: Mapping[st
     said = json.dumps(arguments, sort_keys=True)
     digest = hashlib.sha256(f"{module}\n{said}\n{json.dumps(dict(env), sort_keys=True)}".encode()).hexdigest()
     return ChildSpec(name=name, module=module, arguments=("--config", said), env=env, fingerprint=digest[:16])
-
-
-def _moved(address: str, by: int) -> str:
-    """The address with its port counted up; 0 stays: any free port."""
-    host, _, port = address.rpartition(":")
-    return f"{host}:{_counted_up(int(port), by)}"
-
-
-def _counted_up(first: int, index: int) -> int:
-    return first + index if first else 0
 
 
 def _gpus(first: float, count: float) -> list[int]:

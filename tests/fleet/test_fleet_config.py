@@ -201,6 +201,27 @@ def test_one_port_cannot_be_given_twice() -> None:
     assert "decode.metrics_port: port 9411 is given to prefill.metrics_port already" in refusal(text)
 
 
+def test_routers_are_given_no_port_of_each_other_or_of_a_worker() -> None:
+    """Each further router's ports are counted up, and reach those of the workers some day."""
+    workers = ("prefill", "metrics_port = 9410")
+    parse_config(with_lines(*workers) + "\n[cluster]\nrouter_count = 10\n")
+    text = with_lines(*workers) + "\n[cluster]\nrouter_count = 11\n"
+    said = refusal(text)
+    assert "prefill.metrics_port: port 9410 is given to router.metrics_address of router 10" in said
+    assert "set one of them to another port" in said
+    for line, count, key in (
+        ('metrics_address = "127.0.0.1:50051"', 1, "router.metrics_address: port 50051"),
+        (
+            'admin_address = "127.0.0.1:50061"',
+            2,
+            "router.listen_address of router 1 (cluster.router_count): port 50061",
+        ),
+        ('listen_address = "127.0.0.1:65530"', 2, "cluster.router_count: router 1 would have no port"),
+    ):
+        assert key in refusal(with_lines("router", line) + f"\n[cluster]\nrouter_count = {count}\n")
+    parse_config(with_lines("router", 'listen_address = "127.0.0.1:0"', 'admin_address = "127.0.0.1:0"'))
+
+
 def test_settings_of_the_simulator_are_checked_and_only_it_has_them() -> None:
     assert "prefill.simulated" in refusal(with_lines("prefill.simulated", "start_s = 1.0"))
     both = MINIMAL.replace("kv_cache_bytes", 'kind = "simulated"\nkv_cache_bytes')

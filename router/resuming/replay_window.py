@@ -17,9 +17,10 @@ any other is kept until it can go along with tokens.
 
 from __future__ import annotations
 
+import heapq
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from baton.errors import BatonError, FieldViolation, invalid_request, resume_too_late
@@ -30,6 +31,9 @@ _TOKEN_BYTES = 40
 _LOGPROBS_BYTES = 160
 _TOP_BYTES = 120
 """What Python takes for them, rounded up: see tests/unit/test_replay_window.py."""
+
+GUARANTEED_TOKEN_COUNT = 64
+"""The newest of each window, which are its own however full the house is: a reader who keeps up is never too late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +46,22 @@ class WindowLimits:
 
 @dataclass(slots=True)
 class SharedBytes:
-    """What all windows together hold. Over ``max_bytes``, whoever adds gives up its own oldest."""
+    """What all windows together hold. Over ``max_bytes``, ``make_room`` is asked, and a window that still grows keeps
+    no more than what each is guaranteed: ``max_bytes`` and that of each window are the bound."""
 
     max_bytes: int
     used_bytes: int = 0
+    make_room: Callable[[int], None] = field(default=lambda target_bytes: None, repr=False)
+    """Brings ``used_bytes`` down to what it is given, if it can. May look at every window."""
+    _until_asked_bytes: int = 0
+
+    def take(self, size_bytes: int) -> None:
+        """So much more is held. Asks for room where there is none; not for every token, since it looks at all."""
+        self.used_bytes += size_bytes
+        self._until_asked_bytes -= size_bytes
+        if self.used_bytes > self.max_bytes and self._until_asked_bytes <= 0:
+            self.make_room(self.max_bytes - self.max_bytes // 16)
+            self._until_asked_bytes = self.max_bytes // 64
 
 
 @dataclass(slots=True)
@@ -115,6 +131,11 @@ class ReplayWindow:
                 self._add(held)
         self.last = last
 
+    def trim(self, target_bytes: int) -> None:
+        """Lets go of the oldest down to so many bytes, or to what it is guaranteed."""
+        while self.used_bytes > target_bytes and self.has_more_than_guaranteed:
+            self._drop_oldest()
+
     def clear(self) -> None:
         """Lets go of everything; nothing can be read any more."""
         while self._pieces:
@@ -163,6 +184,10 @@ class ReplayWindow:
             cursor.position += 1
         return taken
 
+    @property
+    def has_more_than_guaranteed(self) -> bool:
+        return len(self._pieces) > 1 and self.token_count - self._pieces[0][0].token_count >= GUARANTEED_TOKEN_COUNT
+
     def has_all(self, cursor: Cursor) -> bool:
         return all(
             index >= sample.next_index for index, sample in zip(cursor.next_indices, self._samples, strict=True)
@@ -174,17 +199,15 @@ class ReplayWindow:
         size = size_bytes(piece)
         self._pieces.append((piece, size))
         self.used_bytes += size
-        self.shared.used_bytes += size
         self.token_count += piece.token_count
+        self.shared.take(size)
         while len(self._pieces) > 1 and self._is_over():
+            self._drop_oldest()
+        while self.shared.used_bytes > self.shared.max_bytes and self.has_more_than_guaranteed:
             self._drop_oldest()
 
     def _is_over(self) -> bool:
-        return (
-            self.used_bytes > self.limits.max_bytes
-            or self.token_count > self.limits.max_token_count
-            or self.shared.used_bytes > self.shared.max_bytes
-        )
+        return self.used_bytes > self.limits.max_bytes or self.token_count > self.limits.max_token_count
 
     def _drop_oldest(self) -> None:
         piece, size = self._pieces.popleft()
@@ -211,6 +234,18 @@ class ReplayWindow:
             and taken.matched_stop_sequence is None
             and taken.token_count + piece.token_count <= self.max_chunk_token_count
         )
+
+
+def trim_largest(windows: Iterable[ReplayWindow], shared: SharedBytes, target_bytes: int) -> None:
+    """Until ``shared`` holds no more than ``target_bytes``, or each window no more than it is guaranteed."""
+    largest = [(-each.used_bytes, number, each) for number, each in enumerate(windows)]
+    heapq.heapify(largest)
+    while largest and (too_many_bytes := shared.used_bytes - target_bytes) > 0:
+        _, number, window = heapq.heappop(largest)
+        # By halves: not one to nothing while the next keeps all, and not a look at all of them for each piece.
+        window.trim(max(window.used_bytes // 2, window.used_bytes - too_many_bytes))
+        if window.has_more_than_guaranteed:
+            heapq.heappush(largest, (-window.used_bytes, number, window))
 
 
 def merged(first: Piece, second: Piece) -> Piece:

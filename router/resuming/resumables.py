@@ -33,7 +33,7 @@ from baton.errors import (
 from baton.request import OutputOptions
 from baton.timeline import Phase
 from router.answering import Admitted, Completed, Piece, PromptPart, RelayEvent
-from router.resuming.replay_window import Cursor, ReplayWindow, SharedBytes, WindowLimits
+from router.resuming.replay_window import Cursor, ReplayWindow, SharedBytes, WindowLimits, trim_largest
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class ResumeLimits:
     max_count: int = 1024
     """Generations kept at once, the finished ones that wait for their grace included."""
     total_bytes: int = 256 * 1024 * 1024
-    """Of all windows together."""
+    """Of all windows together, and beyond it of each no more than its newest ``GUARANTEED_TOKEN_COUNT`` tokens."""
     default_grace_s: float = 30.0
     max_grace_s: float = 300.0
 
@@ -284,7 +284,7 @@ class Resumables:
     ) -> None:
         self.limits = limits or ResumeLimits()
         self._on_abandoned = on_abandoned
-        self._shared = SharedBytes(self.limits.total_bytes)
+        self._shared = SharedBytes(self.limits.total_bytes, make_room=self._make_room)
         self._by_id: dict[str, Resumable] = {}
         self._kept: dict[Resumable, None] = {}  # in order of age
         self._ending: set[asyncio.Task[None]] = set()  # forgotten, and not yet at rest
@@ -373,6 +373,16 @@ class Resumables:
                 resumable.forget()
                 return
         raise too_many_resumable(self.kept_count, self.limits.max_count, min(self.limits.default_grace_s, 1.0))
+
+    def _make_room(self, target_bytes: int) -> None:
+        """Over the bound of all windows: first goes what a reader had whole, then what ended and nobody reads, each
+        oldest first; then the largest windows become smaller. One that runs or is read is never forgotten for it."""
+        ended = [each for each in self._kept if each.window.last is not None and not each.is_read]
+        for resumable in sorted(ended, key=lambda each: not each.is_delivered):  # stable
+            if self.used_bytes <= target_bytes:
+                return
+            resumable.forget()
+        trim_largest([each.window for each in self._kept], self._shared, target_bytes)
 
     def _forgotten(self, resumable: Resumable) -> None:
         self._kept.pop(resumable, None)

@@ -240,6 +240,45 @@ async def test_at_the_limit_the_oldest_that_was_read_to_its_end_makes_place_and_
 
 
 @in_virtual_time
+async def test_what_was_delivered_gives_way_then_what_ended_unread_and_a_reader_is_never_too_late() -> None:
+    resumables = Resumables(ResumeLimits(total_bytes=400 * 400))
+    unread = opened(resumables, Scripted(100), generation_id="unread", grace_s=1000.0)  # the oldest of all
+    await read(unread, until_count=1)
+    for number in range(2):
+        each = opened(resumables, Scripted(100), generation_id=f"delivered-{number}", grace_s=1000.0)
+        assert (await read(each))[1] is END
+    names = {"unread", "delivered-0", "delivered-1"}
+    gone: list[str] = []
+    running = opened(resumables, Scripted(500), generation_id="running")
+    tokens: list[int] = []
+    async with aclosing(running.read([0])) as events:
+        async for event in events:
+            if isinstance(event, Piece):
+                tokens += event.token_ids
+                assert resumables.used_bytes <= 400 * 400
+                gone += [name for name in sorted(names - set(gone)) if resumables.find(name) is None]
+    assert tokens == [*range(500)]
+    assert gone == ["delivered-0", "delivered-1", "unread"]
+    await resumables.close()
+    assert resumables.used_bytes == 0
+
+
+@in_virtual_time
+async def test_what_ended_unread_gives_way_where_nothing_was_delivered_and_what_runs_only_shrinks() -> None:
+    resumables = Resumables(ResumeLimits(total_bytes=400 * 400))
+    unread = opened(resumables, Scripted(100), generation_id="unread")
+    await read(unread, until_count=1)
+    await asyncio.sleep(101 * STEP_S)
+    running = [opened(resumables, Scripted(300), generation_id=f"running-{n}", grace_s=1000.0) for n in range(3)]
+    got = await asyncio.gather(*(read(each) for each in running))
+    assert [tokens for tokens, _ in got] == [[*range(300)]] * 3
+    assert resumables.find("unread") is None
+    assert all(resumables.find(each.about.generation_id) is each for each in running)
+    assert resumables.used_bytes <= 400 * 400
+    await resumables.close()
+
+
+@in_virtual_time
 async def test_giving_up_sends_readers_elsewhere_but_lets_an_answer_that_ended_be_read() -> None:
     resumables = Resumables()
     running = opened(resumables, Scripted(100), generation_id="a")

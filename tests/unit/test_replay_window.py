@@ -12,7 +12,16 @@ import pytest
 from baton.errors import BatonError, Reason, draining
 from baton.request import TokenLogprobs, ToolCallDelta
 from router.answering import Completed, Piece
-from router.resuming.replay_window import Cursor, ReplayWindow, SharedBytes, WindowLimits, merged, size_bytes
+from router.resuming.replay_window import (
+    GUARANTEED_TOKEN_COUNT,
+    Cursor,
+    ReplayWindow,
+    SharedBytes,
+    WindowLimits,
+    merged,
+    size_bytes,
+    trim_largest,
+)
 
 END = object.__new__(Completed)
 """An end: the window looks at nothing of it."""
@@ -130,20 +139,62 @@ def test_a_reader_that_was_overtaken_but_has_what_left_reads_on() -> None:
 
 
 def test_it_is_bounded_in_bytes_and_so_are_all_together() -> None:
-    shared = SharedBytes(6000)
-    one = ReplayWindow(WindowLimits(4000, 10**6), shared, 64)
-    other = ReplayWindow(WindowLimits(4000, 10**6), shared, 64)
-    for first in range(100):
+    shared = SharedBytes(60_000)
+    one = ReplayWindow(WindowLimits(50_000, 10**6), shared, 64)
+    other = ReplayWindow(WindowLimits(50_000, 10**6), shared, 64)
+    for first in range(1000):
         one.put(piece(first, 1))
-        assert one.used_bytes <= 4000
-    for first in range(100):
+        assert one.used_bytes <= 50_000
+    for first in range(1000):
         other.put(piece(first, 1))
-        assert shared.used_bytes <= 6000
-    assert 0 < other.used_bytes < one.used_bytes, "who comes late to a full house keeps less"
+        assert shared.used_bytes <= 60_000 or other.token_count <= GUARANTEED_TOKEN_COUNT
+    assert other.token_count == GUARANTEED_TOKEN_COUNT, "who comes late to a full house keeps its share"
     assert shared.used_bytes == one.used_bytes + other.used_bytes
     one.clear()
     other.clear()
     assert shared.used_bytes == 0
+
+
+def test_a_reader_who_keeps_up_is_never_too_late_however_full_the_house_is() -> None:
+    shared = SharedBytes(10_000, used_bytes=20_000)  # of others, who give way to nothing
+    replay = ReplayWindow(WindowLimits(1 << 20, 10_000), shared, 64)
+    cursor, got = replay.cursor([0]), 0
+    for first in range(0, 600, 3):
+        for each in range(3):
+            replay.put(piece(first + each, 1))
+        if first % GUARANTEED_TOKEN_COUNT in (0, 1, 2) or first + 3 - got > GUARANTEED_TOKEN_COUNT - 3:
+            got += sum(each.token_count for each in read(replay, cursor))
+            assert got == first + 3
+        assert replay.token_count <= GUARANTEED_TOKEN_COUNT
+
+
+def test_room_is_asked_for_where_there_is_none_and_not_for_every_token() -> None:
+    asked: list[int] = []
+    shared = SharedBytes(64_000, make_room=asked.append)
+    replay = ReplayWindow(WindowLimits(1 << 20, 10**6), shared, 64)
+    first = 0
+    while shared.used_bytes <= 64_000 and not asked:
+        replay.put(piece(first, 1))
+        first += 1
+    assert asked == [60_000]
+    for each in range(first, first + 10):
+        replay.put(piece(each, 1))
+    assert 1 < len(asked) <= 6, "again once a 64th came, not for each"
+
+
+def test_the_largest_windows_give_first_and_none_more_than_it_is_guaranteed() -> None:
+    shared = SharedBytes(1 << 30)
+    windows = [ReplayWindow(WindowLimits(1 << 30, 10**6), shared, 64) for _ in range(3)]
+    for each, count in zip(windows, (50, 400, 1000), strict=True):
+        for first in range(count):
+            each.put(piece(first, 1))
+    before = [each.used_bytes for each in windows]
+    trim_largest(windows, shared, shared.used_bytes - before[2] // 4)
+    assert [each.used_bytes for each in windows[:2]] == before[:2]
+    assert windows[2].used_bytes > before[2] // 2
+    trim_largest(windows, shared, 0)
+    assert [each.token_count for each in windows] == [50, GUARANTEED_TOKEN_COUNT, GUARANTEED_TOKEN_COUNT]
+    assert shared.used_bytes == sum(each.used_bytes for each in windows)
 
 
 def test_the_newest_piece_is_kept_whatever_its_size() -> None:

@@ -522,6 +522,7 @@ async def test_whom_another_reader_replaced_does_not_end_the_other_s_generation(
     fake.will_fail(Reason.ATTACHED_ELSEWHERE, after_tokens=4)
     with pytest.raises(ResumeFailed):
         await client.complete("hello", resume=True, **QUICK)
+    await client.close()  # which waits for goodbyes
     assert [call.method for call in fake.calls] == ["Generate"]
 
 

@@ -30,7 +30,7 @@ from router.model_card import ModelCard
 from router.prompt_encoder import PromptEncoder
 from router.service_lengths import check_chat_lengths
 from router.service_messages import chat_from_proto
-from router.tokenizer import OFF_LOOP_BYTES, Tokenizer
+from router.tokenizer import OFF_LOOP_BYTES, OFF_LOOP_TOKENS, Tokenizer
 from router.validation import check, shown, violations_of
 
 SERVICE_NAME = "baton.v1.ModelService"
@@ -112,7 +112,10 @@ class ModelService(pb_grpc.ModelServiceServicer):
             violations = violations_of(GenerateRequest(TokenPrompt(token_ids)), card.limits)
             if violations:
                 raise invalid_request(violations)
-            text = await self._tokenizer.decode_bounded(token_ids, keep_special_tokens=request.keep_special_tokens)
+            async with self._turn(is_long=count > OFF_LOOP_TOKENS):
+                text = await self._tokenizer.decode_bounded(
+                    token_ids, keep_special_tokens=request.keep_special_tokens
+                )
             return pb.DetokenizeResponse(text=text)
 
         return await self._counted(answer, context)
@@ -171,23 +174,35 @@ class ModelService(pb_grpc.ModelServiceServicer):
             check_chat_lengths(request.chat)
             prompt = chat_from_proto(request.chat, violations)
         check(GenerateRequest(prompt, request.model), limits, [*violations, *self._encoder.violations(prompt)])
-        async with self._turn(prompt):
+        # A template adds to the text and a character may have four bytes: what is not surely short is long.
+        async with self._turn(is_long=_char_count(prompt) * 8 > OFF_LOOP_BYTES):
             if is_bare and isinstance(prompt, TextPrompt):
                 return await self._tokenizer.encode_bounded(
                     prompt.text, max_token_count=limits.max_prompt_token_count, add_special_tokens=False
                 )
             return await self._encoder.encode(prompt, limits)
 
-    def _turn(self, prompt: Prompt) -> AbstractAsyncContextManager[None]:
-        """A turn at the tokenizer's thread; short texts do not go there."""
-        char_count = 0
-        match prompt:
-            case TextPrompt(text):
-                char_count = len(text)
-            case ChatPrompt(messages):
-                char_count = sum(len(message.content) for message in messages)
-        # A template adds to the text and a character may have four bytes: a text that is not surely short is long.
-        return self._long_text if char_count * 8 > OFF_LOOP_BYTES else nullcontext()
+    def _turn(self, *, is_long: bool) -> AbstractAsyncContextManager[None]:
+        """A turn at the tokenizer's thread; what is short does not go there."""
+        return self._long_text if is_long else nullcontext()
+
+
+def _char_count(prompt: Prompt) -> int:
+    """Of all that a template may write."""
+    match prompt:
+        case TextPrompt(text):
+            return len(text)
+        case ChatPrompt():
+            texts = [prompt.template_arguments_json]
+            for tool in prompt.tools:
+                texts += tool.name, tool.description, tool.parameters_json_schema
+            for message in prompt.messages:
+                texts += message.role, message.content, message.reasoning, message.name, message.tool_call_id
+                for call in message.tool_calls:
+                    texts += call.id, call.name, call.arguments_json
+            return sum(map(len, texts))
+        case TokenPrompt():
+            return 0
 
 
 def _time_allowed_s(context: Any) -> float:

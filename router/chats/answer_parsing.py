@@ -7,14 +7,16 @@ end. Where the parsers run is ``parser_child.py``'s. Answers that need no parsin
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from baton.errors import BatonError, FieldViolation, invalid_request
+from baton.errors import BatonError, FieldViolation, deadline_exceeded, invalid_request
 from baton.request import ChatPrompt, FinishReason, OutputOptions, Prompt, ToolCall, ToolCallDelta, ToolChoice
+from baton.timeline import Phase
 from router.answer import TextAnswer
 from router.answering import Answer, Completed, Piece, RelayEvent, RoutedRequest
 from router.chats.chat_abilities import ChatAbilities
@@ -188,7 +190,7 @@ class AnswerParsing:
                         continue
                     if isinstance(event, Piece | Completed) and stream is None:
                         # Not before: while a request waits for its place, the process may be started again.
-                        await self._parsers.ready()
+                        await self._ready_by(deadline_at)
                         stream = self._parsers.open(
                             plan,
                             routed.prompt_token_ids,
@@ -216,6 +218,14 @@ class AnswerParsing:
         finally:
             if stream is not None:
                 stream.close()
+
+    async def _ready_by(self, deadline_at: float) -> None:
+        """For an answer of which nothing was passed on yet, though its tokens come. Raises DEADLINE_EXCEEDED, too."""
+        try:
+            async with asyncio.timeout_at(deadline_at):
+                await self._parsers.ready()
+        except TimeoutError:
+            raise deadline_exceeded(Phase.DECODE.value, 0) from None
 
 
 def _of_the_tools(error: BatonError) -> BatonError:

@@ -157,6 +157,34 @@ async def test_a_long_text_waits_for_the_one_before_it_and_its_deadline_ends_the
             lock.release()
 
 
+async def test_many_ids_and_a_chat_that_is_long_in_its_tools_alone_wait_for_the_same_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.model_service.OFF_LOOP_TOKENS", 100)  # what is in the thread need not be long
+    monkeypatch.setattr("router.model_service.MAX_CALL_S", 0.1)
+    user = generation.ChatMessage(role="user", content="x")
+    tool = generation.Tool(name="f", description=LONG)
+    called = generation.ToolCall(id="c", name="f", arguments_json=f'{{"a": "{LONG}"}}')
+    chats = [
+        generation.Chat(messages=[user], tools=[tool]),
+        generation.Chat(messages=[user, generation.ChatMessage(role="assistant", tool_calls=[called]), user]),
+        generation.Chat(messages=[user, generation.ChatMessage(role="assistant", reasoning=LONG), user]),
+    ]
+    async with models(tmp_path) as (stub, cluster):
+        # What these chats are refused for comes before the turn, and is not what is looked at here.
+        monkeypatch.setattr(cluster.server.models._encoder, "violations", lambda prompt: [])
+        async with cluster.server.models._long_text:
+            many = generation.TokenIds(ids=[20] * 101)
+            calls = [stub.Detokenize(pb.DetokenizeRequest(token_ids=many), timeout=20)]
+            calls += [stub.CountTokens(pb.CountTokensRequest(chat=chat), timeout=20) for chat in chats]
+            for error in await asyncio.gather(*map(refused, calls)):
+                assert error.reason is Reason.DEADLINE_EXCEEDED
+            monkeypatch.undo()
+            few = generation.TokenIds(ids=[20] * 100)
+            assert (await stub.Detokenize(pb.DetokenizeRequest(token_ids=few), timeout=20)).text
+        assert (await stub.Detokenize(pb.DetokenizeRequest(token_ids=many), timeout=20)).text
+
+
 async def test_a_draining_router_refuses_and_waits_for_what_runs(tmp_path: Path) -> None:
     async with models(tmp_path, drain_notice_s=0.02) as (stub, cluster):
         service = cluster.server.models

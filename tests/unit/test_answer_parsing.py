@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from baton.errors import BatonError, FieldViolation, internal, invalid_request
+from baton.errors import BatonError, FieldViolation, Reason, internal, invalid_request
 from baton.request import (
     ChatMessage,
     ChatPrompt,
@@ -23,6 +24,7 @@ from baton.request import (
     ToolChoice,
     Usage,
 )
+from baton.testing import in_virtual_time
 from baton.timeline import Timeline
 from baton.transfer_report import TransferReport
 from router.answer import TextAnswer
@@ -87,8 +89,11 @@ class ScriptedStream:
 class ScriptedParsers:
     stream: ScriptedStream
     prompts: list[Sequence[int]] = field(default_factory=list)
+    ready_after_s: float = 0.0
 
-    async def ready(self) -> None: ...
+    async def ready(self) -> None:
+        if self.ready_after_s:
+            await asyncio.sleep(self.ready_after_s)
 
     def keeps_special_tokens(self, plan: AnswerPlan) -> bool:
         return True
@@ -260,6 +265,22 @@ async def test_a_parser_that_fails_ends_the_answer_and_everything_behind_it() ->
     with pytest.raises(BatonError, match="scripted"):
         await read()
     assert (seen, is_over, stream.is_closed) == (3, True, True)
+
+
+@in_virtual_time
+async def test_the_wait_for_parsers_that_are_started_again_ends_with_the_deadline() -> None:
+    loop, answer = asyncio.get_running_loop(), new_answer()
+    parsers = ScriptedParsers(ScriptedStream(), ready_after_s=60.0)
+    stage = AnswerParsing(parsers, BOTH)
+    began_at = loop.time()
+    source = events_of(answer, [[20]])
+    events = stage.run(source, PLAN, answer, ROUTED, deadline_at=began_at + 2.0)
+    with pytest.raises(BatonError) as caught:
+        [event async for event in events]
+    assert caught.value.reason is Reason.DEADLINE_EXCEEDED
+    assert caught.value.metadata["phase"] == "decode"
+    assert loop.time() == began_at + 2.0
+    assert source.ag_frame is None, "and with it what it read from"
 
 
 async def test_random_chunkings_lose_nothing() -> None:

@@ -22,6 +22,7 @@ from engine.config import EngineConfig
 from engine.sim_config import SimConfig
 from fleet.router_ports import router_at
 from fleet.toml_table import ConfigError, build, key_path, refuse_unknown_keys
+from router.config import ConfigError as RouterConfigError
 from router.config import RouterConfig
 
 __all__ = ["ClusterConfig", "ConfigError", "FleetConfig", "ModelConfig", "PoolConfig", "RayConfig", "load_config"]
@@ -348,7 +349,7 @@ def _router_ports(config: FleetConfig) -> dict[int, str]:
         which = f" of router {index} (cluster.router_count)" if index else ""
         try:
             router = router_at(config.router, index)
-        except ConfigError as error:
+        except RouterConfigError as error:
             raise ConfigError(f"cluster.router_count: router {index} would have no port: {error}") from error
         for key in ("listen_address", "admin_address", "metrics_address"):
             port = int(getattr(router, key).rpartition(":")[2])

@@ -30,7 +30,7 @@ from baton.client import (
     prompt_of,
     request_to_proto,
 )
-from baton.errors import BatonError, Reason, StatusName, engine_failed, queue_full
+from baton.errors import BatonError, Reason, StatusName, deadline_exceeded, engine_failed, queue_full
 from baton.events import AnswerBuilder
 from baton.leg import RecomputeReason
 from baton.request import (
@@ -122,8 +122,10 @@ def test_a_connection_lost_after_tokens_came_is_not_one_to_retry() -> None:
     grammar.check(chunk(0, 3))
     broken = grammar.broken(lost)
     assert (broken.status, broken.metadata["emitted_token_count"]) == (StatusName.ABORTED, "3")
-    shed = queue_full(1, 1, 1.0)
-    assert grammar.broken(shed) is shed
+    shed = grammar.broken(queue_full(1, 1, 1.0))
+    assert (shed.status, shed.is_retryable) == (StatusName.ABORTED, False), "tokens came: it is not the same call"
+    late = deadline_exceeded("decode", 3)
+    assert grammar.broken(late) is late
 
 
 @pytest.mark.parametrize("timeout", [0.0, -1.0, math.inf, math.nan])

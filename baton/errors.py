@@ -282,6 +282,17 @@ def queue_full(queued_count: int, queue_limit: int, retry_after_s: float) -> Bat
     )
 
 
+def too_many_calls(call_count: int, limit: int, retry_after_s: float) -> BatonError:
+    """The same reason as a full queue, and the same cure."""
+    return BatonError(
+        Reason.QUEUE_FULL,
+        StatusName.RESOURCE_EXHAUSTED,
+        f"{call_count} calls run already (limit {limit}); retry in about {retry_after_s:.1f} s",
+        metadata={"queued_count": str(call_count), "queue_limit": str(limit)},
+        retry_after_s=retry_after_s,
+    )
+
+
 def no_worker(role: str, worker_count: int) -> BatonError:
     return BatonError(
         Reason.NO_WORKER,

@@ -46,7 +46,8 @@ class RouterConfig:
     max_message_bytes: int = 8 * 1024 * 1024
     """Largest request message; gRPC refuses larger ones while they arrive, with RESOURCE_EXHAUSTED."""
     max_concurrent_call_count: int = 4096
-    """Calls open at once; gRPC refuses more with RESOURCE_EXHAUSTED."""
+    """Calls that run at once; further ones get QUEUE_FULL. Beyond four times as many open ones, with those
+    whose caller does not read their end, gRPC itself refuses."""
     max_connection_call_count: int = 1024
     """Calls open at once on one connection; a client keeps further ones back until one of its own ends."""
     max_connection_age_s: float = 0.0

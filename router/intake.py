@@ -20,7 +20,7 @@ from router.chats.answer_parsing import AnswerParsing, AnswerPlan, ParsedAnswer,
 from router.chats.tool_words import required_structure
 from router.chats.validation_chat import answer_violations
 from router.prompt_encoder import PromptEncoder
-from router.resuming.beginning import Beginning
+from router.resuming.beginning import ReadAgain
 from router.tokenizer import Detokenizer, Tokenizer
 from router.validation import ModelLimits, check, resolved_output_token_count
 
@@ -34,7 +34,7 @@ class Prepared:
     model: str
     deadline_at: float
     received_at: float
-    beginnings: tuple[Beginning, ...] = ()
+    beginnings: tuple[ReadAgain, ...] = ()
     """What the caller has of each sample already; empty: nothing of any."""
     plan: AnswerPlan | None = None
     """How the answer is parsed; None: it is text and nothing else."""

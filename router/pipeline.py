@@ -7,14 +7,19 @@ Every stage takes and gives ``router.answering.RelayEvent``s, and closes what it
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from baton.errors import deadline_exceeded
+from baton.timeline import Phase
 from router.answering import Answer, RelayEvent, RoutedRequest
 from router.chats.answer_parsing import AnswerParsing
 from router.intake import Intake, Prepared
 from router.resuming.beginning import (
+    Beginning,
+    ReadAgain,
     end_only,
     how_it_ended,
     no_tail_yet,
@@ -65,6 +70,24 @@ class Pipeline:
             )
         return self._with_prompt(events, prepared)
 
+    async def read_again(self, prepared: Prepared, beginnings: Sequence[Beginning]) -> Prepared:
+        """With what the caller has of each sample: ``run``, once, goes on from there. Raises INVALID_REQUEST for what
+        cannot be the beginning of these answers, and DEADLINE_EXCEEDED."""
+        read = []
+        try:
+            async with asyncio.timeout_at(prepared.deadline_at):
+                for beginning in beginnings:
+                    await asyncio.sleep(0)  # others' turn
+                    answer = self._intake.answer(prepared)
+                    piece = await read_again(answer, beginning)
+                    ended = how_it_ended(prepared.routed, piece)
+                    if ended is None and beginning.has_tail:
+                        raise no_tail_yet()
+                    read.append(ReadAgain(beginning, answer, piece, ended))
+        except TimeoutError:
+            raise deadline_exceeded(Phase.QUEUE.value, 0) from None
+        return replace(prepared, beginnings=tuple(read))
+
     def _sample(
         self, prepared: Prepared, request: RoutedRequest, seat: Seat | None = None
     ) -> AsyncGenerator[RelayEvent, None]:
@@ -77,20 +100,15 @@ class Pipeline:
     def _go_on(
         self, prepared: Prepared, request: RoutedRequest, seat: Seat | None
     ) -> AsyncGenerator[RelayEvent, None]:
-        """Raises INVALID_REQUEST for a beginning that cannot be one of this answer."""
-        beginning = prepared.beginnings[_index(seat)]
-        answer = self._intake.answer(prepared)
-        read = read_again(answer, beginning)
-        how = how_it_ended(request, read)
-        if how is not None:
-            events = end_only(request, answer, read, how, prepared.received_at)
-        elif beginning.has_tail:
-            raise no_tail_yet()
+        read = prepared.beginnings[_index(seat)]
+        answer = read.answer
+        if read.ended is not None:
+            events = end_only(request, answer, read.piece, read.ended, prepared.received_at)
         else:
-            routed = replace(request, emitted_token_ids=beginning.token_ids)
+            routed = replace(request, emitted_token_ids=read.beginning.token_ids)
             events = self._relayed(prepared, routed, answer, seat)
-        events = self._parsed(with_beginning(events, read), answer, prepared, request, seat)
-        return without_beginning(events, beginning)
+        events = self._parsed(with_beginning(events, read.piece), answer, prepared, request, seat)
+        return without_beginning(events, read.beginning)
 
     def _relayed(
         self, prepared: Prepared, request: RoutedRequest, answer: Answer, seat: Seat | None

@@ -64,6 +64,10 @@ HEALTH_SERVICE_NAME = "grpc.health.v1.Health"
 GOODBYE_S = 1.0
 """How long calls that are still running after draining may take to notice that they were cancelled."""
 
+OPEN_CALLS_PER_RUNNING = 4
+"""gRPC counts a call until its caller has read its end or is gone, we until our part is over. So gRPC's own limit is
+this many times ours: callers who never read keep its places, and no place of those who do."""
+
 logger = logging.getLogger("baton.router")
 
 
@@ -192,6 +196,7 @@ class RouterServer:
             ),
             default_deadline_s=config.default_deadline_s,
             max_deadline_s=config.max_deadline_s,
+            max_call_count=config.max_concurrent_call_count,
         )
         self.models = ModelService(
             tokenizer=self._tokenizer,
@@ -349,7 +354,7 @@ class RouterServer:
     def _server(self, *options: tuple[str, int]) -> grpc.aio.Server:
         config = self.config
         server = grpc.aio.server(
-            maximum_concurrent_rpcs=config.max_concurrent_call_count,
+            maximum_concurrent_rpcs=OPEN_CALLS_PER_RUNNING * config.max_concurrent_call_count,
             options=[
                 # Without this a second router could bind the same port, and the kernel would deal calls to either.
                 ("grpc.so_reuseport", 0),

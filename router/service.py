@@ -19,7 +19,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from baton.errors import BatonError, draining, internal
+from baton.errors import BatonError, draining, internal, too_many_calls
 from baton.metrics import RouterMetrics, outcome_of
 from baton.status import PUSHBACK_KEY, to_rpc_status
 from baton.v1 import generation_pb2 as pb
@@ -42,6 +42,9 @@ SERVICE_NAME = "baton.v1.GenerationService"
 _GOODBYE_S = 0.5
 """How long the status of a refused call may wait for the caller to read what is before it."""
 
+_ROOM_S = 1.0
+"""When a caller may ask again who came while as many calls ran as may."""
+
 logger = logging.getLogger("baton.router")
 
 
@@ -59,7 +62,9 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         desk: ResumeDesk,
         default_deadline_s: float,
         max_deadline_s: float,
+        max_call_count: int,
     ) -> None:
+        """``max_call_count``: that run here at once, cancels apart, which make room; further ones get QUEUE_FULL."""
         self._intake = intake
         self._pipeline = pipeline
         self._metrics = metrics
@@ -68,6 +73,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self._desk = desk
         self._default_deadline_s = default_deadline_s
         self._max_deadline_s = max_deadline_s
+        self._max_call_count = max_call_count
         # The mutable state: calls that run, and whether new ones may.
         self.call_count = 0
         self.ended_count = 0
@@ -92,7 +98,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             caller = caller_of(self._callers, context, message.tenant)
             was_running = self._desk.cancel(self._desk.claim(message.resume_token, caller))
 
-        if not await self._counted(cancel, request, context):
+        if not await self._counted(cancel, request, context, makes_room=True):
             return None  # the call has its status already
         return pb.CancelGenerationResponse(was_running=was_running)
 
@@ -108,9 +114,22 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         """Returns when no call runs. Bound it with a timeout."""
         await self._idle.wait()
 
-    async def _counted(self, serve: Callable[[Any, Any, float], Awaitable[None]], request: Any, context: Any) -> bool:
+    async def _counted(
+        self,
+        serve: Callable[[Any, Any, float], Awaitable[None]],
+        request: Any,
+        context: Any,
+        *,
+        makes_room: bool = False,
+    ) -> bool:
         """Runs one call and ends it with its status, whatever happens. Whether it went well."""
         received_at = asyncio.get_running_loop().time()
+        if self.call_count >= self._max_call_count and not makes_room:
+            # Counted here, and not by gRPC: to it a call is open until its caller has read the end, if ever.
+            error = too_many_calls(self.call_count, self._max_call_count, _ROOM_S)
+            self._metrics.request_ended(outcome_of(error))
+            await refuse(context, error)
+            return False
         self.call_count += 1
         self._idle.clear()
         failure: BatonError | None = None
@@ -253,4 +272,6 @@ async def refuse(context: Any, error: BatonError) -> None:
     except TimeoutError:
         return  # gRPC keeps the status behind what the caller does not read; the call is over for us
     except grpc.aio.InternalError:
-        return  # nobody is there any more
+        # Nobody is there any more, as far as gRPC lets us know: it says the same of a write given up half-way, which
+        # ``StreamWriter`` therefore leaves behind for a caller who does not read only.
+        logger.debug("the status %s (%s) reached nobody", code.name, error.reason.value)

@@ -24,6 +24,10 @@ ALREADY_ENDED = "already_ended"
 """The placement reason of an answer of which the caller lacked nothing but its end."""
 
 
+SLICE_TOKEN_COUNT = 1000
+"""Tokens read again at a stretch: some milliseconds."""
+
+
 @dataclass(frozen=True, slots=True)
 class Beginning:
     """What a caller has of one answer."""
@@ -37,13 +41,34 @@ class Beginning:
         return len(self.token_ids) + self.has_tail
 
 
-def read_again(answer: Answer, beginning: Beginning) -> Piece:
-    """The beginning as a piece; ``answer`` has then seen it. Raises INVALID_REQUEST for tokens after the answer's
-    end."""
-    piece = answer.push(beginning.token_ids)
-    if piece.token_count < len(beginning.token_ids):
-        raise _after_the_end(piece.token_count)
-    return piece
+@dataclass(frozen=True, slots=True)
+class ReadAgain:
+    """A beginning, and the answer that has seen it."""
+
+    beginning: Beginning
+    answer: Answer
+    piece: Piece
+    """All of the beginning."""
+    ended: FinishReason | None
+    """How, if the beginning is the whole answer."""
+
+
+async def read_again(answer: Answer, beginning: Beginning) -> Piece:
+    """The beginning as one piece; ``answer`` has then seen it. Raises INVALID_REQUEST for tokens after the answer's
+    end. Others get their turn meanwhile: to look for stop sequences in a whole context takes most of a second."""
+    token_ids = beginning.token_ids
+    texts = []
+    matched = None
+    for first in range(0, len(token_ids), SLICE_TOKEN_COUNT):
+        if first:
+            await asyncio.sleep(0)
+        part = token_ids[first : first + SLICE_TOKEN_COUNT]
+        piece = answer.push(part)
+        if piece.token_count < len(part):
+            raise _after_the_end(first + piece.token_count)
+        texts.append(piece.text)
+        matched = piece.matched_stop_sequence
+    return Piece(0, token_ids, "".join(texts), matched)
 
 
 def how_it_ended(request: RoutedRequest, beginning: Piece) -> FinishReason | None:
@@ -61,9 +86,10 @@ def check_beginning(request: RoutedRequest, beginning: Beginning) -> None:
     count = len(beginning.token_ids)
     if count > request.max_output_token_count:
         raise _after_the_end(request.max_output_token_count)
-    for index, token_id in enumerate(beginning.token_ids[:-1], start=1):
-        if token_id in request.end_token_ids:
-            raise _after_the_end(index)
+    end_token_ids = request.end_token_ids  # a set that is made anew each time
+    before_last = beginning.token_ids[:-1]
+    if not end_token_ids.isdisjoint(before_last):
+        raise _after_the_end(1 + next(index for index, each in enumerate(before_last) if each in end_token_ids))
 
 
 def no_tail_yet() -> Exception:

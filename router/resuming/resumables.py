@@ -253,7 +253,10 @@ class Resumable:
 
     def _start_grace(self) -> None:
         self._stop_grace()
-        self._grace = asyncio.get_running_loop().call_later(self.about.grace_s, self._grace_over)
+        loop = asyncio.get_running_loop()
+        # Nobody can come back after its token is over: that, too, is the deadline and the grace.
+        over_at = min(loop.time(), self.about.deadline_at) + self.about.grace_s
+        self._grace = loop.call_at(over_at, self._grace_over)
 
     def _stop_grace(self) -> None:
         if self._grace is not None:
@@ -326,8 +329,11 @@ class Resumables:
         *,
         first_indices: Sequence[int] = (0,),
     ) -> Resumable:
-        """Starts one. Raises TOO_MANY_RESUMABLE, before ``events`` is called, and what that raises."""
+        """Starts one. Raises TOO_MANY_RESUMABLE, before ``events`` is called, and what that raises; the generation
+        that this one goes on with is then left as it is."""
         before = self._by_id.get(about.formerly) if about.formerly else None
+        self._check_place(before)
+        source = events()  # BEFORE anything is forgotten or kept: it may raise
         if before is not None:
             before.forget()
         self._make_place()
@@ -335,7 +341,6 @@ class Resumables:
             self.limits.window, self._shared, about.output.max_chunk_token_count, tuple(first_indices)
         )
         resumable = Resumable(about, window, self._forgotten)
-        source = events()  # BEFORE anything is kept: it may raise
         self._kept[resumable] = None
         for generation_id in _ids(about):
             self._by_id[generation_id] = resumable
@@ -366,12 +371,15 @@ class Resumables:
     # Parts
 
     def _make_place(self) -> None:
-        if self.kept_count < self.limits.max_count:
+        """There is some to be had: ``_check_place`` said so."""
+        if self.kept_count >= self.limits.max_count:
+            next(each for each in self._kept if each.is_delivered).forget()  # the oldest
+
+    def _check_place(self, leaving: Resumable | None) -> None:
+        if self.kept_count - (leaving is not None) < self.limits.max_count:
             return
-        for resumable in self._kept:  # oldest first
-            if resumable.is_delivered:
-                resumable.forget()
-                return
+        if any(each.is_delivered for each in self._kept):
+            return
         raise too_many_resumable(self.kept_count, self.limits.max_count, min(self.limits.default_grace_s, 1.0))
 
     def _make_room(self, target_bytes: int) -> None:

@@ -20,6 +20,7 @@ from router.pipeline import Pipeline
 from router.resuming.beginning import Beginning, check_beginning
 from router.resuming.resumables import About, Resumable, Resumables
 from router.resuming.resume_token import ResumeClaim, open_claim, seal_claim
+from router.validation import ModelLimits
 from router.wall_clock import Now
 
 
@@ -74,7 +75,7 @@ class ResumeDesk:
         """The generation, if it is here and can be read from there. One that failed, or whose window has moved on,
         is left for the continuation, if there is one. Raises INVALID_REQUEST."""
         found = self.resumables.find(claim.generation_id)
-        if found is None:
+        if found is None or claim.is_over(self._now()):
             return None
         if continuation is not None:
             if found.could_continue:
@@ -115,9 +116,10 @@ class ResumeDesk:
             deadline_at=deadline_at,
             received_at=received_at,
         )
+        _check_vocabulary(beginnings, self._intake.limits())
         for each in beginnings:
             check_beginning(prepared.routed, each)
-        prepared = replace(prepared, beginnings=beginnings)
+        prepared = await self._pipeline.read_again(prepared, beginnings)
         resumable = self._open(
             prepared,
             claim.identity,
@@ -192,6 +194,24 @@ def _beginnings(continuation: Continuation, next_indices: Sequence[int]) -> tupl
             )
         beginnings.append(Beginning(token_ids, has_tail=index > len(token_ids)))
     return tuple(beginnings)
+
+
+def _check_vocabulary(beginnings: Sequence[Beginning], limits: ModelLimits) -> None:
+    """Raises INVALID_REQUEST for tokens that are none of the model's."""
+    violations = []
+    for number, each in enumerate(beginnings):
+        ids = each.token_ids
+        if ids and not (min(ids) >= 0 and max(ids) < limits.vocab_size):
+            index = next(index for index, token_id in enumerate(ids) if not 0 <= token_id < limits.vocab_size)
+            violations.append(
+                FieldViolation(
+                    f"continuation.samples[{number}].ids",
+                    f"is {ids[index]} at index {index}; must be 0 to {limits.vocab_size - 1}, a token id of "
+                    f"{limits.model}; send what was received",
+                )
+            )
+    if violations:
+        raise invalid_request(violations)
 
 
 def _invalid(field_name: str, description: str) -> Exception:

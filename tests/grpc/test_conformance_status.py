@@ -91,19 +91,31 @@ async def test_our_client_says_invalid_request_of_a_message_too_large(channel: g
     assert error.reason is Reason.INVALID_REQUEST
 
 
-async def test_more_calls_at_once_than_the_limit_are_refused_by_grpc_itself(tmp_path: Path) -> None:
+async def test_more_calls_at_once_than_may_run_are_refused_with_a_reason_and_far_more_by_grpc_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slow = {"extra_delay_s": PhaseDelays(prefill=0.5)}
     async with (
         sim_cluster(tmp_path, sim=slow, max_concurrent_call_count=2) as cluster,
         grpc.aio.insecure_channel(cluster.endpoint.address) as channel,
     ):
         outcomes = await asyncio.gather(*(generate(channel, HELLO) for _ in range(6)))
-    codes = [outcome.code for outcome in outcomes]
-    assert codes.count(grpc.StatusCode.OK) == 2
-    assert codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED) == 4
-    assert {outcome.text for outcome in outcomes if outcome.code is not grpc.StatusCode.OK} == {
-        "Concurrent RPC limit exceeded!"
-    }
+        refused = [outcome for outcome in outcomes if outcome.code is not grpc.StatusCode.OK]
+        assert len(refused) == 4
+        for outcome in refused:
+            assert (outcome.code, outcome.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+            assert outcome.metadata == {"queued_count": "2", "queue_limit": "2"}
+            assert outcome.details["RetryInfo"].retry_delay.seconds == 1
+        assert cluster.server.generation.call_count == 0
+
+        async def stuck(*_: Any) -> bool:
+            await asyncio.sleep(0.5)
+            return False
+
+        monkeypatch.setattr(cluster.server.generation, "_counted", stuck)  # as calls are to gRPC that nobody reads
+        outcomes = await asyncio.gather(*(generate(channel, HELLO) for _ in range(12)))
+        texts = [outcome.text for outcome in outcomes]
+        assert texts.count("Concurrent RPC limit exceeded!") == 12 - 4 * 2
 
 
 @pytest.mark.parametrize("path", METHODS)

@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
-from sim_cluster import FAST, SECRET, SimCluster, sim_cluster
+from sim_cluster import FAST, RULE, SECRET, SimCluster, sim_cluster
 
 from baton.errors import BatonError, Reason
 from baton.status import from_rpc_error
@@ -395,6 +395,44 @@ async def test_a_continuation_is_of_the_request_that_the_token_is_of(tmp_path: P
             message.next_token_index += 1  # as if the last chunk had had no token
             error = await refusal(stub_of(elsewhere).ResumeGenerate(message, timeout=5))
             assert [each.field for each in error.violations] == ["next_token_index"]
+        await cancel_all(cluster)
+
+
+@pytest.mark.parametrize("wrong", [-5, 10**9])
+async def test_tokens_that_are_none_of_the_models_are_refused_by_place_and_cost_nothing(
+    tmp_path: Path, wrong: int
+) -> None:
+    async with (
+        sim_cluster(tmp_path, sim=SLOW) as cluster,
+        second_router(cluster) as other,
+        channel_to(cluster.endpoint.address) as channel,
+        channel_to(other) as elsewhere,
+    ):
+        heard, call = await begin(stub_of(channel), resumable(), until_index=3)
+        call.cancel()
+        await cancel_all(cluster)
+        message = heard.resume_request()
+        message.continuation.samples[0].ids[1] = wrong
+        error = await refusal(stub_of(elsewhere).ResumeGenerate(message, timeout=5))
+        assert [each.field for each in error.violations] == ["continuation.samples[0].ids"]
+        said = error.violations[0].description
+        assert f"is {wrong} at index 1; must be 0 to {RULE.vocab_size - 1}, a token id of" in said
+
+
+async def test_a_token_that_is_over_finds_nothing_though_its_generation_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with sim_cluster(tmp_path, sim=SLOW) as cluster, channel_to(cluster.endpoint.address) as channel:
+        heard, call = await begin(stub_of(channel), resumable(9), until_index=3)
+        call.cancel()
+        desk = cluster.server.generation._desk
+        now = desk._now()
+        monkeypatch.setattr(desk, "_now", lambda: now + 7200.0)
+        message = heard.resume_request(has_continuation=False)
+        error = await refusal(stub_of(channel).ResumeGenerate(message, timeout=5))
+        assert error.reason is Reason.RESUME_UNKNOWN
+        monkeypatch.undo()
+        await go_on(stub_of(channel), heard)
         await cancel_all(cluster)
 
 

@@ -44,6 +44,25 @@ async def test_a_caller_who_never_reads_is_let_go_at_the_deadline_the_router_gav
     assert not [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")]
 
 
+async def test_callers_who_never_read_keep_no_place_of_those_who_do(tmp_path: Path) -> None:
+    """To gRPC a call is open until its caller has read its end, and to us until our part of it is over."""
+    limits: dict[str, Any] = {"max_deadline_s": 1.0, "default_deadline_s": 1.0, "max_concurrent_call_count": 2}
+    async with (
+        sim_cluster(tmp_path, **limits) as cluster,
+        grpc.aio.insecure_channel(cluster.endpoint.address, options=SMALL_WINDOW) as deaf,
+        grpc.aio.insecure_channel(cluster.endpoint.address) as channel,
+    ):
+        long = ask(1900, pb.OutputOptions(content=pb.OutputOptions.CONTENT_BOTH, max_chunk_token_count=1))
+        calls = [stub_of(deaf).Generate(long) for _ in range(2)]
+        for call in calls:
+            await call.read()
+        await cluster.until(lambda: not handlers(), "the end of statuses that nobody reads")
+        assert not any(call.done() for call in calls), "to gRPC they are open"
+        assert sum(await chunk_sizes(stub_of(channel).Generate(ask(5, pb.OutputOptions()), timeout=5))) == 5
+        for call in calls:
+            call.cancel()
+
+
 def handlers() -> list[str]:
     """gRPC's tasks that serve a call."""
     return [name for task in asyncio.all_tasks() if (name := task.get_name()).startswith("HandleExceptions")]

@@ -266,7 +266,7 @@ async def test_what_was_delivered_gives_way_then_what_ended_unread_and_a_reader_
 @in_virtual_time
 async def test_what_ended_unread_gives_way_where_nothing_was_delivered_and_what_runs_only_shrinks() -> None:
     resumables = Resumables(ResumeLimits(total_bytes=400 * 400))
-    unread = opened(resumables, Scripted(100), generation_id="unread")
+    unread = opened(resumables, Scripted(100), generation_id="unread", grace_s=1000.0)
     await read(unread, until_count=1)
     await asyncio.sleep(101 * STEP_S)
     running = [opened(resumables, Scripted(300), generation_id=f"running-{n}", grace_s=1000.0) for n in range(3)]
@@ -276,6 +276,40 @@ async def test_what_ended_unread_gives_way_where_nothing_was_delivered_and_what_
     assert all(resumables.find(each.about.generation_id) is each for each in running)
     assert resumables.used_bytes <= 400 * 400
     await resumables.close()
+
+
+@in_virtual_time
+async def test_a_generation_is_left_as_it_is_when_what_was_to_go_on_with_it_is_refused() -> None:
+    resumables, script = Resumables(ResumeLimits(max_count=1)), Scripted(100)
+    first = opened(resumables, script)
+
+    def refused() -> AsyncGenerator[RelayEvent, None]:
+        raise deadline_exceeded("queue", 0)
+
+    with pytest.raises(BatonError):
+        resumables.open(about("h", formerly="g"), refused)
+    assert (resumables.find("g"), first.is_running, resumables.kept_count) == (first, True, 1)
+    second = opened(resumables, Scripted(), generation_id="h", formerly="g")  # it makes place, though it is the last
+    assert (resumables.find("g"), first.window.last is None, resumables.kept_count) == (None, False, 1)
+    assert (await read(second))[1] is END
+    await resumables.close()
+
+
+@in_virtual_time
+async def test_nothing_is_kept_for_longer_than_its_token_is_good_for() -> None:
+    """However late its last reader left: to the deadline and the grace, and the token no longer."""
+    loop = asyncio.get_running_loop()
+    resumables = Resumables()
+    resumable = opened(resumables, Scripted(20), deadline_at=loop.time() + 3.0)
+    events = resumable.read([0])
+    await anext(events)
+    await anext(events)
+    await asyncio.sleep(3.0 + GRACE_S - 1.0)
+    assert resumable.window.last is END
+    await events.aclose()
+    assert resumables.find("g") is resumable
+    await asyncio.sleep(1.0)
+    assert (resumables.find("g"), resumables.used_bytes) == (None, 0)
 
 
 @in_virtual_time

@@ -13,6 +13,7 @@ from baton.request import FinishReason, OutputOptions
 from router.answer import TextAnswer
 from router.answering import Admitted, Completed, Piece, RelayEvent, RoutedRequest
 from router.resuming.beginning import (
+    SLICE_TOKEN_COUNT,
     Beginning,
     check_beginning,
     end_only,
@@ -39,7 +40,7 @@ def answer(*stop: str) -> TextAnswer:
 
 def read(token_ids: tuple[int, ...], *stop: str) -> tuple[TextAnswer, Piece]:
     made = answer(*stop)
-    return made, read_again(made, Beginning(token_ids, has_tail=False))
+    return made, asyncio.run(read_again(made, Beginning(token_ids, has_tail=False)))
 
 
 async def listed(events: AsyncGenerator[RelayEvent, None]) -> list[RelayEvent]:
@@ -75,6 +76,49 @@ def test_tokens_after_the_end_are_no_beginning() -> None:
         assert [each.field for each in caught.value.violations] == ["continuation.samples"]
     check_beginning(request(len(IDS)), Beginning(IDS, has_tail=True))
     assert isinstance(no_tail_yet(), BatonError)
+
+
+class Turns:
+    """Counts the turns that others get."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    async def take(self) -> None:
+        while True:
+            await asyncio.sleep(0)
+            self.count += 1
+
+
+@pytest.mark.parametrize("stop", [(), ("no such text",), ("once upon a time there was here",)])
+def test_a_long_beginning_is_read_in_slices_and_comes_to_the_same(stop: tuple[str, ...]) -> None:
+    """A whole context at one stretch would hold up everybody's tokens for most of a second."""
+    token_ids = (IDS * 2000)[: 5 * SLICE_TOKEN_COUNT + 3]
+
+    async def sliced() -> tuple[Piece, int]:
+        turns = Turns()
+        others = asyncio.create_task(turns.take())
+        piece = await read_again(answer(*stop), Beginning(token_ids, has_tail=False))
+        others.cancel()
+        return piece, turns.count
+
+    piece, turn_count = asyncio.run(sliced())
+    assert piece == answer(*stop).push(token_ids)
+    assert turn_count >= 4, "and others had their turn between any two"
+
+
+@pytest.mark.parametrize("at", [5, SLICE_TOKEN_COUNT - 1, SLICE_TOKEN_COUNT, 2 * SLICE_TOKEN_COUNT + 7])
+def test_an_end_in_any_slice_is_found_where_it_is(at: int) -> None:
+    ids = (IDS * 2000)[:at]
+    word = TOKENIZER.encode("fox")
+    whole = answer("fox").push((*ids, *word)).token_count
+    assert read((*ids, *word)[:whole], "fox")[1].matched_stop_sequence == "fox"
+    with pytest.raises(BatonError) as caught:
+        read((*ids, *word, *IDS * 300), "fox")
+    assert f"which is at token {whole};" in caught.value.violations[0].description
+    with pytest.raises(BatonError) as caught:
+        check_beginning(request(10**6), Beginning((*ids, END_ID, *IDS), has_tail=False))
+    assert f"which is at token {at + 1};" in caught.value.violations[0].description
 
 
 def test_only_the_end_is_sent_where_nothing_else_is_lacking() -> None:

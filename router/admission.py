@@ -112,9 +112,12 @@ def admit(
     is_retry: bool = False,
     sample_count: int = 1,
 ) -> AdmitNow | WaitInLine | Shed:
-    """What happens to a request that arrives now. ``find_place`` is asked only if nobody is ahead. Pure."""
+    """What happens to a request that arrives now. ``find_place`` is asked only if nobody is ahead. Pure.
+    ``sample_count``: places that it asks for; 0 for one whose place somebody in line asks for already."""
     if room.is_draining and not is_retry:
         return Shed(draining())
+    if sample_count == 0 and not is_retry:
+        return WaitInLine()
     if room.ahead_count == 0 and (is_retry or fits_in_flight(room.in_flight_count, sample_count, limits)):
         placement = find_place()
         if placement is not None:
@@ -155,16 +158,25 @@ class Entry:
     excluded: frozenset[WorkerIdentity] = frozenset()
     needs_recompute: bool = False
     seat: Seat | None = None
-    """Of one of several samples. Those that follow sample 0 were counted with it: they go first, and are not turned
-    away."""
+    """Of one of several samples. The first to come asks for the places of all, as any request. Those that follow were
+    counted with it: they go first, and are not turned away."""
 
     @property
     def goes_first(self) -> bool:
-        return self.is_retry or (self.seat is not None and not self.seat.is_lead)
+        return self.is_retry or (self.seat is not None and not self.seat.is_lead and self.seat.group.is_counted)
+
+    @property
+    def asked_count(self) -> int:
+        """Places that are counted when it is let in: none for a sample whose group another asks for, behind which it
+        waits, or asked for."""
+        if self.seat is None:
+            return 1
+        group = self.seat.group
+        return group.sample_count if group.asks_for_all(self.seat.sample_index) else 0
 
     @property
     def sample_count(self) -> int:
-        """Places that it still needs."""
+        """Places that it still needs on its worker."""
         if self.seat is None:
             return 1
         return self.seat.group.kept_count if self.seat.is_lead else 1
@@ -383,6 +395,8 @@ class Admission:
 
     def try_enter(self, entry: Entry) -> Place | None:
         """A place at once, or None: then ``join``, before anything else is awaited. Raises QUEUE_FULL or DRAINING."""
+        if entry.seat is not None:
+            entry.seat.group.asks(entry.seat.sample_index)
         chain = self._index.chain(entry.prompt_token_ids, entry.tenant)
         room = self._room(entry)
         match admit(
@@ -390,7 +404,7 @@ class Admission:
             self.limits,
             lambda: self._find(entry, chain),
             is_retry=entry.goes_first,
-            sample_count=entry.sample_count,
+            sample_count=entry.asked_count,
         ):
             case AdmitNow(placement):
                 return self._take(entry, chain, placement)
@@ -508,8 +522,10 @@ class Admission:
     def _let_in(self) -> None:
         for item in list(self._waiters):
             waiter, entry = item[1], item[1].entry
+            if not entry.goes_first and entry.asked_count == 0:
+                continue  # until the sample is let in, or gone, that asks for its place
             if not entry.goes_first and (
-                self._room_waiters or not fits_in_flight(self._in_flight_count, entry.sample_count, self.limits)
+                self._room_waiters or not fits_in_flight(self._in_flight_count, entry.asked_count, self.limits)
             ):
                 return
             if entry.excluded and asyncio.get_running_loop().time() >= waiter.relaxed_at:
@@ -578,9 +594,7 @@ class Admission:
         rank = _rank(entry, next(self._orders))
         window_s = now - self._departures[0] if self._departures else 0.0
         return RoomView(
-            waiting_count=sum(
-                waiter.entry.sample_count for _, waiter in self._waiters if not waiter.entry.goes_first
-            ),
+            waiting_count=sum(waiter.entry.asked_count for _, waiter in self._waiters if not waiter.entry.goes_first),
             # Whoever waits for room is ahead of all that hold no KV yet, but not of those that lost theirs.
             ahead_count=(0 if entry.goes_first else len(self._room_waiters))
             + sum(each < rank and not waiter.entry.excluded for each, waiter in self._waiters),

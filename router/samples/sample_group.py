@@ -31,8 +31,10 @@ class SampleGroup:
             raise ValueError(f"sample_count is {sample_count}; one sample needs no group")
         self.sample_count = sample_count
         self._give_back = give_back
-        # The mutable state: whether the places are counted, which samples found theirs, and sample 0's place.
+        # The mutable state: whether the places are counted and which sample asks for all of them, which
+        # samples found theirs, and sample 0's place.
         self.is_counted = False
+        self._asking: int | None = None
         self._started: set[int] = {0}
         self.lead: LeadPlace | None = None
 
@@ -43,6 +45,16 @@ class SampleGroup:
     def kept_count(self) -> int:
         """Samples whose room sample 0's place keeps: its own, and those that have not started."""
         return 1 + self.sample_count - len(self._started)
+
+    def asks(self, sample_index: int) -> None:
+        """This sample comes to the door. The first to come asks for the places of all: sample 0, but where a call
+        goes on with answers of which that one had ended."""
+        if self._asking is None:
+            self._asking = sample_index
+
+    def asks_for_all(self, sample_index: int) -> bool:
+        """Whether this sample's turn is that of all of them."""
+        return not self.is_counted and self._asking in (None, sample_index)
 
     def count(self) -> int:
         """Places to count now: all of them, the first time."""

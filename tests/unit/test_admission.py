@@ -28,6 +28,7 @@ from router.admission import (
 )
 from router.cluster_view import Assigned, WorkerIdentity
 from router.placement import Placement, PlacementPolicy, place
+from router.samples.sample_group import SampleGroup, Seat
 
 PLACEMENT = Placement(None, WorkerIdentity("d", "e"), PlacementMode.LOCAL, "policy")
 LIMITS = AdmissionLimits(queue_limit=2, max_in_flight_count=10)
@@ -433,3 +434,64 @@ async def test_a_session_of_one_tenant_is_not_another_tenants_of_the_same_id() -
         ]
         assert len(set(keys)) == 5
         assert keys[-1] == ""  # no session
+
+
+async def samples_in(it: House, group: SampleGroup, indices: range, entered: list[int], **changes: Any) -> None:
+    """Samples of one call that start together, and stay until the call's end."""
+
+    async def one(index: int) -> Place:
+        place = await it.enter(it.entry(seat=Seat(group, index), **changes))
+        entered.append(it.admission.in_flight_count)
+        return place
+
+    tasks = [asyncio.create_task(one(index)) for index in indices]
+    try:
+        places = await asyncio.gather(*tasks)
+        await asyncio.sleep(1.0)
+        for place in places:
+            place.close()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        group.close()
+
+
+@in_virtual_time
+async def test_samples_whose_first_had_ended_already_ask_for_all_places_as_any_request() -> None:
+    limits = AdmissionLimits(queue_limit=5, max_in_flight_count=4)
+    async with house(limits=limits, room_count=16) as it:
+        running = [it.visitor(f"running-{number}") for number in range(2)]
+        await asyncio.sleep(0.1)
+        entered: list[int] = []
+        others = asyncio.create_task(samples_in(it, it.admission.samples(4), range(1, 4), entered))
+        await asyncio.sleep(0.1)
+        assert (it.admission.in_flight_count, entered) == (2, []), "no room for four"
+        late = it.visitor("late")
+        await asyncio.sleep(0.1)
+        too_many = samples_in(it, it.admission.samples(4), range(1, 4), [])
+        with pytest.raises(BatonError) as caught:  # four places are waited for already, and one
+            await too_many
+        assert caught.value.reason is Reason.QUEUE_FULL
+        await asyncio.gather(*running, others, late)
+        assert entered == [4, 4, 4]
+        assert it.served[-1] == "late", "nobody overtook them"
+        it.assert_empty()
+
+
+@in_virtual_time
+async def test_samples_whose_first_had_ended_are_turned_away_while_draining_and_follow_once_counted() -> None:
+    async with house(limits=AdmissionLimits(queue_limit=0, max_in_flight_count=8), room_count=16) as it:
+        group = it.admission.samples(4)
+        first = await it.enter(it.entry(seat=Seat(group, 2)))
+        assert it.admission.in_flight_count == 4
+        it.admission.drain()
+        second = await it.enter(it.entry(seat=Seat(group, 1)))  # counted with the first
+        for place in (first, second):
+            place.close()
+        group.close()
+        turned_away = it.admission.samples(4)
+        with pytest.raises(BatonError) as caught:
+            await it.enter(it.entry(seat=Seat(turned_away, 1)))
+        assert caught.value.reason is Reason.DRAINING
+        it.assert_empty()

@@ -7,6 +7,7 @@ only when somebody asks for that, with ``--skip-real`` or ``BATON_SKIP_REAL=1``.
 from __future__ import annotations
 
 import os
+import socketserver
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ import pytest
 from deploy.setup import prepare_model
 
 TESTS = Path(__file__).parent
+
+# Each router and worker that a test stops waits until its metrics' HTTP server notices, half a second by default: in
+# hundreds of tests, minutes in which nothing happens.
+socketserver.BaseServer.serve_forever.__defaults__ = (0.02,)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

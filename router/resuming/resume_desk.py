@@ -116,9 +116,10 @@ class ResumeDesk:
             deadline_at=deadline_at,
             received_at=received_at,
         )
-        _check_vocabulary(beginnings, self._intake.limits())
+        await _check_vocabulary(beginnings, self._intake.limits())
         for each in beginnings:
             check_beginning(prepared.routed, each)
+            await asyncio.sleep(0)  # others' turn: each may be as long as the context
         prepared = await self._pipeline.read_again(prepared, beginnings)
         resumable = self._open(
             prepared,
@@ -196,10 +197,11 @@ def _beginnings(continuation: Continuation, next_indices: Sequence[int]) -> tupl
     return tuple(beginnings)
 
 
-def _check_vocabulary(beginnings: Sequence[Beginning], limits: ModelLimits) -> None:
+async def _check_vocabulary(beginnings: Sequence[Beginning], limits: ModelLimits) -> None:
     """Raises INVALID_REQUEST for tokens that are none of the model's."""
     violations = []
     for number, each in enumerate(beginnings):
+        await asyncio.sleep(0)  # others' turn
         ids = each.token_ids
         if ids and not (min(ids) >= 0 and max(ids) < limits.vocab_size):
             index = next(index for index, token_id in enumerate(ids) if not 0 <= token_id < limits.vocab_size)

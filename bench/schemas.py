@@ -15,8 +15,8 @@ MAX_DEPTH = 3
 _WORDS = ("name", "city", "kind", "size", "colour", "age", "tags", "place", "count", "note", "id", "is_new")
 _PATTERNS = ("[a-z]{2,8}", "[A-Z][a-z]{1,6}", "[0-9]{2}-[0-9]{2}", "(red|green|blue)", "v[0-9]\\.[0-9]")
 _FORMATS = ("date", "ipv4", "uuid")
-"""Those whose texts have an end. A fraction of a second, a mailbox or an address may go on for ever, and a small model
-does go on: such formats are asked one by one, in ``FEATURES``, as a question of their own."""
+"""Those whose texts have an end. A fraction of a second, a mailbox or an address may go on for ever, and a small
+model does go on: such formats are asked one by one, in ``FEATURES``, as a question of their own."""
 
 
 def schema_of(number: int, seed: int) -> Schema:

@@ -311,6 +311,8 @@ class BatonClient:
                 except _Cut as cut:
                     # From None: what broke the transport is in the error; its own text says nothing more.
                     failure = cut.error
+                if state.is_over_despite(failure):
+                    return
                 if self._closing.is_set():
                     raise state.broken(failure)
                 next_try = state.after(failure, remaining_s=give_up_at - loop.time())

@@ -117,6 +117,10 @@ class Continuity:
     def check_end(self) -> None:
         self._grammar.check_end()
 
+    def is_over_despite(self, error: BatonError) -> bool:
+        """``Finished`` came, and only the status behind it was lost with the connection: the caller lacks nothing."""
+        return self._grammar.is_finished and _is_cut(error)
+
     def broken(self, error: BatonError) -> BatonError:
         """The error as it ends this stream: of what came already, nobody may be told that nothing did."""
         self._is_taken |= error.reason is Reason.ATTACHED_ELSEWHERE

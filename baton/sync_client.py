@@ -235,6 +235,8 @@ class BatonClientSync:
                     return
                 except grpc.RpcError as error:
                     failure = from_rpc_error(error, peer=peer.address)
+                if state.is_over_despite(failure):
+                    return
                 if self._closed.is_set():
                     raise state.broken(failure)
                 next_try = state.after(failure, remaining_s=give_up_at - self._clock())

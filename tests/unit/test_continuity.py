@@ -19,6 +19,7 @@ from baton.errors import (
     attempts_exhausted,
     draining,
     engine_failed,
+    internal,
     no_worker,
     queue_full,
     resume_denied,
@@ -90,6 +91,14 @@ def test_the_address_of_the_cut_is_asked_first_then_the_others_then_all_again_la
     assert 0.05 <= delays[3] <= 0.1 < delays[6] <= 0.2
     assert isinstance(given, Interrupted)
     assert (given.metadata["emitted_token_count"], given.metadata["resume_try_count"]) == ("1", "9")
+
+
+@pytest.mark.parametrize("is_resumable", [True, False])
+def test_a_status_lost_after_the_end_is_not_missed(is_resumable: bool) -> None:
+    whole = state_of(STARTED, chunk(0, 7, 8), FINISHED, is_resumable=is_resumable)
+    assert whole.is_over_despite(lost())
+    assert not whole.is_over_despite(internal("a bug after the end"))
+    assert not state_of(STARTED, chunk(0, 7, 8), is_resumable=is_resumable).is_over_despite(lost())
 
 
 def test_delays_grow_to_their_bound_and_are_drawn() -> None:

@@ -17,8 +17,9 @@ MAX_PENALTY = 2.0
 """Of presence and frequency, either way."""
 MIN_REPETITION_PENALTY = 0.01
 MAX_REPETITION_PENALTY = 100.0
-MAX_BAD_SEQUENCE_COUNT = 256
-MAX_BAD_SEQUENCE_LENGTH = 64
+MAX_BAD_SEQUENCE_COUNT = 64
+MAX_BAD_SEQUENCE_LENGTH = 16
+"""Tokens."""
 MAX_STRUCTURE_BYTES = 64 * 1024
 """Of a schema, expression or grammar, or of all choices together, in UTF-8."""
 MAX_CHOICE_COUNT = 256

@@ -11,12 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from baton.errors import FieldViolation, invalid_request, prompt_too_long
-from baton.request import MAX_BIAS_COUNT, MAX_CHOICE_COUNT, MAX_SAMPLE_COUNT
+from baton.request import (
+    MAX_BAD_SEQUENCE_COUNT,
+    MAX_BAD_SEQUENCE_LENGTH,
+    MAX_BIAS_COUNT,
+    MAX_CHOICE_COUNT,
+    MAX_SAMPLE_COUNT,
+)
 from baton.v1 import generation_pb2 as pb
 from router.chats.validation_chat import MAX_CALL_COUNT, MAX_TOOL_COUNT
 from router.validation import (
-    MAX_BAD_SEQUENCE_COUNT,
-    MAX_BAD_SEQUENCE_LENGTH,
     MAX_MESSAGE_COUNT,
     MAX_STOP_SEQUENCE_COUNT,
     MAX_STOP_TOKEN_COUNT,

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from baton.errors import FieldViolation, invalid_request, model_not_found, prompt_too_long
 from baton.request import (
+    MAX_BAD_SEQUENCE_COUNT,
+    MAX_BAD_SEQUENCE_LENGTH,
     MAX_BIAS,
     MAX_BIAS_COUNT,
     MAX_CHOICE_COUNT,
@@ -43,8 +45,6 @@ MAX_PRIORITY = 100
 MAX_SEED = 2**63 - 1
 MAX_MESSAGE_COUNT = 1024
 MAX_ROLE_BYTES = 64
-MAX_BAD_SEQUENCE_COUNT = 64
-MAX_BAD_SEQUENCE_LENGTH = 16
 MAX_TENANT_LENGTH = 64
 
 _REMEDY = {

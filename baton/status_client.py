@@ -49,6 +49,8 @@ class WorkerStatus:
     """Of those requests' prompt tokens, the share computed again because their KV could not be used."""
     no_room_count: int = 0
     """Decodes it refused for want of KV blocks, since its process began."""
+    quarantined_pull_count: int = 0
+    """Pulls it gave up whose blocks stay in use by nobody until the transfer library says that the read is over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,7 @@ def _status(response: pb.WatchStatusResponse) -> ServiceStatus:
                 kv_bytes_per_s=worker.kv_bytes_per_s,
                 recomputed_share=worker.recomputed_share,
                 no_room_count=worker.no_room_count,
+                quarantined_pull_count=worker.quarantined_pull_count,
             )
             for worker in response.workers
         ),

@@ -122,4 +122,5 @@ def _worker_to_proto(worker: WorkerView, transfer: TransferStatistics | None) ->
         status.block_count = worker.load.block_count
         status.held_lease_count = worker.load.held_lease_count
         status.no_room_count = worker.load.no_room_count
+        status.quarantined_pull_count = worker.load.quarantined_pull_count
     return status

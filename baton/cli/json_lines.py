@@ -135,6 +135,7 @@ def status_as_json(status: ServiceStatus) -> dict[str, Any]:
                 "kv_bytes_per_s": each.kv_bytes_per_s,
                 "recomputed_share": each.recomputed_share,
                 "no_room_count": each.no_room_count,
+                "quarantined_pull_count": each.quarantined_pull_count,
             }
             for each in status.workers
         ],

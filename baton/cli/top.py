@@ -95,7 +95,8 @@ async def _draw(statuses: AsyncGenerator[ServiceStatus, None], arguments: argpar
 
 
 def frame(status: ServiceStatus, address: str, width: int = 140) -> Group:
-    """One picture of the cluster, as something rich can print. A narrow one leaves out bars and refusals."""
+    """One picture of the cluster, as something rich can print. A narrow one leaves out bars, refusals and
+    quarantined pulls."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.table import Table
@@ -121,7 +122,8 @@ def frame(status: ServiceStatus, address: str, width: int = 140) -> Group:
         workers.add_column(title, justify="right", no_wrap=True)
     is_wide = width >= _WIDE_FROM
     if is_wide:
-        workers.add_column("no room", justify="right", no_wrap=True)
+        for title in ("no room", "quarantine"):
+            workers.add_column(title, justify="right", no_wrap=True)
     for worker in status.workers:
         workers.add_row(
             worker.worker_id,
@@ -134,7 +136,7 @@ def frame(status: ServiceStatus, address: str, width: int = 140) -> Group:
             str(worker.held_lease_count),
             f"{worker.kv_bytes_per_s / 1e9:.2f}" if worker.kv_bytes_per_s else "–",
             f"{worker.recomputed_share:.1%}" if worker.recomputed_share else "–",
-            *([str(worker.no_room_count) if worker.no_room_count else "–"] if is_wide else []),
+            *((_count(worker.no_room_count), _count(worker.quarantined_pull_count)) if is_wide else ()),
         )
     phases = Table(
         title="phases of the last requests",
@@ -156,6 +158,10 @@ def frame(status: ServiceStatus, address: str, width: int = 140) -> Group:
             str(phase.sample_count),
         )
     return Group(head, workers, phases)
+
+
+def _count(count: int) -> str:
+    return str(count) if count else "–"
 
 
 def _kv_usage(worker: WorkerStatus, *, has_bar: bool) -> str:

@@ -57,7 +57,7 @@ class WatchStatusResponse(_message.Message):
     def __init__(self, is_serving: bool = ..., in_flight_count: _Optional[int] = ..., queued_count: _Optional[int] = ..., finished_count: _Optional[int] = ..., failed_count: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., phases: _Optional[_Iterable[_Union[PhaseStatistics, _Mapping]]] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "role", "health", "assigned_count", "running_count", "waiting_count", "used_block_count", "block_count", "held_lease_count", "kv_bytes_per_s", "recomputed_share", "no_room_count")
+    __slots__ = ("worker_id", "role", "health", "assigned_count", "running_count", "waiting_count", "used_block_count", "block_count", "held_lease_count", "kv_bytes_per_s", "recomputed_share", "no_room_count", "quarantined_pull_count")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     HEALTH_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +70,7 @@ class WorkerStatus(_message.Message):
     KV_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     RECOMPUTED_SHARE_FIELD_NUMBER: _ClassVar[int]
     NO_ROOM_COUNT_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_PULL_COUNT_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: WorkerRole
     health: WorkerHealth
@@ -82,7 +83,8 @@ class WorkerStatus(_message.Message):
     kv_bytes_per_s: float
     recomputed_share: float
     no_room_count: int
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., health: _Optional[_Union[WorkerHealth, str]] = ..., assigned_count: _Optional[int] = ..., running_count: _Optional[int] = ..., waiting_count: _Optional[int] = ..., used_block_count: _Optional[int] = ..., block_count: _Optional[int] = ..., held_lease_count: _Optional[int] = ..., kv_bytes_per_s: _Optional[float] = ..., recomputed_share: _Optional[float] = ..., no_room_count: _Optional[int] = ...) -> None: ...
+    quarantined_pull_count: int
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., health: _Optional[_Union[WorkerHealth, str]] = ..., assigned_count: _Optional[int] = ..., running_count: _Optional[int] = ..., waiting_count: _Optional[int] = ..., used_block_count: _Optional[int] = ..., block_count: _Optional[int] = ..., held_lease_count: _Optional[int] = ..., kv_bytes_per_s: _Optional[float] = ..., recomputed_share: _Optional[float] = ..., no_room_count: _Optional[int] = ..., quarantined_pull_count: _Optional[int] = ...) -> None: ...
 
 class PhaseStatistics(_message.Message):
     __slots__ = ("name", "sample_count", "p50", "p95")

@@ -399,6 +399,7 @@ SEEN: dict[str, Callable[[Answers], Any]] = {
     a.rested.workers[1].kv_bytes_per_s,
     "WorkerStatus.recomputed_share": lambda a: a.rested.workers[0].recomputed_share == 0,
     "WorkerStatus.no_room_count": lambda a: a.rested.workers[0].no_room_count == 0,
+    "WorkerStatus.quarantined_pull_count": lambda a: a.rested.workers[0].quarantined_pull_count == 0,
     "PhaseStatistics.name": lambda a: a.rested.phases[0].name == "queue",
     "PhaseStatistics.sample_count": lambda a: a.rested.phases[0].sample_count >= 8,
     "PhaseStatistics.p50": lambda a: seconds(a.rested.phases[1].p50) >= 0.01,

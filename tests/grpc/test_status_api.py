@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from contextlib import aclosing
 from pathlib import Path
 
@@ -53,6 +54,22 @@ async def test_a_lost_worker_and_a_router_that_cannot_serve_show(tmp_path: Path)
                 if not status.is_serving:
                     break
         assert status.workers == ()
+
+
+async def test_pulls_in_quarantine_show_at_the_worker_that_gave_them_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with sim_cluster(tmp_path) as cluster:
+        engine = cluster.workers["decode-0"].engine
+        load = engine.load
+        monkeypatch.setattr(engine, "load", lambda: dataclasses.replace(load(), quarantined_pull_count=3))
+        async with StatusClient(cluster.endpoint.address) as client, aclosing(client.watch(interval_s=0.1)) as seen:
+            async with asyncio.timeout(20):
+                async for status in seen:
+                    counts = {worker.worker_id: worker.quarantined_pull_count for worker in status.workers}
+                    if counts["decode-0"]:
+                        break
+        assert counts == {"decode-0": 3, "prefill-0": 0}
 
 
 async def test_an_interval_out_of_range_is_refused_with_its_bounds(tmp_path: Path) -> None:

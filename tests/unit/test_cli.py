@@ -176,7 +176,7 @@ def test_a_frame_of_top_shows_workers_and_phases() -> None:
     from rich.console import Console
 
     status = ServiceStatus(
-        workers=(WorkerStatus("decode-0", "decode", "ready", 3, 2, 1, 50, 100, 4, 2.5e9, 0.031, 12),),
+        workers=(WorkerStatus("decode-0", "decode", "ready", 3, 2, 1, 50, 100, 4, 2.5e9, 0.031, 12, 37),),
         phases=(PhaseStatus("kv_transfer", 10, 0.00125, 0.0025), PhaseStatus("decode", 0, 0.0, 0.0)),
         queued_count=7, in_flight_count=9, finished_count=11, failed_count=1, is_serving=True,
     )  # fmt: skip
@@ -198,7 +198,8 @@ def test_a_frame_of_top_shows_workers_and_phases() -> None:
             "3.1%",
         ):
             assert expected in text
-        assert ("no room" in text) == (width == 140)
+        for only_wide in ("no room", "quarantine", "37"):
+            assert (only_wide in text) == (width == 140)
 
 
 def parsed(*command: str, **more: Any) -> argparse.Namespace:

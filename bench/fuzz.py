@@ -3,7 +3,8 @@
 Most go to the router's handlers in process, through real serialisation (``fuzz_target``); some over real sockets. Of
 every call: it ends in time, with OK or a documented reason, and no INTERNAL; its stream keeps its grammar; no error
 repeats a prompt. Of the router: no turn of its event loop is long, and afterwards books, tasks, objects and memory
-are as before. Any case can be seen again: ``python -m bench.fuzz --only NUMBER``.
+are as before. A case that took long is asked again, alone, and is a fault if it takes long each time: the machine's
+own pauses do not repeat themselves. Any case can be seen again: ``python -m bench.fuzz --only NUMBER``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ LATE_S = 2.0
 """A call that ends so long after its deadline is late. Two processes and whatever else share two cores."""
 LONGEST_TURN_S = 0.1
 """CPU time that one call may keep the event loop from all others."""
+AGAIN_COUNT = 3
+"""Times that a slow case is asked again. One that is quick once was not slow of itself."""
+MOST_SLOW_COUNT = 200
+"""Of a part, that are asked again. More are no pauses of the machine."""
+HANG_LIMIT_S = 120.0
+"""A call that has not ended by then, which is a multiple of any deadline, never will."""
 REST_LIMIT_S = 30.0
 MOST_MEMORY_BYTES = 16 * 2**30
 """Of addresses, of this process and of the one that parses answers; what is used is a small part of it."""
@@ -86,12 +93,16 @@ class Findings:
     fault_count: int = 0
     slowest: list[tuple[float, int]] = field(default_factory=list)
     """(CPU seconds, number) of the longest turns."""
+    slow: dict[int, str] = field(default_factory=dict)
+    """Cases that took long when they were first asked, and how."""
 
     def note(self, case: Case, ending: Ending) -> None:
         self.count += 1
         self.outcomes[f"{ending.status} {ending.reason}".strip()] += 1
         for fault in faults_of(case, ending):
-            self.fault(f"case {case.number} ({case.path.rpartition('/')[2]}): {fault}")
+            self.fault(f"{_name(case)}: {fault}")
+        for delay in delays_of(case, ending):
+            self.slow[case.number] = f"{_name(case)}: {delay}"
         if len(self.slowest) < 5 or ending.longest_turn_s > self.slowest[-1][0]:
             self.slowest = sorted([*self.slowest, (ending.longest_turn_s, case.number)], reverse=True)[:5]
 
@@ -109,10 +120,15 @@ class Findings:
         self.faults += other["faults"]
         self.fault_count += other["fault_count"]
         self.slowest = sorted([*self.slowest, *map(tuple, other["slowest"])], reverse=True)[:5]
+        self.slow.update((int(number), delay) for number, delay in other["slow"].items())
+
+
+def _name(case: Case) -> str:
+    return f"case {case.number} ({case.path.rpartition('/')[2]})"
 
 
 def faults_of(case: Case, ending: Ending) -> Iterator[str]:
-    """Everything that must not be about one ending."""
+    """Everything that must not be about one ending but the time it took."""
     if ending.bug:
         yield ending.bug
     if ending.status == "OK":
@@ -128,6 +144,10 @@ def faults_of(case: Case, ending: Ending) -> Iterator[str]:
     is_told = WATCHWORD in ending.text or WATCHWORD.encode() in ending.details
     if is_told and ending.reason != "MODEL_NOT_FOUND":
         yield "the error repeats the prompt"
+
+
+def delays_of(case: Case, ending: Ending) -> Iterator[str]:
+    """What took too long; it may be the machine's doing."""
     allowed_s = DEFAULT_DEADLINE_S if case.timeout_s is None else case.timeout_s
     if ending.seconds > allowed_s + LATE_S:
         yield f"ended {ending.seconds - allowed_s:.2f} s after its deadline"
@@ -185,10 +205,20 @@ def _memory_bytes() -> int:
 
 
 async def fuzz_part(
-    numbers: range, *, seed: int, by_wire: bool, tell: bool = False, concurrency: int = CONCURRENCY, **config: Any
+    numbers: range,
+    *,
+    seed: int,
+    by_wire: bool,
+    tell: bool = False,
+    judge_machine: bool = True,
+    concurrency: int = CONCURRENCY,
+    **config: Any,
 ) -> dict[str, Any]:
-    """Runs the cases of ``numbers``. Returns findings and what was at rest, as plain data. ``config``: changes to the
-    router's."""
+    """Runs the cases of ``numbers``. Returns findings and what was at rest, as plain data.
+
+    ``judge_machine``: False where others share the process or the machine, as in a test: what depends on them, time
+    and the process' memory, is then told and is no fault. ``config``: changes to the router's.
+    """
     findings = Findings()
     with tempfile.TemporaryDirectory() as directory:
         async with fuzz_target(Path(directory), **config) as target:
@@ -201,11 +231,15 @@ async def fuzz_part(
                 await _run_cases(target, numbers[start:end], seed, by_wire, findings, concurrency, tell)
                 rests.append(await _at_rest(target, findings, f"after {third} of 3 thirds"))
             after = rests[-1]
+            if judge_machine:
+                await _ask_slow_again(target, seed, by_wire, findings)
             if not await target.engines_alive():
                 findings.fault("an engine died")
             if not target.router.health.is_serving:
                 findings.fault("the router does not serve any more")
-    for fault in (*growth_faults(before, after), *trend_faults(rests, cuts[3] - cuts[2])):
+    if not judge_machine:
+        before, *rests = (replace(rest, memory_bytes=0) for rest in (before, *rests))
+    for fault in (*growth_faults(before, rests[-1]), *trend_faults(rests, cuts[3] - cuts[2])):
         findings.fault(fault)
     thirds = [asdict(rest) for rest in rests]
     return {**findings.plain(), "before": asdict(before), "after": asdict(after), "thirds": thirds}
@@ -241,6 +275,37 @@ def trend_faults(rests: Sequence[_Rest], last_count: int) -> Iterator[str]:
             yield f"{what} grow on: {middle:+} in the middle third, {last:+} in the last one of {last_count} cases"
 
 
+async def _ask_slow_again(target: FuzzTarget, seed: int, by_wire: bool, findings: Findings) -> None:
+    """One after the other, with nothing beside: who is slow each time is slow of itself."""
+    if len(findings.slow) > MOST_SLOW_COUNT:
+        findings.fault(f"{len(findings.slow)} cases took long, more than the {MOST_SLOW_COUNT} that are asked again")
+    async with _channel(target) as channel:
+        for number, first in list(findings.slow.items())[:MOST_SLOW_COUNT]:
+            case = case_of(number, seed)
+            for _ in range(AGAIN_COUNT):
+                delays = list(delays_of(case, await _ask(target, channel, case, by_wire, findings)))
+                if not delays:
+                    break
+            else:
+                findings.fault(f"{first}; again, alone, each of {AGAIN_COUNT} times, the last: {delays[0]}")
+
+
+def _channel(target: FuzzTarget) -> grpc.aio.Channel:
+    limits = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    return grpc.aio.insecure_channel(target.endpoint.address, options=limits)
+
+
+async def _ask(
+    target: FuzzTarget, channel: grpc.aio.Channel, case: Case, by_wire: bool, findings: Findings
+) -> Ending:
+    try:
+        async with asyncio.timeout(HANG_LIMIT_S):
+            return await (target.call_by_wire(channel, case) if by_wire else target.run(case))
+    except TimeoutError:
+        findings.fault(f"{_name(case)}: had not ended after {HANG_LIMIT_S:g} s")
+        return Ending("CANCELLED", "by gRPC")
+
+
 async def _run_cases(
     target: FuzzTarget,
     numbers: range,
@@ -255,13 +320,11 @@ async def _run_cases(
     async def work(channel: grpc.aio.Channel) -> None:
         for number in waiting:
             case = case_of(number, seed)
-            ending = await (target.call_by_wire(channel, case) if by_wire else target.run(case))
-            findings.note(case, ending)
+            findings.note(case, await _ask(target, channel, case, by_wire, findings))
             if tell and findings.count % 500 == 0:
                 print(json.dumps({"count": findings.count, "faults": findings.fault_count}), flush=True)
 
-    limits = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-    async with grpc.aio.insecure_channel(target.endpoint.address, options=limits) as channel:
+    async with _channel(target) as channel:
         await asyncio.gather(*(work(channel) for _ in range(concurrency)))
 
 
@@ -298,6 +361,7 @@ async def run(options: argparse.Namespace) -> bool:
                     "cases": f"{numbers.start} to {numbers.stop - 1}",
                     "by": "sockets" if by_wire else "handlers",
                     "faults": result["fault_count"],
+                    "slow at first": len(result["slow"]),
                     "longest turn, ms of CPU": f"{turn_s * 1000:.1f} (case {case_number})",
                     "memory, MiB": f"{before['memory_bytes'] >> 20} to {after['memory_bytes'] >> 20}",
                     "objects": f"{before['object_count']} to {after['object_count']}",
@@ -313,6 +377,9 @@ async def run(options: argparse.Namespace) -> bool:
         f"routers in {core_count} processes, through real serialisation, {options.fuzzed_by_wire} over real sockets",
         "endings: " + ", ".join(f"{name} {count}" for name, count in findings.outcomes.most_common()),
         f"faults: {findings.fault_count}",
+        f"took long when first asked ({LATE_S:g} s past the deadline, or {LONGEST_TURN_S * 1000:g} ms of CPU in "
+        f"one turn of the loop), and were asked again, alone: {len(findings.slow)}; who took long each of "
+        f"{AGAIN_COUNT} times is among the faults",
         f"memory and objects: at rest, after the first {WARM_UP_SHARE:.0%} of each process' cases and at its end; by "
         f"third: grown in the middle third of the cases and in the last one, where more than 1 object in "
         f"{CASES_PER_OBJECT} cases (of few cases: {SLACK_OBJECTS}) or {BYTES_PER_CASE} bytes a case (of few: "
@@ -389,7 +456,7 @@ async def _tell(numbers: list[int], seed: int, by_wire: bool) -> int:
                 case = case_of(number, seed)
                 async with grpc.aio.insecure_channel(target.endpoint.address) as channel:
                     ending = await (target.call_by_wire(channel, case) if by_wire else target.run(case))
-                faults = list(faults_of(case, ending))
+                faults = [*faults_of(case, ending), *delays_of(case, ending)]
                 fault_count += len(faults)
                 say(f"{case} {case.data[:400]!r}\n  {ending} {ending.text}\n  faults: {faults}")
                 left = await target.at_rest(5.0)

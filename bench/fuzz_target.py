@@ -20,6 +20,7 @@ import grpc.aio
 from google.protobuf import message_factory
 from google.rpc import error_details_pb2, status_pb2
 
+from baton.errors import BatonError
 from baton.request import Role
 from bench.fuzz_mutations import METHODS, TOKEN_MARK, Case
 from bench.virtual_cluster import ProcessClient, WorkerProcess
@@ -331,7 +332,7 @@ class FuzzTarget:
         try:
             for worker in self.workers:
                 await worker.engine.check_health()
-        except Exception:
+        except BatonError:
             return False
         return True
 

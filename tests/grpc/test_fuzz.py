@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from baton.testing import run_virtual
 from baton.v1 import generation_pb2 as pb
-from bench.fuzz import Findings, _Rest, faults_of, fuzz_part, growth_faults, trend_faults
+from bench.fuzz import (
+    MOST_SLOW_COUNT,
+    Findings,
+    _ask,
+    _ask_slow_again,
+    _Rest,
+    delays_of,
+    faults_of,
+    fuzz_part,
+    growth_faults,
+    trend_faults,
+)
 from bench.fuzz_mutations import CORPUS, GENERATE, METHODS, RESUME, WATCHWORD, Case, case_of
 from bench.fuzz_target import Ending, fuzz_target
+from router.server import RouterEndpoint
 
 SEED = 5
+QUICK: dict[str, Any] = {"judge_machine": False, "tool_parser": "", "reasoning_parser": ""}
+"""Time and memory are the machine's as well, and parsers take seconds to start: the soak has all three."""
 NO_PARSERS: dict[str, Any] = {"tool_parser": "", "reasoning_parser": ""}
-"""They take seconds to start; the soak has them."""
 
 
 def test_the_same_number_is_the_same_case_and_others_are_others() -> None:
@@ -28,7 +43,7 @@ def test_the_same_number_is_the_same_case_and_others_are_others() -> None:
 
 
 async def test_mutated_requests_to_the_handlers_find_nothing() -> None:
-    found = await fuzz_part(range(2500), seed=SEED, by_wire=False, **NO_PARSERS)
+    found = await fuzz_part(range(2500), seed=SEED, by_wire=False, **QUICK)
     assert found["faults"] == []
     assert found["count"] == 2500
     assert found["outcomes"]["OK"] > 200
@@ -41,7 +56,7 @@ async def test_mutated_requests_to_the_handlers_find_nothing() -> None:
 
 
 async def test_mutated_requests_over_sockets_find_nothing() -> None:
-    found = await fuzz_part(range(10_000, 10_600), seed=SEED, by_wire=True, **NO_PARSERS)
+    found = await fuzz_part(range(10_000, 10_600), seed=SEED, by_wire=True, **QUICK)
     assert found["faults"] == []
     assert found["count"] == 600
 
@@ -93,8 +108,6 @@ WRONG: dict[str, Callable[[], Ending]] = {
     "ended with UNAVAILABLE NO_WORKER": lambda: Ending("UNAVAILABLE", "NO_WORKER"),
     "without a field violation": lambda: Ending("INVALID_ARGUMENT", "INVALID_REQUEST"),
     "repeats the prompt": lambda: Ending("INVALID_ARGUMENT", "PROMPT_TOO_LONG", text=f"no {WATCHWORD}"),
-    "after its deadline": lambda: Ending("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", seconds=4.5),
-    "kept the event loop": lambda: Ending("NOT_FOUND", "MODEL_NOT_FOUND", longest_turn_s=1.0),
     "left the handler": lambda: Ending("CANCELLED", "by gRPC", bug="KeyError left the handler"),
     "OK without an answer": lambda: Ending(messages=[]),
     "the stream was SC": lambda: Ending(messages=[started(), chunk(0, 1)]),
@@ -116,6 +129,65 @@ def test_what_may_be_is_no_fault() -> None:
     assert list(faults_of(CASE, Ending(messages=good))) == []
     assert list(faults_of(CASE, Ending("NOT_FOUND", "MODEL_NOT_FOUND"))) == []
     assert list(faults_of(CASE, Ending("CANCELLED", "by gRPC"))) == []
+
+
+LATE = Ending("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", seconds=4.5)
+LONG_TURN = Ending("NOT_FOUND", "MODEL_NOT_FOUND", longest_turn_s=1.0)
+
+
+def test_what_took_long_is_seen_and_is_no_fault_yet() -> None:
+    assert "ended 2.50 s after its deadline" in list(delays_of(CASE, LATE))
+    assert any("kept the event loop" in each for each in delays_of(CASE, LONG_TURN))
+    assert list(delays_of(CASE, Ending("NOT_FOUND", "MODEL_NOT_FOUND", seconds=3.0, longest_turn_s=0.05))) == []
+    findings = Findings()
+    findings.note(CASE, LATE)
+    assert findings.fault_count == 0
+    assert list(findings.slow) == [CASE.number]
+
+
+class Slow:
+    """Answers some cases late, each as often as told."""
+
+    endpoint = RouterEndpoint("127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:1")
+
+    def __init__(self, times: dict[int, int]) -> None:
+        self.times = times
+
+    async def run(self, case: Case) -> Ending:
+        self.times[case.number] -= 1
+        return Ending("CANCELLED", "by gRPC", seconds=1000.0 if self.times[case.number] >= 0 else 0.0)
+
+
+async def test_a_case_is_slow_if_it_is_slow_each_time_it_is_asked_again_alone() -> None:
+    findings = Findings(slow={1: "case 1: late", 2: "case 2: late", 3: "case 3: late"})
+    target: Any = Slow({1: 0, 2: 2, 3: 3})
+    await _ask_slow_again(target, SEED, False, findings)
+    assert [fault.split(":")[0] for fault in findings.faults] == ["case 3"]
+
+
+async def test_a_part_of_which_everything_is_slow_is_at_fault() -> None:
+    findings = Findings(slow=dict.fromkeys(range(MOST_SLOW_COUNT + 1), "late"))
+    target: Any = Slow(dict.fromkeys(range(MOST_SLOW_COUNT + 1), 0))
+    await _ask_slow_again(target, SEED, False, findings)
+    assert findings.faults == [
+        f"{MOST_SLOW_COUNT + 1} cases took long, more than the {MOST_SLOW_COUNT} that are asked again"
+    ]
+
+
+def test_a_case_that_never_ends_is_a_fault() -> None:
+    class Hanging(Slow):
+        async def run(self, case: Case) -> Ending:
+            await asyncio.get_running_loop().create_future()
+            raise AssertionError("never")
+
+    async def part() -> Findings:
+        findings = Findings()
+        target: Any = Hanging({})
+        channel: Any = None
+        await _ask(target, channel, CASE, False, findings)
+        return findings
+
+    assert run_virtual(part()).faults == ["case 1 (Generate): had not ended after 120 s"]
 
 
 @pytest.mark.parametrize(

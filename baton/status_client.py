@@ -22,6 +22,7 @@ _HEALTHS = {
     pb.WORKER_HEALTH_CONNECTING: "connecting",
     pb.WORKER_HEALTH_SUSPECT: "suspect",
     pb.WORKER_HEALTH_DRAINING: "draining",
+    pb.WORKER_HEALTH_LOST: "lost",
 }
 _UNKNOWN = "unknown"
 """A value of a newer server."""
@@ -35,7 +36,7 @@ class WorkerStatus:
     role: str
     """``prefill``, ``decode`` or ``unknown``."""
     health: str
-    """``ready``, ``connecting``, ``suspect``, ``draining`` or ``unknown``."""
+    """``ready``, ``connecting``, ``suspect``, ``draining``, ``lost`` or ``unknown``."""
     assigned_count: int
     running_count: int
     waiting_count: int

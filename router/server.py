@@ -208,7 +208,7 @@ class RouterServer:
         self.health = RouterHealth(names, lambda: self.relay.could_serve)
         self.roster.on_change(self.health.changed)
         self._admin = AdminService(roster=self.roster, window=self.window, counts=self.counts, secret=secret)
-        self._status = StatusService(
+        self.status = StatusService(
             roster=self.roster,
             window=self.window,
             counts=self.counts,
@@ -269,7 +269,7 @@ class RouterServer:
         readable = RefusesUnreadable(public, service.refuse)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self.generation, readable)  # type: ignore[no-untyped-call]
         model_pb2_grpc.add_ModelServiceServicer_to_server(self.models, readable)  # type: ignore[no-untyped-call]
-        status_pb2_grpc.add_StatusServiceServicer_to_server(self._status, readable)  # type: ignore[no-untyped-call]
+        status_pb2_grpc.add_StatusServiceServicer_to_server(self.status, readable)  # type: ignore[no-untyped-call]
         await self.health.attach(public)
         admin = self._server()
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(self._admin, admin)  # type: ignore[no-untyped-call]

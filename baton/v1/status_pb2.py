@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/status.proto\x12\x08\x62\x61ton.v1\x1a\x1egoogle/protobuf/duration.proto\"A\n\x12WatchStatusRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xda\x01\n\x13WatchStatusResponse\x12\x12\n\nis_serving\x18\x01 \x01(\x08\x12\x17\n\x0fin_flight_count\x18\x02 \x01(\x05\x12\x14\n\x0cqueued_count\x18\x03 \x01(\x05\x12\x16\n\x0e\x66inished_count\x18\x04 \x01(\x03\x12\x14\n\x0c\x66\x61iled_count\x18\x05 \x01(\x03\x12\'\n\x07workers\x18\x06 \x03(\x0b\x32\x16.baton.v1.WorkerStatus\x12)\n\x06phases\x18\x07 \x03(\x0b\x32\x19.baton.v1.PhaseStatistics\"\xe5\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\"\n\x04role\x18\x02 \x01(\x0e\x32\x14.baton.v1.WorkerRole\x12&\n\x06health\x18\x03 \x01(\x0e\x32\x16.baton.v1.WorkerHealth\x12\x16\n\x0e\x61ssigned_count\x18\x04 \x01(\x05\x12\x15\n\rrunning_count\x18\x05 \x01(\x05\x12\x15\n\rwaiting_count\x18\x06 \x01(\x05\x12\x18\n\x10used_block_count\x18\x07 \x01(\x05\x12\x13\n\x0b\x62lock_count\x18\x08 \x01(\x05\x12\x18\n\x10held_lease_count\x18\t \x01(\x05\x12\x16\n\x0ekv_bytes_per_s\x18\n \x01(\x01\x12\x18\n\x10recomputed_share\x18\x0b \x01(\x01\x12\x15\n\rno_room_count\x18\x0c \x01(\x03\x12\x1e\n\x16quarantined_pull_count\x18\r \x01(\x05\"\x85\x01\n\x0fPhaseStatistics\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0csample_count\x18\x02 \x01(\x05\x12&\n\x03p50\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03p95\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration*Z\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02*\x9b\x01\n\x0cWorkerHealth\x12\x1d\n\x19WORKER_HEALTH_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_HEALTH_READY\x10\x01\x12\x1c\n\x18WORKER_HEALTH_CONNECTING\x10\x02\x12\x19\n\x15WORKER_HEALTH_SUSPECT\x10\x03\x12\x1a\n\x16WORKER_HEALTH_DRAINING\x10\x04\x32]\n\rStatusService\x12L\n\x0bWatchStatus\x12\x1c.baton.v1.WatchStatusRequest\x1a\x1d.baton.v1.WatchStatusResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/status.proto\x12\x08\x62\x61ton.v1\x1a\x1egoogle/protobuf/duration.proto\"A\n\x12WatchStatusRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xda\x01\n\x13WatchStatusResponse\x12\x12\n\nis_serving\x18\x01 \x01(\x08\x12\x17\n\x0fin_flight_count\x18\x02 \x01(\x05\x12\x14\n\x0cqueued_count\x18\x03 \x01(\x05\x12\x16\n\x0e\x66inished_count\x18\x04 \x01(\x03\x12\x14\n\x0c\x66\x61iled_count\x18\x05 \x01(\x03\x12\'\n\x07workers\x18\x06 \x03(\x0b\x32\x16.baton.v1.WorkerStatus\x12)\n\x06phases\x18\x07 \x03(\x0b\x32\x19.baton.v1.PhaseStatistics\"\xe5\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\"\n\x04role\x18\x02 \x01(\x0e\x32\x14.baton.v1.WorkerRole\x12&\n\x06health\x18\x03 \x01(\x0e\x32\x16.baton.v1.WorkerHealth\x12\x16\n\x0e\x61ssigned_count\x18\x04 \x01(\x05\x12\x15\n\rrunning_count\x18\x05 \x01(\x05\x12\x15\n\rwaiting_count\x18\x06 \x01(\x05\x12\x18\n\x10used_block_count\x18\x07 \x01(\x05\x12\x13\n\x0b\x62lock_count\x18\x08 \x01(\x05\x12\x18\n\x10held_lease_count\x18\t \x01(\x05\x12\x16\n\x0ekv_bytes_per_s\x18\n \x01(\x01\x12\x18\n\x10recomputed_share\x18\x0b \x01(\x01\x12\x15\n\rno_room_count\x18\x0c \x01(\x03\x12\x1e\n\x16quarantined_pull_count\x18\r \x01(\x05\"\x85\x01\n\x0fPhaseStatistics\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0csample_count\x18\x02 \x01(\x05\x12&\n\x03p50\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03p95\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration*Z\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02*\xb3\x01\n\x0cWorkerHealth\x12\x1d\n\x19WORKER_HEALTH_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_HEALTH_READY\x10\x01\x12\x1c\n\x18WORKER_HEALTH_CONNECTING\x10\x02\x12\x19\n\x15WORKER_HEALTH_SUSPECT\x10\x03\x12\x1a\n\x16WORKER_HEALTH_DRAINING\x10\x04\x12\x16\n\x12WORKER_HEALTH_LOST\x10\x05\x32]\n\rStatusService\x12L\n\x0bWatchStatus\x12\x1c.baton.v1.WatchStatusRequest\x1a\x1d.baton.v1.WatchStatusResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,7 +35,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERROLE']._serialized_start=851
   _globals['_WORKERROLE']._serialized_end=941
   _globals['_WORKERHEALTH']._serialized_start=944
-  _globals['_WORKERHEALTH']._serialized_end=1099
+  _globals['_WORKERHEALTH']._serialized_end=1123
   _globals['_WATCHSTATUSREQUEST']._serialized_start=67
   _globals['_WATCHSTATUSREQUEST']._serialized_end=132
   _globals['_WATCHSTATUSRESPONSE']._serialized_start=135
@@ -44,6 +44,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERSTATUS']._serialized_end=713
   _globals['_PHASESTATISTICS']._serialized_start=716
   _globals['_PHASESTATISTICS']._serialized_end=849
-  _globals['_STATUSSERVICE']._serialized_start=1101
-  _globals['_STATUSSERVICE']._serialized_end=1194
+  _globals['_STATUSSERVICE']._serialized_start=1125
+  _globals['_STATUSSERVICE']._serialized_end=1218
 # @@protoc_insertion_point(module_scope)

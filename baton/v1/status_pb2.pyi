@@ -23,6 +23,7 @@ class WorkerHealth(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WORKER_HEALTH_CONNECTING: _ClassVar[WorkerHealth]
     WORKER_HEALTH_SUSPECT: _ClassVar[WorkerHealth]
     WORKER_HEALTH_DRAINING: _ClassVar[WorkerHealth]
+    WORKER_HEALTH_LOST: _ClassVar[WorkerHealth]
 WORKER_ROLE_UNSPECIFIED: WorkerRole
 WORKER_ROLE_PREFILL: WorkerRole
 WORKER_ROLE_DECODE: WorkerRole
@@ -31,6 +32,7 @@ WORKER_HEALTH_READY: WorkerHealth
 WORKER_HEALTH_CONNECTING: WorkerHealth
 WORKER_HEALTH_SUSPECT: WorkerHealth
 WORKER_HEALTH_DRAINING: WorkerHealth
+WORKER_HEALTH_LOST: WorkerHealth
 
 class WatchStatusRequest(_message.Message):
     __slots__ = ("interval",)

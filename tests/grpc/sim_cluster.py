@@ -141,7 +141,7 @@ async def sim_cluster(
     try:
         for role, count in ((Role.PREFILL, prefill_count), (Role.DECODE, decode_count)):
             for index in range(count):
-                worker = await _worker(f"{role.value}-{index}", role, network, sim or {})
+                worker = await make_worker(f"{role.value}-{index}", role, network, sim or {})
                 workers[worker.worker_id] = worker
                 tasks.append(asyncio.create_task(worker.prefill.run()))
         server = RouterServer(router_config, secret=SECRET, connect=lambda spec: workers[spec.worker_id].client())
@@ -164,7 +164,7 @@ async def sim_cluster(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _worker(worker_id: str, role: Role, network: SimNetwork, changes: dict[str, Any]) -> SimWorker:
+async def make_worker(worker_id: str, role: Role, network: SimNetwork, changes: dict[str, Any]) -> SimWorker:
     defaults = SimConfig(
         engine_id=worker_id,
         model_name=MODEL,

@@ -6,11 +6,14 @@ only when somebody asks for that, with ``--skip-real`` or ``BATON_SKIP_REAL=1``.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socketserver
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from steady_loop import SteadyLoop
 
 from deploy.setup import prepare_model
 
@@ -19,6 +22,17 @@ TESTS = Path(__file__).parent
 # Each router and worker that a test stops waits until its metrics' HTTP server notices, half a second by default: in
 # hundreds of tests, minutes in which nothing happens.
 socketserver.BaseServer.serve_forever.__defaults__ = (0.02,)
+
+
+REAL_CLOCK = ("e2e", "test_workbench_targets.py")
+"""A folder and a file of tests that share a clock with what is outside of their process."""
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Coroutine tests run on a clock that stands still while the machine has taken their process away."""
+    parts = item.path.relative_to(TESTS).parts
+    is_real = any(part in REAL_CLOCK for part in parts)
+    return {"real clock": asyncio.new_event_loop} if is_real else {"steady": SteadyLoop}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -81,7 +81,10 @@ class SimEngine:
     """One simulated engine. ``extra_delay_s`` may be replaced at any time; it starts as configured."""
 
     def __init__(self, config: SimConfig, network: SimNetwork, pace: Pace | None = None) -> None:
-        """``pace``: how a real engine's time differs from the cost model's; see there what else it turns on."""
+        """``pace``: how a real engine's time differs from the cost model's; see there what else it turns on. Raises
+        ``ValueError`` for one with micro-batches: its rows are steps of all that runs."""
+        if pace is not None and config.micro_batch_count > 1:
+            raise ValueError(f"micro_batch_count: is {config.micro_batch_count}; with a pace it must be 1")
         self.config = config
         self.network = network
         self.extra_delay_s = config.extra_delay_s
@@ -97,6 +100,7 @@ class SimEngine:
             max_batched_token_count=config.max_batched_token_count,
             max_context_token_count=config.max_context_token_count,
             admits_by_budget=pace is not None,
+            micro_batch_count=config.micro_batch_count,
         )
         self._pace = pace
         self._core = None if pace is None else pace.machine.core(self._speed_changed)
@@ -293,6 +297,10 @@ class SimEngine:
                 self._ring(self.scheduler.admit())
                 pull_count = await self._finish_pulls()
                 batch = self.scheduler.schedule(_now())
+                if not batch and self.scheduler.running_count:
+                    # The turn of an empty micro-batch takes its time, too: the others come no faster for it.
+                    await asyncio.sleep(self.config.cost.decode.base_s)
+                    continue
                 if not batch:
                     await self._rest()
                     continue

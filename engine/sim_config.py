@@ -47,6 +47,9 @@ class SimConfig:
     max_running_count: int = 16
     max_batched_token_count: int = 2048
     """Tokens of one step: a longer prompt is computed in chunks of this size."""
+    micro_batch_count: int = 1
+    """Running sequences are dealt out to so many batches that take turns, one a step, as under pipeline parallelism:
+    a sequence has a token every so many steps, and not all of them at one moment. Not together with a ``Pace``."""
     max_waiting_count: int = 1024
     """Requests beyond these are refused with QUEUE_FULL."""
     enable_prefix_caching: bool = True
@@ -68,6 +71,7 @@ class SimConfig:
             "block_count",
             "max_context_token_count",
             "max_running_count",
+            "micro_batch_count",
             "max_waiting_count",
         ):
             if getattr(self, key) < 1:

@@ -140,9 +140,11 @@ class Scheduler:
         max_batched_token_count: int,
         max_context_token_count: int,
         admits_by_budget: bool = False,
+        micro_batch_count: int = 1,
     ) -> None:
         """``admits_by_budget``: a waiting request gets blocks, and looks for its prefix, only when the step's budget
-        reaches it, as in vLLM; otherwise as soon as there are blocks and a slot."""
+        reaches it, as in vLLM; otherwise as soon as there are blocks and a slot. ``micro_batch_count``: batches that
+        take turns; sequences are dealt out to them in the order in which they came."""
         self.pool = pool
         self.admits_by_budget = admits_by_budget
         self.rule = rule
@@ -152,6 +154,9 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._placed: list[Sequence] = []
         self._running: list[Sequence] = []
+        self._micro_batch_count = micro_batch_count
+        self._turn = 0
+        """Whose turn it is of the micro-batches."""
 
     @property
     def running_count(self) -> int:
@@ -220,14 +225,16 @@ class Scheduler:
         return max(1, min(by_limit, self.max_context_token_count - length))
 
     def schedule(self, now: float) -> Batch:
-        """The next step: every decoding sequence, then prompts in order of admission as far as the budget goes."""
+        """The next step: every decoding sequence, then prompts in order of admission as far as the budget goes; of
+        several micro-batches only those of the one whose turn it is, which may be none."""
         budget = self.max_batched_token_count
         decoding, chunks = [], []
-        for sequence in self._running:
+        running = self._running if self._micro_batch_count == 1 else self._next_micro_batch()
+        for sequence in running:
             if len(sequence.token_ids) - sequence.computed_token_count == 1:
                 decoding.append(sequence)
                 budget -= 1
-        for sequence in self._running:
+        for sequence in running:
             remaining = len(sequence.token_ids) - sequence.computed_token_count
             if remaining > 1 and budget > 0:
                 chunk = Chunk(min(remaining, budget), sequence.computed_token_count)
@@ -300,6 +307,10 @@ class Scheduler:
         return (
             f"<Scheduler [{len(self._running)} running, {len(self._placed)} placed | {len(self._waiting)} waiting]>"
         )
+
+    def _next_micro_batch(self) -> list[Sequence]:
+        turn, self._turn = self._turn, (self._turn + 1) % self._micro_batch_count
+        return [each for each in self._running if each.sort_key[1] % self._micro_batch_count == turn]
 
     def _has_budget(self) -> bool:
         """Whether the next step has tokens left for one more."""

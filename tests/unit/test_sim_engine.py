@@ -19,6 +19,7 @@ from engine.config import EngineConfig
 from engine.cost import CostModel, DecodeCost, PrefillCost
 from engine.protocol import DecodeJob, Engine, EngineLoad, HeldKv, Prefilled, PrefillJob
 from engine.sim import PhaseDelays, SimConfig, SimEngine, SimNetwork, TokenRule, simulated_answer
+from engine.sim_pace import Machine, Pace
 from kvtransfer.simulated import Link, simulated_params
 
 # Figures a reader can add up: a prompt token 1 ms, a decode step 10 ms, one block (16 tokens x 100 bytes) 16 ms.
@@ -545,3 +546,40 @@ def test_a_model_that_ends_by_chance_ends_about_that_often_and_always_at_the_sam
     assert lengths == [len(simulated_answer(prompt_of(9, seed=each), 1000, rule)) for each in range(300)]
     assert 8 < sum(lengths) / len(lengths) < 12
     assert 2 not in simulated_answer(prompt_of(9), 20_000)
+
+
+async def token_times(engine: SimEngine, prompt: tuple[int, ...], count: int) -> list[float]:
+    times: list[float] = []
+    async with aclosing(engine.decode(decode_job(prompt, count))) as events:
+        async for event in events:
+            if isinstance(event, Stepped):
+                times += [now()] * len(event.token_ids)
+    return times
+
+
+@pytest.mark.parametrize("leg_count", [1, 3, 4])
+@in_virtual_time
+async def test_micro_batches_take_turns_so_that_each_leg_has_a_token_every_so_many_steps(leg_count: int) -> None:
+    async with engines("d", micro_batch_count=4) as (engine,):
+        legs = [token_times(engine, prompt_of(1, seed), 6) for seed in range(leg_count)]
+        of_legs = await asyncio.gather(*legs)
+        for times in of_legs:
+            assert len(times) == 6
+            gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+            assert gaps == pytest.approx([0.040] * 5), "also where the turns of others are empty"
+        moments = [{round(at, 4) for at in times} for times in of_legs]
+        assert len(set.union(*moments)) == 6 * leg_count, "no two legs have a token at one moment"
+
+
+@in_virtual_time
+async def test_micro_batches_say_what_one_batch_says() -> None:
+    prompt = prompt_of(50)
+    async with engines("p", "d", micro_batch_count=3) as (source, target):
+        assert await hand_over(source, target, prompt, 30) == list(simulated_answer(prompt, 30))
+
+
+def test_micro_batches_and_a_pace_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="micro_batch_count: is 2; with a pace it must be 1"):
+        SimEngine(replace(CONFIG, micro_batch_count=2), SimNetwork(LINK), Pace(machine=Machine()))
+    with pytest.raises(ValueError, match="micro_batch_count: is 0; it must be at least 1"):
+        replace(CONFIG, micro_batch_count=0)

@@ -44,7 +44,7 @@ FAST = CostModel(
     decode=DecodeCost(base_s=0.001, per_context_token_s=0.0, per_sequence_s=1e-5),
 )
 CONTEXT = 2048
-QUIET_S = 1.0
+QUIET_S = 20.0
 """Within this, whatever a storm left must be gone."""
 
 _numbers = itertools.count()
@@ -90,7 +90,7 @@ class SimCluster:
     def set_workers(self, *worker_ids: str) -> None:
         self.server.roster.set_workers([self.workers[worker_id].spec for worker_id in worker_ids])
 
-    async def until(self, is_so: Callable[[], bool], what: str, limit_s: float = 20.0) -> None:
+    async def until(self, is_so: Callable[[], bool], what: str, limit_s: float = 60.0) -> None:
         """Real sockets need real time: asks again every few milliseconds, up to a limit."""
         try:
             async with asyncio.timeout(limit_s):

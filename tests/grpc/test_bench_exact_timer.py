@@ -22,7 +22,7 @@ class Bell:
         self._rung.set()
 
     async def next(self) -> float:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await self._rung.wait()
         self._rung.clear()
         return self.rang_at[-1]

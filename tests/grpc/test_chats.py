@@ -57,14 +57,14 @@ class Chats:
             await self._tell(channel, says, request)
             stub = generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
             heard = Heard()
-            async for message in stub.Generate(pb.GenerateRequest(**request), timeout=30):
+            async for message in stub.Generate(pb.GenerateRequest(**request), timeout=60):
                 heard.add(message)
             return heard
 
     async def _tell(self, channel: grpc.aio.Channel, says: str, request: dict[str, Any]) -> None:
         prompt = {key: request[key] for key in ("chat", "text") if key in request}
         models = model_pb2_grpc.ModelServiceStub(channel)  # type: ignore[no-untyped-call]
-        count = await models.CountTokens(model_pb2.CountTokensRequest(**prompt), timeout=10)
+        count = await models.CountTokens(model_pb2.CountTokensRequest(**prompt), timeout=60)
         self.script.start = count.token_count
         self.script.token_ids = TOKENIZER.encode(says, add_special_tokens=False)
 
@@ -155,7 +155,7 @@ async def test_every_broken_rule_of_a_chat_is_named_with_its_field(chats: Chats)
         keep_reasoning_in_text=True,
     )
     async with grpc.aio.insecure_channel(chats.cluster.endpoint.address) as channel:
-        call = generation_pb2_grpc.GenerationServiceStub(channel).Generate(pb.GenerateRequest(chat=chat), timeout=30)  # type: ignore[no-untyped-call]
+        call = generation_pb2_grpc.GenerationServiceStub(channel).Generate(pb.GenerateRequest(chat=chat), timeout=60)  # type: ignore[no-untyped-call]
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await anext(aiter(call))
     error = from_rpc_error(refused.value)

@@ -19,7 +19,7 @@ async def read(client: BatonClient) -> int:
     """An answer to its end; how many tokens it had."""
     count = 0
     stop = StopConditions(max_output_token_count=TOKEN_COUNT, ignore_eos=True)
-    async for event in client.generate("Once upon a time", timeout=20, stop=stop):
+    async for event in client.generate("Once upon a time", timeout=60, stop=stop):
         if isinstance(event, Chunk):
             count += event.token_count
         if isinstance(event, Finished):

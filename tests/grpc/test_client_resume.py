@@ -33,7 +33,7 @@ def tokens(count: int) -> StopConditions:
 
 async def uncut(cluster: SimCluster, count: int, **options: Any) -> Answer:
     async with BatonClient(cluster.endpoint.address) as client:
-        return await client.complete(PROMPT, timeout=30, stop=tokens(count), **options)
+        return await client.complete(PROMPT, timeout=60, stop=tokens(count), **options)
 
 
 def forget_all(cluster: SimCluster) -> None:
@@ -51,7 +51,7 @@ async def test_cut_sockets_are_not_seen_by_who_reads(tmp_path: Path) -> None:
             BatonClient(cutter.address, rng=rng) as client,
         ):
             answers = await asyncio.gather(
-                *(client.complete(PROMPT, timeout=30, stop=tokens(100), resume=ENOUGH) for _ in range(4))
+                *(client.complete(PROMPT, timeout=60, stop=tokens(100), resume=ENOUGH) for _ in range(4))
             )
             assert cutter.cut_count > 4
         assert {answer.text for answer in answers} == {whole.text}
@@ -70,7 +70,7 @@ async def test_cut_sockets_are_not_seen_by_a_thread_that_reads(tmp_path: Path) -
             def read() -> Answer:
                 with BatonClientSync(cutter.address, rng=rng) as client:
                     both = OutputOptions(wants_token_ids=True)
-                    return client.complete(PROMPT, timeout=30, stop=tokens(100), resume=ENOUGH, output=both)
+                    return client.complete(PROMPT, timeout=60, stop=tokens(100), resume=ENOUGH, output=both)
 
             answer = await asyncio.to_thread(read)
         assert (answer.text, answer.token_ids, answer.usage) == (whole.text, whole.token_ids, whole.usage)
@@ -87,7 +87,7 @@ async def test_samples_go_on_each_from_its_own_token(tmp_path: Path) -> None:
             tcp_cutter(cluster.endpoint.address, lambda: rng.randrange(1000, 4000)) as cutter,
             BatonClient(cutter.address, rng=rng) as client,
         ):
-            answer = await client.complete(PROMPT, timeout=30, stop=tokens(60), resume=ENOUGH, **drawn)
+            answer = await client.complete(PROMPT, timeout=60, stop=tokens(60), resume=ENOUGH, **drawn)
         assert [sample.text for sample in answer.samples] == [sample.text for sample in whole.samples]
         assert answer.resume_count > 0
         forget_all(cluster)
@@ -99,7 +99,7 @@ async def test_without_resume_a_cut_after_tokens_is_one_to_start_over_from(tmp_p
         tcp_cutter(cluster.endpoint.address, lambda: None) as cutter,
         BatonClient(cutter.address) as client,
     ):
-        async with aclosing(client.generate(PROMPT, timeout=30, stop=tokens(1000))) as stream:
+        async with aclosing(client.generate(PROMPT, timeout=60, stop=tokens(1000))) as stream:
             while not isinstance(await anext(stream), Chunk):
                 pass
             cutter.cut_all()
@@ -115,7 +115,7 @@ async def test_a_router_that_stops_hands_its_streams_to_the_next_address(tmp_pat
         first = await stack.enter_async_context(second_router(cluster))
         async with BatonClient([first, cluster.endpoint.address]) as client:
             text = ""
-            async with aclosing(client.generate(PROMPT, timeout=30, stop=tokens(80), resume=ENOUGH)) as stream:
+            async with aclosing(client.generate(PROMPT, timeout=60, stop=tokens(80), resume=ENOUGH)) as stream:
                 async for event in stream:
                     text += event.text
                     if isinstance(event, Chunk) and event.first_token_index == 10:
@@ -138,7 +138,7 @@ async def test_a_router_that_comes_back_is_waited_for(tmp_path: Path) -> None:
 
         async with BatonClient(address) as client:
             text, restarting = "", None
-            async with aclosing(client.generate(PROMPT, timeout=30, stop=tokens(60), resume=ENOUGH)) as stream:
+            async with aclosing(client.generate(PROMPT, timeout=60, stop=tokens(60), resume=ENOUGH)) as stream:
                 async for event in stream:
                     text += event.text
                     if isinstance(event, Chunk) and event.first_token_index == 10:
@@ -190,10 +190,10 @@ async def test_a_generation_can_be_cancelled_by_its_token(tmp_path: Path) -> Non
             started = await anext(stream)
             assert isinstance(started, Started)
             assert started.resume_token not in repr(started)
-            assert await client.cancel_generation(started.resume_token, timeout=5)
+            assert await client.cancel_generation(started.resume_token, timeout=60)
             with pytest.raises(ResumeFailed):
                 [event async for event in stream]
-        assert not await client.cancel_generation(started.resume_token, timeout=5)
+        assert not await client.cancel_generation(started.resume_token, timeout=60)
         await cluster.until_balanced()
 
 
@@ -202,14 +202,14 @@ async def test_the_key_is_sent_with_every_call_and_shown_by_none(tmp_path: Path)
     async with sim_cluster(tmp_path / "model", sim=SLOW, api_keys_path=str(keys)) as cluster:
         async with BatonClient(cluster.endpoint.address) as client:
             with pytest.raises(BatonError) as caught:
-                await client.list_models(timeout=5)
+                await client.list_models(timeout=60)
             assert caught.value.reason is Reason.UNAUTHENTICATED
         async with (
             tcp_cutter(cluster.endpoint.address, lambda: 1500) as cutter,
             BatonClient(cutter.address, api_key="key-one") as client,
         ):
             assert "key-one" not in repr(client)
-            assert [model.name for model in await client.list_models(timeout=5)] == ["tiny"]
-            answer = await client.complete(PROMPT, timeout=30, stop=tokens(60), resume=ENOUGH)
+            assert [model.name for model in await client.list_models(timeout=60)] == ["tiny"]
+            answer = await client.complete(PROMPT, timeout=60, stop=tokens(60), resume=ENOUGH)
             assert answer.resume_count > 0
         forget_all(cluster)

@@ -28,18 +28,18 @@ async def main() -> None:
     async with FakeBaton() as fake, BatonClient(fake.address) as client:
         fake.will_answer("Once upon a time")
         fake.will_cut(after_tokens=7)
-        answer = await client.complete_chat([("user", "A story, please")], timeout=20, resume=True)
+        answer = await client.complete_chat([("user", "A story, please")], timeout=60, resume=True)
         print(answer.text, "/", answer.resume_count)
         fake.will_refuse()
         try:
-            await client.complete("again", timeout=20)
+            await client.complete("again", timeout=60)
         except Overloaded as error:
             print(error.reason.value, error.is_retryable)
 
 
 asyncio.run(main())
 with FakeBaton() as fake, BatonClientSync(fake.address) as client:
-    print(client.complete("hello", timeout=20).text)
+    print(client.complete("hello", timeout=60).text)
 """
 TEST = """
 from baton.sync_client import BatonClientSync
@@ -48,7 +48,7 @@ from baton.sync_client import BatonClientSync
 def test_the_answer_is_read(fake_baton):
     fake_baton.will_answer("forty", "-two")
     with BatonClientSync(fake_baton.address) as client:
-        assert client.complete("6 * 7", timeout=20).text == "forty-two"
+        assert client.complete("6 * 7", timeout=60).text == "forty-two"
     assert fake_baton.requests[0].prompt.text == "6 * 7"
 """
 BARE_TEST = """

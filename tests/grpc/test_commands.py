@@ -49,7 +49,7 @@ async def started(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
 
 
 async def run(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
-    async with command(*arguments) as process, asyncio.timeout(30):
+    async with command(*arguments) as process, asyncio.timeout(60):
         out, err = await process.communicate(stdin.encode())
         assert process.returncode is not None
         return process.returncode, out.decode(), err.decode()
@@ -73,7 +73,7 @@ async def test_the_python_example_of_the_readme_runs_as_it_stands(tmp_path: Path
     async with sim_cluster(tmp_path) as cluster:
         program = example.replace("127.0.0.1:50051", cluster.endpoint.address)
         assert program != example
-        async with started(sys.executable, "-c", program) as process, asyncio.timeout(30):
+        async with started(sys.executable, "-c", program) as process, asyncio.timeout(60):
             out, err = await process.communicate()
         assert (process.returncode, err) == (0, b"")
         assert re.search(r"\n\d+ tokens in \d+\.\d\d s\n$", out.decode())
@@ -155,7 +155,7 @@ async def test_errors_are_one_line_with_the_exit_code_of_their_kind(tmp_path: Pa
 
 async def test_an_interrupt_ends_generate_with_130_and_frees_everything(tmp_path: Path) -> None:
     async with sim_cluster(tmp_path, sim={"cost": SLOW}) as cluster:
-        async with command("generate", "hi", *at(cluster)) as process, asyncio.timeout(30):
+        async with command("generate", "hi", *at(cluster)) as process, asyncio.timeout(60):
             assert process.stdout is not None
             await process.stdout.read(1)
             process.send_signal(signal.SIGINT)
@@ -165,7 +165,7 @@ async def test_an_interrupt_ends_generate_with_130_and_frees_everything(tmp_path
 
 async def test_an_interrupt_in_a_chat_cancels_the_answer_and_not_the_program(tmp_path: Path) -> None:
     async with sim_cluster(tmp_path, sim={"cost": SLOW}) as cluster:
-        async with command("chat", *at(cluster), "--max-tokens", "40") as process, asyncio.timeout(30):
+        async with command("chat", *at(cluster), "--max-tokens", "40") as process, asyncio.timeout(60):
             assert process.stdin is not None
             assert process.stdout is not None
             assert process.stderr is not None
@@ -217,7 +217,7 @@ async def test_ctrl_c_leaves_the_live_display_of_top_and_gives_the_terminal_back
                 start_new_session=True,
             )
             try:
-                async with asyncio.timeout(30):
+                async with asyncio.timeout(60):
                     await shown(ENTER_SCREEN)
                     await shown(b"decode-0")
                     os.write(ours, b"\x03")
@@ -239,7 +239,7 @@ async def test_top_and_health_as_json_are_objects_a_line(tmp_path: Path) -> None
         (status,) = map(json.loads, out.splitlines())
         assert (code, err, status["event"], status["is_serving"]) == (0, "", "status", True)
         assert [worker["worker_id"] for worker in status["workers"]] == ["decode-0", "prefill-0"]
-        async with command("top", "--json", "--interval", "0.1", *at(cluster)) as process, asyncio.timeout(30):
+        async with command("top", "--json", "--interval", "0.1", *at(cluster)) as process, asyncio.timeout(60):
             assert process.stdout is not None
             for _ in range(3):
                 assert json.loads(await process.stdout.readline())["event"] == "status"
@@ -297,7 +297,7 @@ async def test_a_chat_from_a_pipe_answers_each_line_and_says_the_pace_on_stderr(
 
 async def test_a_reader_that_leaves_ends_the_answer_and_frees_everything(tmp_path: Path) -> None:
     async with sim_cluster(tmp_path, sim={"cost": SLOW}) as cluster:
-        async with command("generate", "hi", "--resume", *at(cluster)) as process, asyncio.timeout(30):
+        async with command("generate", "hi", "--resume", *at(cluster)) as process, asyncio.timeout(60):
             assert process.stdout is not None
             assert process.stderr is not None
             await process.stdout.read(1)
@@ -309,7 +309,7 @@ async def test_a_reader_that_leaves_ends_the_answer_and_frees_everything(tmp_pat
 
 async def test_an_interrupted_resumable_answer_does_not_wait_for_its_grace(tmp_path: Path) -> None:
     async with sim_cluster(tmp_path, sim={"cost": SLOW}) as cluster:
-        async with command("generate", "hi", "--resume", *at(cluster)) as process, asyncio.timeout(30):
+        async with command("generate", "hi", "--resume", *at(cluster)) as process, asyncio.timeout(60):
             assert process.stdout is not None
             await process.stdout.read(1)
             process.send_signal(signal.SIGINT)

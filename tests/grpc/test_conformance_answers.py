@@ -40,7 +40,7 @@ class Answers:
     """What each call ended with."""
 
     plain: Outcome
-    """Split, with ids and logprobs, resumable, with a deadline of 20 s."""
+    """Split, with ids and logprobs, resumable, with a deadline of a minute."""
     echoed: Outcome
     stopped_by_text: Outcome
     stopped_by_token: Outcome
@@ -160,7 +160,7 @@ async def _begun(channel: grpc.aio.Channel) -> pb.Started:
         request_serializer=pb.GenerateRequest.SerializeToString,
         response_deserializer=pb.GenerateResponse.FromString,
     )
-    call = make(message, timeout=20)
+    call = make(message, timeout=60)
     started: pb.Started = (await call.read()).started
     for _ in range(3):
         await call.read()
@@ -201,7 +201,7 @@ async def _retried(cluster: SimCluster, channel: grpc.aio.Channel) -> Outcome:
         request_serializer=pb.GenerateRequest.SerializeToString,
         response_deserializer=pb.GenerateResponse.FromString,
     )
-    call = make(request(output=pb.OutputOptions(content=BOTH)), timeout=20)
+    call = make(request(output=pb.OutputOptions(content=BOTH)), timeout=60)
     messages = [await call.read() for _ in range(4)]
     busy = [worker for worker in cluster.workers.values() if worker.role.value == "decode"]
     victim = next(worker for worker in busy if worker.engine.load().running_count)

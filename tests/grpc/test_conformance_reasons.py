@@ -50,7 +50,7 @@ class Stream:
             request_serializer=type(request).SerializeToString,
             response_deserializer=response.FromString,
         )
-        self.call: Any = make(request, timeout=20, **options)
+        self.call: Any = make(request, timeout=60, **options)
 
     async def started(self) -> pb.Started:
         message = await self.call.read()
@@ -304,7 +304,7 @@ async def internal(directory: Path) -> Outcome:
 
 
 async def _of_worker(stub: Any, method: str, request: Any, metadata: Any = WORKER_TOKEN) -> Outcome:
-    call = getattr(stub, method)(request, timeout=10, metadata=metadata)
+    call = getattr(stub, method)(request, timeout=60, metadata=metadata)
     messages: list[Any] = []
     try:
         if method == "Decode":
@@ -340,14 +340,14 @@ async def no_room(_: Path) -> Outcome:
     network = SimNetwork(spans_processes=False)
     async with a_worker("p0", network) as prefill, a_worker("d0", network) as decode:
         decode.decode._book = BlockBook(42)
-        running = decode.decode_stub.Decode(decode_request(max_token_count=5000), metadata=WORKER_TOKEN, timeout=10)
+        running = decode.decode_stub.Decode(decode_request(max_token_count=5000), metadata=WORKER_TOKEN, timeout=60)
         await running.read()
-        reply = await prefill.prefill_stub.Prefill(prefill_request(), metadata=WORKER_TOKEN, timeout=5)
+        reply = await prefill.prefill_stub.Prefill(prefill_request(), metadata=WORKER_TOKEN, timeout=60)
         prompt = (*PROMPT, reply.first_token_id)
         outcome = await _of_worker(decode.decode_stub, "Decode", decode_request(prompt, 5, reply.ticket))
         running.cancel()
         release = worker_pb2.ReleaseKvRequest(ticket_id=reply.ticket_id)
-        assert (await prefill.prefill_stub.ReleaseKv(release, metadata=WORKER_TOKEN, timeout=5)).was_held
+        assert (await prefill.prefill_stub.ReleaseKv(release, metadata=WORKER_TOKEN, timeout=60)).was_held
         assert int(outcome.metadata["free_block_count"]) < int(outcome.metadata["wanted_block_count"])
         return outcome
 

@@ -48,7 +48,7 @@ from baton.testing import FakeBaton
 from baton.testing.fake_service import FakeState, attach
 
 BOTH = OutputOptions(wants_token_ids=True)
-QUICK: dict[str, Any] = {"timeout": 20.0}
+QUICK: dict[str, Any] = {"timeout": 60.0}
 
 
 class Blocking:
@@ -381,9 +381,9 @@ async def test_delays_are_only_where_they_were_asked_for(fake: FakeBaton, client
 
 async def test_not_serving_refuses_and_health_says_so() -> None:
     async with FakeBaton() as fake, BatonClient(fake.address) as client:
-        assert await client.is_serving(timeout=5)
+        assert await client.is_serving(timeout=60)
         fake.set_serving(False)
-        assert not await client.is_serving(timeout=5)
+        assert not await client.is_serving(timeout=60)
         with pytest.raises(Unavailable) as refused:
             await client.complete("x", **QUICK)
         assert refused.value.reason is Reason.DRAINING
@@ -537,14 +537,14 @@ async def test_a_generation_is_cancelled_wherever_it_runs(kind: str) -> None:
             addresses = [first.address, second.address]
             if kind == "async":
                 async with BatonClient(addresses) as other:
-                    assert await other.cancel_generation(started.resume_token, timeout=10)
+                    assert await other.cancel_generation(started.resume_token, timeout=60)
                     assert other.address == second.address
-                    assert not await other.cancel_generation(started.resume_token, timeout=10)
+                    assert not await other.cancel_generation(started.resume_token, timeout=60)
             else:
                 with BatonClientSync(addresses) as blocking:
                     cancel = blocking.cancel_generation
-                    assert await asyncio.to_thread(cancel, started.resume_token, timeout=10)
-                    assert not await asyncio.to_thread(cancel, started.resume_token, timeout=10)
+                    assert await asyncio.to_thread(cancel, started.resume_token, timeout=60)
+                    assert not await asyncio.to_thread(cancel, started.resume_token, timeout=60)
             assert len(first.calls_of("CancelGeneration")) == 2
             await stream.aclose()
 
@@ -613,7 +613,7 @@ async def test_what_was_asked_is_there_typed(fake: FakeBaton, client: Any) -> No
     (call,) = fake.calls
     assert (call.method, call.sent_token_count, call.is_over, call.was_left) == ("Generate", 3, True, False)
     assert call.timeout_s is not None
-    assert 15 < call.timeout_s < 25, "gRPC rounds deadlines"
+    assert 30 < call.timeout_s < 65, "gRPC rounds deadlines"
     (request,) = fake.requests
     assert (request.prompt, request.tenant, request.stop.max_output_token_count) == (TextPrompt("x"), "shop", 3)
 

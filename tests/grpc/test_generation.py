@@ -198,12 +198,12 @@ async def test_no_chunk_has_more_tokens_than_asked_for_and_none_holds_half_a_cha
 async def test_the_client_without_an_event_loop_gives_the_same_answers_and_errors(tmp_path: Path) -> None:
     def converse(address: str) -> tuple[list[Event], Reason]:
         with BatonClientSync(address) as client:
-            events = list(client.generate(PROMPT, timeout=20, stop=at_most(6), output=BOTH))
-            leaving = client.chat([("user", "hi")], timeout=20)
+            events = list(client.generate(PROMPT, timeout=60, stop=at_most(6), output=BOTH))
+            leaving = client.chat([("user", "hi")], timeout=60)
             assert isinstance(next(leaving), Started)
             leaving.close()
             with pytest.raises(BatonError) as refused:
-                list(client.generate("", timeout=20))
+                list(client.generate("", timeout=60))
             return events, refused.value.reason
 
     async with sim_cluster(tmp_path) as cluster:
@@ -298,7 +298,7 @@ async def test_a_storm_of_cancels_leaves_the_books_balanced(tmp_path: Path) -> N
 
     async def one(client: BatonClient) -> None:
         leave_after = rng.randrange(0, 12)
-        async with aclosing(client.generate(PROMPT, timeout=20, stop=at_most(100))) as events:
+        async with aclosing(client.generate(PROMPT, timeout=60, stop=at_most(100))) as events:
             async for _ in events:
                 leave_after -= 1
                 if leave_after < 0:
@@ -392,7 +392,7 @@ async def test_a_worker_that_dies_in_mid_stream_is_not_seen_by_the_client(tmp_pa
     ):
         ids: list[int] = []
         finished: Finished | None = None
-        async with aclosing(client.generate(PROMPT, timeout=20, stop=at_most(30), output=BOTH)) as events:
+        async with aclosing(client.generate(PROMPT, timeout=60, stop=at_most(30), output=BOTH)) as events:
             async for event in events:
                 match event:
                     case Chunk():

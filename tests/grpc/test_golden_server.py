@@ -268,11 +268,11 @@ async def test_the_server_speaks_http_as_others_expect_it() -> None:
 async def test_the_server_speaks_grpc_as_baton_does() -> None:
     with golden_process(GoldenScript(ttft_s=0.01, gap_s=0.001, behaviours=BEHAVIOURS)) as server:
         async with BatonClient(server.grpc_address) as client:
-            assert await client.is_serving(timeout=5.0)
+            assert await client.is_serving(timeout=60)
             stop = StopConditions(max_output_token_count=4, ignore_eos=True)
-            events = [event async for event in client.generate([0, 9], timeout=10.0, stop=stop)]
+            events = [event async for event in client.generate([0, 9], timeout=60, stop=stop)]
             assert [type(event).__name__ for event in events] == ["Started", *["Chunk"] * 4, "Finished"]
             with pytest.raises(BatonError, match="refused"):
-                [event async for event in client.generate([1, 9], timeout=10.0, stop=stop)]
+                [event async for event in client.generate([1, 9], timeout=60, stop=stop)]
         await asyncio.sleep(0)
         assert [note.ending for note in server.drain()] == ["complete", "refuse"]

@@ -69,7 +69,7 @@ async def hosted() -> AsyncIterator[Hosted]:
         await engine.close()
 
 
-async def eventually(is_so: Callable[[], bool], within_s: float = 20.0) -> None:
+async def eventually(is_so: Callable[[], bool], within_s: float = 60.0) -> None:
     async with asyncio.timeout(within_s):
         while not is_so():  # noqa: ASYNC110  # what is waited for is on the other side of a socket
             await asyncio.sleep(0.005)
@@ -116,7 +116,7 @@ class Reader:
         self.messages: list[Any] = []
 
     async def read(self) -> Any:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             message = await self.call.read()
         self.messages.append(message)
         begin_at = 0

@@ -46,7 +46,7 @@ EVERY_MODE = Sampling(
 
 
 async def collect(client: BatonClient, **options: Any) -> list[Event]:
-    async with aclosing(client.generate(PROMPT, timeout=20, **options)) as events:
+    async with aclosing(client.generate(PROMPT, timeout=60, **options)) as events:
         return [event async for event in events]
 
 
@@ -180,7 +180,7 @@ async def test_an_empty_list_and_a_structure_of_no_kind_are_refused_on_the_wire(
         stub = pb_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
         sampling = pb.Sampling(allowed_token_ids=pb.TokenIds(), structure=pb.StructuredOutput())
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            async for _ in stub.Generate(pb.GenerateRequest(text="hi", sampling=sampling), timeout=10):
+            async for _ in stub.Generate(pb.GenerateRequest(text="hi", sampling=sampling), timeout=60):
                 pass
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         error = from_rpc_error(refused.value, peer="router")
@@ -195,7 +195,7 @@ async def test_the_client_without_a_loop_speaks_every_mode_too(tmp_path: Path) -
                 return list(
                     client.generate(
                         PROMPT,
-                        timeout=20,
+                        timeout=60,
                         sampling=EVERY_MODE,
                         stop=StopConditions(5),
                         output=OutputOptions(top_logprob_count=1),

@@ -46,7 +46,7 @@ class Reflected:
         run: Any = make(
             f"/{service}/{method}", request_serializer=into.SerializeToString, response_deserializer=out.FromString
         )
-        reply = run(ParseDict(request, into()), timeout=20)
+        reply = run(ParseDict(request, into()), timeout=60)
         messages = list(reply) if found.server_streaming else [reply]
         return [MessageToDict(each, preserving_proto_field_name=True) for each in messages]
 

@@ -54,7 +54,7 @@ def stub_of(channel: grpc.aio.Channel) -> Any:
 async def uncut(cluster: SimCluster, request: pb.GenerateRequest) -> Heard:
     async with channel_to(cluster.endpoint.address) as channel:
         heard = Heard(request)
-        async for response in stub_of(channel).Generate(plain(request), timeout=20):
+        async for response in stub_of(channel).Generate(plain(request), timeout=60):
             heard.take(response)
     return heard
 
@@ -62,7 +62,7 @@ async def uncut(cluster: SimCluster, request: pb.GenerateRequest) -> Heard:
 async def begin(stub: Any, request: pb.GenerateRequest, *, until_index: int) -> tuple[Heard, Any]:
     """The beginning of a stream, and the call, which still runs."""
     heard = Heard(request)
-    call = stub.Generate(request, timeout=20)
+    call = stub.Generate(request, timeout=60)
     async for response in call:
         heard.take(response)
         if heard.next_index >= until_index:
@@ -195,7 +195,7 @@ async def test_what_nobody_comes_back_to_is_cancelled_after_its_grace_and_counte
         await cluster.until(lambda: cluster.server.resumables.detached_count == 1, "detached, and running")
         await cluster.until(lambda: cluster.server.resumables.kept_count == 0, "cancelled after the grace")
         assert cluster.server.metrics.abandoned._value.get() == 1
-        late = await refusal(stub.ResumeGenerate(heard.resume_request(has_continuation=False), timeout=5))
+        late = await refusal(stub.ResumeGenerate(heard.resume_request(has_continuation=False), timeout=60))
         assert (late.reason, late.status.value) == (Reason.RESUME_UNKNOWN, "NOT_FOUND")
 
 
@@ -205,9 +205,9 @@ async def test_a_generation_is_cancelled_at_once_when_its_caller_says_so(tmp_pat
         heard, call = await begin(stub, resumable(1500), until_index=3)
         message = pb.CancelGenerationRequest(resume_token=heard.token)
         ended = asyncio.create_task(refusal(call))
-        assert (await stub.CancelGeneration(message, timeout=5)).was_running
+        assert (await stub.CancelGeneration(message, timeout=60)).was_running
         assert (await ended).reason is Reason.RESUME_UNKNOWN
-        assert not (await stub.CancelGeneration(message, timeout=5)).was_running, "idempotent"
+        assert not (await stub.CancelGeneration(message, timeout=60)).was_running, "idempotent"
         await cluster.until_balanced()
 
 
@@ -221,7 +221,7 @@ async def test_another_tenant_cannot_attach_nor_cancel(tmp_path: Path, begun_by:
         heard, call = await begin(stub, resumable(tenant=begun_by), until_index=3)
         stolen = heard.resume_request()
         stolen.tenant = asked_by
-        denied = await refusal(stub.ResumeGenerate(stolen, timeout=5))
+        denied = await refusal(stub.ResumeGenerate(stolen, timeout=60))
         assert (denied.reason, denied.status.value) == (Reason.RESUME_DENIED, "PERMISSION_DENIED")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.CancelGeneration(pb.CancelGenerationRequest(resume_token=heard.token, tenant=asked_by))
@@ -240,7 +240,7 @@ async def test_a_token_that_was_changed_is_denied_with_the_same_words(tmp_path: 
         other = "A" if heard.token[middle] != "A" else "B"
         for token in (heard.token[:middle] + other + heard.token[middle + 1 :], "", "brt1.", heard.token[:-4]):
             message = pb.ResumeGenerateRequest(resume_token=token, next_token_index=3)
-            denied = await refusal(stub.ResumeGenerate(message, timeout=5))
+            denied = await refusal(stub.ResumeGenerate(message, timeout=60))
             assert denied.reason is Reason.RESUME_DENIED
             assert denied.message.startswith("the resume token is not valid for this caller")
         call.cancel()
@@ -267,20 +267,20 @@ async def test_where_keys_are_asked_for_no_public_call_goes_without_and_none_rea
     ):
         stub = stub_of(channel)
         for metadata in ((), (("authorization", "Bearer wrong"),), (("authorization", "key-one"),)):
-            denied = await refusal(stub.Generate(resumable(), timeout=5, metadata=metadata))
+            denied = await refusal(stub.Generate(resumable(), timeout=60, metadata=metadata))
             assert (denied.reason, denied.status.value) == (Reason.UNAUTHENTICATED, "UNAUTHENTICATED")
-        other = await refusal(stub.Generate(resumable(tenant="bank"), timeout=5, metadata=mine))
+        other = await refusal(stub.Generate(resumable(tenant="bank"), timeout=60, metadata=mine))
         assert (other.reason, other.status.value) == (Reason.PERMISSION_DENIED, "PERMISSION_DENIED")
         heard = Heard(resumable())
-        call = stub.Generate(heard.request, timeout=5, metadata=mine)
+        call = stub.Generate(heard.request, timeout=60, metadata=mine)
         async for response in call:
             heard.take(response)
             if heard.next_index >= 3:
                 break
         call.cancel()
-        denied = await refusal(stub.ResumeGenerate(heard.resume_request(), timeout=5, metadata=theirs))
+        denied = await refusal(stub.ResumeGenerate(heard.resume_request(), timeout=60, metadata=theirs))
         assert denied.reason is Reason.RESUME_DENIED, "the same tenant, and yet another caller"
-        denied = await refusal(stub.ResumeGenerate(heard.resume_request(), timeout=5))
+        denied = await refusal(stub.ResumeGenerate(heard.resume_request(), timeout=60))
         assert denied.reason is Reason.UNAUTHENTICATED
         await go_on(stub, heard, metadata=mine)
         assert heard.finished is not None
@@ -306,7 +306,7 @@ async def test_an_index_that_cannot_be_is_refused_and_disturbs_nobody(
         stub = stub_of(channel)
         heard, call = await begin(stub, resumable(400), until_index=3)
         error = await refusal(
-            stub.ResumeGenerate(pb.ResumeGenerateRequest(resume_token=heard.token, **change), timeout=5)
+            stub.ResumeGenerate(pb.ResumeGenerateRequest(resume_token=heard.token, **change), timeout=60)
         )
         assert words in error.message
         assert [each.field for each in error.violations] == ([field_name] if field_name else [])
@@ -329,7 +329,7 @@ async def test_what_left_the_window_is_too_late_without_a_continuation_and_made_
             heard, call = await begin(stub, resumable(60), until_index=3)
             call.cancel()
             await cluster.until(lambda: cluster.server.resumables.running_count == 0, "ended by itself")
-            error = await refusal(stub.ResumeGenerate(heard.resume_request(has_continuation=False), timeout=5))
+            error = await refusal(stub.ResumeGenerate(heard.resume_request(has_continuation=False), timeout=60))
             assert (error.reason, error.status.value) == (Reason.RESUME_TOO_LATE, "OUT_OF_RANGE")
             assert error.metadata["next_token_index"] == str(heard.next_index)
             assert int(error.metadata["first_token_index"]) >= 52
@@ -346,7 +346,7 @@ async def test_there_is_a_limit_to_what_is_kept(tmp_path: Path) -> None:
     ):
         stub = stub_of(channel)
         _, call = await begin(stub, resumable(1000), until_index=2)
-        full = await refusal(stub.Generate(resumable(), timeout=5))
+        full = await refusal(stub.Generate(resumable(), timeout=60))
         assert (full.reason, full.status.value) == (Reason.TOO_MANY_RESUMABLE, "RESOURCE_EXHAUSTED")
         assert full.retry_after_s is not None
         call.cancel()
@@ -367,7 +367,7 @@ async def test_another_router_of_the_cluster_goes_on_from_what_the_caller_has(tm
         async with channel_to(cluster.endpoint.address) as channel, channel_to(other) as elsewhere:
             heard, call = await begin(stub_of(channel), resumable(), until_index=7)
             unknown = await refusal(
-                stub_of(elsewhere).ResumeGenerate(heard.resume_request(has_continuation=False), timeout=5)
+                stub_of(elsewhere).ResumeGenerate(heard.resume_request(has_continuation=False), timeout=60)
             )
             assert unknown.reason is Reason.RESUME_UNKNOWN
             call.cancel()
@@ -385,15 +385,15 @@ async def test_a_continuation_is_of_the_request_that_the_token_is_of(tmp_path: P
             message = heard.resume_request()
             message.continuation.request.text = "Something else"
             assert (
-                await refusal(stub_of(elsewhere).ResumeGenerate(message, timeout=5))
+                await refusal(stub_of(elsewhere).ResumeGenerate(message, timeout=60))
             ).reason is Reason.RESUME_DENIED
             message = heard.resume_request()
             del message.continuation.samples[0].ids[-2:]
-            error = await refusal(stub_of(elsewhere).ResumeGenerate(message, timeout=5))
+            error = await refusal(stub_of(elsewhere).ResumeGenerate(message, timeout=60))
             assert [each.field for each in error.violations] == ["continuation.samples[0].ids"]
             message = heard.resume_request()
             message.next_token_index += 1  # as if the last chunk had had no token
-            error = await refusal(stub_of(elsewhere).ResumeGenerate(message, timeout=5))
+            error = await refusal(stub_of(elsewhere).ResumeGenerate(message, timeout=60))
             assert [each.field for each in error.violations] == ["next_token_index"]
         await cancel_all(cluster)
 
@@ -413,7 +413,7 @@ async def test_tokens_that_are_none_of_the_models_are_refused_by_place_and_cost_
         await cancel_all(cluster)
         message = heard.resume_request()
         message.continuation.samples[0].ids[1] = wrong
-        error = await refusal(stub_of(elsewhere).ResumeGenerate(message, timeout=5))
+        error = await refusal(stub_of(elsewhere).ResumeGenerate(message, timeout=60))
         assert [each.field for each in error.violations] == ["continuation.samples[0].ids"]
         said = error.violations[0].description
         assert f"is {wrong} at index 1; must be 0 to {RULE.vocab_size - 1}, a token id of" in said
@@ -429,7 +429,7 @@ async def test_a_token_that_is_over_finds_nothing_though_its_generation_is_there
         now = desk._now()
         monkeypatch.setattr(desk, "_now", lambda: now + 7200.0)
         message = heard.resume_request(has_continuation=False)
-        error = await refusal(stub_of(channel).ResumeGenerate(message, timeout=5))
+        error = await refusal(stub_of(channel).ResumeGenerate(message, timeout=60))
         assert error.reason is Reason.RESUME_UNKNOWN
         monkeypatch.undo()
         await go_on(stub_of(channel), heard)
@@ -459,7 +459,7 @@ async def test_a_continuation_of_which_its_caller_heard_nothing_makes_place_for_
             call.cancel()
             await cancel_all(cluster)
             old = heard.token
-            call = stub_of(elsewhere).ResumeGenerate(heard.resume_request(), timeout=5)
+            call = stub_of(elsewhere).ResumeGenerate(heard.resume_request(), timeout=60)
             async for response in call:
                 assert response.started.resume_token != old
                 break  # and the caller never got it
@@ -476,11 +476,11 @@ async def test_whoever_is_ahead_of_a_continuation_it_never_heard_of_goes_on_from
         async with channel_to(cluster.endpoint.address) as channel, channel_to(other) as elsewhere:
             heard, call = await begin(stub_of(channel), resumable(60), until_index=3)
             call.cancel()
-            unheard = stub_of(elsewhere).ResumeGenerate(heard.resume_request(), timeout=5)
+            unheard = stub_of(elsewhere).ResumeGenerate(heard.resume_request(), timeout=60)
             async for _ in unheard:
                 break
             unheard.cancel()
-            async for response in stub_of(channel).ResumeGenerate(heard.resume_request(), timeout=5):
+            async for response in stub_of(channel).ResumeGenerate(heard.resume_request(), timeout=60):
                 heard.take(response)  # back at the first router, which is ahead of the second
                 if heard.next_index >= 30:
                     break
@@ -537,7 +537,7 @@ class ThreeHeard:
 
 async def whole_of_three(stub: Any, request: pb.GenerateRequest) -> ThreeHeard:
     heard = ThreeHeard()
-    async for response in stub.Generate(plain(request), timeout=20):
+    async for response in stub.Generate(plain(request), timeout=60):
         heard.take(response)
     return heard
 
@@ -552,7 +552,7 @@ async def test_several_samples_go_on_each_from_its_own_place(
             stub = stub_of(channel)
             whole = await whole_of_three(stub, three())
             heard = ThreeHeard()
-            call = stub.Generate(three(), timeout=20)
+            call = stub.Generate(three(), timeout=60)
             async for response in call:
                 heard.take(response)
                 if sum(len(each.token_ids) for each in heard.samples) >= token_count:
@@ -561,7 +561,7 @@ async def test_several_samples_go_on_each_from_its_own_place(
             if is_elsewhere:
                 await cancel_all(cluster)
             message = heard.resume_request(three() if is_elsewhere else None)
-            async for response in stub_of(elsewhere if is_elsewhere else channel).ResumeGenerate(message, timeout=20):
+            async for response in stub_of(elsewhere if is_elsewhere else channel).ResumeGenerate(message, timeout=60):
                 heard.take(response)
         assert heard.said() == whole.said()
         await cancel_all(cluster)
@@ -573,7 +573,7 @@ async def test_samples_whose_lead_has_ended_go_on_without_it(tmp_path: Path) -> 
             stub = stub_of(channel)
             whole = await whole_of_three(stub, three())
             heard = ThreeHeard()
-            call = stub.Generate(three(), timeout=20)
+            call = stub.Generate(three(), timeout=60)
             async for response in call:
                 heard.take(response)
                 if heard.samples[0].next_index >= 5:
@@ -582,6 +582,6 @@ async def test_samples_whose_lead_has_ended_go_on_without_it(tmp_path: Path) -> 
             await cancel_all(cluster)
             lead = heard.samples[0]
             lead.token_ids, lead.text, lead.next_index = list(whole.samples[0].token_ids), whole.samples[0].text, 30
-            async for response in stub_of(elsewhere).ResumeGenerate(heard.resume_request(three()), timeout=20):
+            async for response in stub_of(elsewhere).ResumeGenerate(heard.resume_request(three()), timeout=60):
                 heard.take(response)
         assert heard.said() == whole.said()

@@ -90,7 +90,7 @@ async def test_a_cut_chat_goes_on_elsewhere_with_the_same_calls(tmp_path: Path) 
         models = model_pb2_grpc.ModelServiceStub(channel)  # type: ignore[no-untyped-call]
         start = (await models.CountTokens(model_pb2.CountTokensRequest(chat=REQUEST.chat))).token_count
         whole = BothHeard(REQUEST)
-        async for response in stub_of(channel).Generate(REQUEST, timeout=20):
+        async for response in stub_of(channel).Generate(REQUEST, timeout=60):
             whole.take(response)
         await cancel_all(cluster)
         expected = whole.answer
@@ -102,7 +102,7 @@ async def test_a_cut_chat_goes_on_elsewhere_with_the_same_calls(tmp_path: Path) 
         assert [tuple(expected.calls[index]) for index in (0, 1)] == expected.whole
         for cut in CUTS:
             heard = BothHeard(REQUEST)
-            call = stub_of(channel).Generate(REQUEST, timeout=20)
+            call = stub_of(channel).Generate(REQUEST, timeout=60)
             async for response in call:
                 heard.take(response)
                 if heard.next_index >= cut:

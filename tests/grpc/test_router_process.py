@@ -65,7 +65,7 @@ def test_what_cannot_be_served_is_said_in_one_line(
     directory: Path, changes: dict[str, Any], secret: str, words: list[str]
 ) -> None:
     process = start(config(directory, **changes), secret)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 2
     assert all(word in said for word in words)
     assert said.count("\n") == 1
@@ -78,7 +78,7 @@ def test_a_port_in_use_names_the_port_and_its_key(directory: Path, key: str) -> 
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         process = start(config(directory, **{key: address}))
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=60)
     assert process.returncode == 2
     assert f"router: {key}: cannot listen on {address}" in said
 
@@ -91,10 +91,10 @@ def test_a_ready_router_says_where_it_listens_and_a_signal_stops_it(directory: P
         endpoint = json.loads(process.stdout.readline())
         for key in ("address", "admin_address", "metrics_address"):
             host, _, port = endpoint[key].rpartition(":")
-            socket.create_connection((host, int(port)), timeout=5).close()
+            socket.create_connection((host, int(port)), timeout=60).close()
         began = time.monotonic()
         process.send_signal(number)
-        _, said = process.communicate(timeout=10)
+        _, said = process.communicate(timeout=60)
         assert process.returncode == 0
         assert time.monotonic() - began < 5
         assert said == ""
@@ -109,7 +109,7 @@ def test_a_second_router_cannot_share_the_port_of_a_first(directory: Path) -> No
         assert first.stdout is not None
         address = json.loads(first.stdout.readline())["address"]
         second = start(config(directory, listen_address=address))
-        _, said = second.communicate(timeout=30)
+        _, said = second.communicate(timeout=60)
         assert second.returncode == 2
         assert f"listen_address: cannot listen on {address}" in said
     finally:

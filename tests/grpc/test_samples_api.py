@@ -36,7 +36,7 @@ async def generation(tmp_path: Path, **config: Any) -> AsyncIterator[tuple[Any, 
 
 async def collect(stub: Any, **fields: Any) -> list[Any]:
     fields.setdefault("stop", pb.StopConditions(max_output_token_count=6))
-    return [event async for event in stub.Generate(pb.GenerateRequest(**fields), timeout=20)]
+    return [event async for event in stub.Generate(pb.GenerateRequest(**fields), timeout=60)]
 
 
 async def refused(stub: Any, **fields: Any) -> BatonError:
@@ -127,7 +127,7 @@ async def test_cancelling_many_samples_leaves_nothing(tmp_path: Path) -> None:
     async with generation(tmp_path) as (stub, cluster):
         stop = pb.StopConditions(max_output_token_count=500)
         for taken in (0, 1, 5, 30):
-            call = stub.Generate(pb.GenerateRequest(text=TEXT, stop=stop, sampling=DRAWN, sample_count=8), timeout=20)
+            call = stub.Generate(pb.GenerateRequest(text=TEXT, stop=stop, sampling=DRAWN, sample_count=8), timeout=60)
             for _ in range(taken):
                 await call.read()
             call.cancel()
@@ -208,7 +208,7 @@ async def test_a_reader_who_stalls_in_the_prompt_holds_no_other_up(tmp_path: Pat
         ids = [3 + index % 300 for index in range(2000)]
         output = pb.OutputOptions(content=BOTH, prompt_logprob_count=20)
         request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=ids), output=output)
-        stalled = stub.Generate(request, timeout=20)
+        stalled = stub.Generate(request, timeout=60)
         await stalled.read()
         for _ in range(3):
             assert kinds(await collect(stub, text=TEXT))[-1] == "finished"

@@ -55,7 +55,7 @@ async def a_process(role: str, file: Path, *flags: str) -> AsyncIterator[asyncio
 
 async def address_of(process: asyncio.subprocess.Process) -> str:
     assert process.stdout is not None
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         line = (await process.stdout.readline()).decode()
     found = re.search(r"ready on (\S+),", line)
     assert found, line
@@ -89,25 +89,25 @@ async def test_two_processes_serve_one_request_and_end_on_a_signal_with_status_0
                 lease_s=10,
                 **common,
             )
-            reply = await prefill.Prefill(order, metadata=TOKEN, timeout=10)
+            reply = await prefill.Prefill(order, metadata=TOKEN, timeout=60)
             continuation = worker_pb2.DecodeRequest(
                 prompt_token_ids=pack_token_ids((*prompt, reply.first_token_id)),
                 stop=worker_pb2.StopSpec(max_token_count=3, ignore_eos=True),
                 ticket=reply.ticket,
                 **common,
             )
-            events = [event async for event in decode.Decode(continuation, metadata=TOKEN, timeout=10)]
+            events = [event async for event in decode.Decode(continuation, metadata=TOKEN, timeout=60)]
             assert sum(len(event.step.token_ids) for event in events) == 3
             assert events[0].adopted.transfer_byte_count > 0
             release = worker_pb2.ReleaseKvRequest(ticket_id=reply.ticket_id)
-            assert (await prefill.ReleaseKv(release, metadata=TOKEN, timeout=10)).was_held
+            assert (await prefill.ReleaseKv(release, metadata=TOKEN, timeout=60)).was_held
             with pytest.raises(grpc.aio.AioRpcError, match="Method not found"):  # a single phase is served
                 await worker_pb2_grpc.PrefillServiceStub(decode_channel).Prefill(  # type: ignore[no-untyped-call]
-                    order, metadata=TOKEN, timeout=10
+                    order, metadata=TOKEN, timeout=60
                 )
         for process in (p, d):
             process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             assert [await p.wait(), await d.wait()] == [0, 0]
 
 
@@ -123,18 +123,18 @@ async def test_a_second_signal_ends_the_wait_for_held_kv(files: dict[str, Path])
                 stop=worker_pb2.StopSpec(max_token_count=4, ignore_eos=True),
                 lease_s=60,
             )
-            await stub.Prefill(order, metadata=TOKEN, timeout=10)
+            await stub.Prefill(order, metadata=TOKEN, timeout=60)
         process.send_signal(signal.SIGTERM)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.7):  # real time: the process must still be draining
                 await process.wait()
         process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             assert await process.wait() == 130
 
 
 async def said(process: asyncio.subprocess.Process) -> tuple[int, str]:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         _, stderr = await process.communicate()
     assert process.returncode is not None
     return process.returncode, stderr.decode()

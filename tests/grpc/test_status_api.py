@@ -18,14 +18,14 @@ from router.phase_window import NAMES
 
 
 async def status_of(address: str) -> ServiceStatus:
-    async with StatusClient(address) as client, aclosing(client.watch(timeout=10)) as statuses:
+    async with StatusClient(address) as client, aclosing(client.watch(timeout=60)) as statuses:
         return await anext(statuses)
 
 
 async def test_the_status_shows_workers_load_and_phases_and_no_address(tmp_path: Path) -> None:
     async with sim_cluster(tmp_path) as cluster, BatonClient(cluster.endpoint.address) as client:
         for _ in range(3):
-            async for _event in client.generate("hi", timeout=20, stop=StopConditions(max_output_token_count=4)):
+            async for _event in client.generate("hi", timeout=60, stop=StopConditions(max_output_token_count=4)):
                 pass
         status = await status_of(cluster.endpoint.address)
         assert [(worker.worker_id, worker.role, worker.health) for worker in status.workers] == [
@@ -49,7 +49,7 @@ async def test_a_lost_worker_and_a_router_that_cannot_serve_show(tmp_path: Path)
     ):
         assert (await anext(seen)).is_serving
         cluster.set_workers()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             async for status in seen:
                 if not status.is_serving:
                     break
@@ -64,7 +64,7 @@ async def test_pulls_in_quarantine_show_at_the_worker_that_gave_them_up(
         load = engine.load
         monkeypatch.setattr(engine, "load", lambda: dataclasses.replace(load(), quarantined_pull_count=3))
         async with StatusClient(cluster.endpoint.address) as client, aclosing(client.watch(interval_s=0.1)) as seen:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 async for status in seen:
                     counts = {worker.worker_id: worker.quarantined_pull_count for worker in status.workers}
                     if counts["decode-0"]:

@@ -73,7 +73,7 @@ class FakeServer:
                 await response.write(piece)
                 await asyncio.sleep(0)
             if self.stays_open:
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(60):
                     while True:  # until the connection is closed under it
                         await response.write(b": still here\n\n")
                         await asyncio.sleep(0.01)
@@ -136,7 +136,7 @@ async def test_running_usage_counts_tokens_message_by_message() -> None:
     async with fake_server() as server, openai_target(server) as target:
         # Two tokens in one event, and one without text: half of a character.
         server.pieces = [event("a b", total=2), event("", total=3), event("d", total=4, finish="length"), DONE]
-        counts, facts, error = await taken(target.generate(request(), timeout_s=20))
+        counts, facts, error = await taken(target.generate(request(), timeout_s=60))
         assert (counts, error, target.counting) == ([2, 1, 1], None, "running usage")
         assert facts is not None
         assert facts.prompt_token_count == 3
@@ -146,21 +146,21 @@ async def test_a_usage_event_after_the_last_token_adds_nothing() -> None:
     async with fake_server() as server, openai_target(server) as target:
         tokens = [event("x", total=i + 1) for i in range(4)]
         server.pieces = [*tokens, event("", total=4, finish="length"), event(total=4), DONE]
-        counts, _, error = await taken(target.generate(request(), timeout_s=20))
+        counts, _, error = await taken(target.generate(request(), timeout_s=60))
         assert (counts, error) == ([1, 1, 1, 1], None)
 
 
 async def test_without_running_usage_an_event_is_a_token_and_the_rest_is_booked_at_the_end() -> None:
     async with fake_server() as server, openai_target(server, dialect="llamacpp") as target:
         server.pieces = [event("a"), event("b c"), event("", finish="length"), event(total=4), DONE]
-        counts, _, error = await taken(target.generate(request(), timeout_s=20))
+        counts, _, error = await taken(target.generate(request(), timeout_s=60))
         assert (counts, error, target.counting) == ([1, 1, 2], None, "final usage")
 
 
 async def test_without_any_usage_events_are_counted() -> None:
     async with fake_server() as server, openai_target(server, dialect="generic") as target:
         server.pieces = [event("a"), event("b"), event("c"), event("d", finish="length"), DONE]
-        counts, facts, error = await taken(target.generate(request(), timeout_s=20))
+        counts, facts, error = await taken(target.generate(request(), timeout_s=60))
         assert (counts, facts, error, target.counting) == ([1, 1, 1, 1], None, None, "events")
 
 
@@ -176,7 +176,7 @@ async def test_chat_answers_count_content_and_reasoning_and_no_empty_role() -> N
             event(total=4),
             DONE,
         ]
-        counts, _, error = await taken(target.generate(request(), timeout_s=20))
+        counts, _, error = await taken(target.generate(request(), timeout_s=60))
         assert (counts, error) == ([1, 1, 1, 1], None)
         assert server.bodies[0]["messages"] == [{"role": "user", "content": "three words here"}]
         assert "prompt" not in server.bodies[0]
@@ -186,9 +186,9 @@ async def test_an_answer_that_the_model_ended_is_whole_only_where_ends_cannot_be
     async with fake_server() as server:
         server.pieces = [event("a"), event("b", finish="stop"), event(total=2), DONE]
         async with openai_target(server, dialect="tgi") as target:
-            assert (await taken(target.generate(request(), timeout_s=20)))[2] is None
+            assert (await taken(target.generate(request(), timeout_s=60)))[2] is None
         async with openai_target(server, dialect="llamacpp") as target:
-            _, _, error = await taken(target.generate(request(), timeout_s=20))
+            _, _, error = await taken(target.generate(request(), timeout_s=60))
             assert error is not None
             assert (error.outcome, str(error)) == (Outcome.INCOMPLETE, "2 tokens came for 4")
 
@@ -206,7 +206,7 @@ async def test_an_answer_that_the_model_ended_is_whole_only_where_ends_cannot_be
 async def test_an_answer_of_another_length_is_incomplete(pieces: list[bytes], words: str) -> None:
     async with fake_server() as server, openai_target(server) as target:
         server.pieces = pieces
-        _, _, error = await taken(target.generate(request(), timeout_s=20))
+        _, _, error = await taken(target.generate(request(), timeout_s=60))
         assert error is not None
         assert (error.outcome, str(error)) == (Outcome.INCOMPLETE, words)
 
@@ -219,7 +219,7 @@ async def test_error_events_and_broken_ones_are_errors_without_their_text() -> N
             (b"data: 7\n\n", "the server sent an error event"),
         ):
             server.pieces = [event("a", total=1), broken]
-            counts, _, error = await taken(target.generate(request(), timeout_s=20))
+            counts, _, error = await taken(target.generate(request(), timeout_s=60))
             assert error is not None
             assert (counts, error.outcome) == ([1], Outcome.ERROR)
             assert str(error) == f"{words} after tokens had come"
@@ -235,7 +235,7 @@ async def test_error_events_and_broken_ones_are_errors_without_their_text() -> N
 async def test_a_status_becomes_an_outcome_without_the_servers_text(status: int, outcome: Outcome) -> None:
     async with fake_server() as server, openai_target(server) as target:
         server.status, server.reply_headers = status, {"Retry-After": "7"}
-        _, _, error = await taken(target.generate(request(), timeout_s=20))
+        _, _, error = await taken(target.generate(request(), timeout_s=60))
         assert error is not None
         assert (error.outcome, str(error)) == (outcome, f"HTTP {status}, Retry-After 7")
 
@@ -245,11 +245,11 @@ async def test_nobody_at_the_address_is_an_error() -> None:
         url = server.url
     target = OpenAiTarget(url, "m")
     try:
-        _, _, error = await taken(target.generate(request(), timeout_s=20))
+        _, _, error = await taken(target.generate(request(), timeout_s=60))
         assert error is not None
         assert (error.outcome, str(error)) == (Outcome.ERROR, "ClientConnectorError before any token")
         with pytest.raises(TargetError, match="ClientConnectorError"):
-            await target.models(timeout_s=20)
+            await target.models(timeout_s=60)
     finally:
         await target.close()
 
@@ -257,10 +257,10 @@ async def test_nobody_at_the_address_is_an_error() -> None:
 async def test_leaving_closes_the_connection_so_that_the_server_stops() -> None:
     async with fake_server() as server, openai_target(server) as target:
         server.pieces, server.stays_open = [event("a", total=1)], True
-        async with aclosing(target.generate(request(), timeout_s=20)) as answer:
+        async with aclosing(target.generate(request(), timeout_s=60)) as answer:
             async for _ in answer:
                 break
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await server.left.wait()
 
 
@@ -275,9 +275,9 @@ async def test_a_deadline_of_the_target_is_a_timeout() -> None:
 async def test_the_api_key_is_sent_and_models_are_listed() -> None:
     async with fake_server() as server, openai_target(server, api_key="k") as target:
         server.pieces = [event("a", total=4, finish="length"), DONE]
-        await taken(target.generate(request(), timeout_s=20))
+        await taken(target.generate(request(), timeout_s=60))
         assert server.headers[0]["Authorization"] == "Bearer k"
-        assert await target.models(timeout_s=20) == ["m"]
+        assert await target.models(timeout_s=60) == ["m"]
 
 
 SNAPSHOTS: dict[str, dict[str, Any]] = {
@@ -312,7 +312,7 @@ async def test_a_dialect_sends_exactly_this(name: str) -> None:
     """Pinned whole: a field too many is refused by some servers, and changes what others compute."""
     common = {"model": "m", "max_tokens": 4, "temperature": 0.0, "stream": True}
     async with fake_server() as server, openai_target(server, dialect=name) as target:
-        await taken(target.generate(request(), timeout_s=20))
+        await taken(target.generate(request(), timeout_s=60))
         assert server.bodies == [{**common, **SNAPSHOTS[name]}]
 
 
@@ -333,7 +333,7 @@ async def test_bodies_are_made_before_the_run_and_sent_once_each() -> None:
             server.pieces = [event("a b c d"), event(total=4), DONE]
             requests = tuple(request(index=i, at_s=0.01 * i) for i in range(3))
             plan = Plan(name="p", requests=requests, duration_s=1.0, facts={})
-            records = await send_plan(plan, target, timeout_s=20)
+            records = await send_plan(plan, target, timeout_s=60)
         assert made == [3, 3, 3]
         assert [record.message_token_counts for record in records] == [[1, 3]] * 3
         assert len(server.bodies) == 3
@@ -343,7 +343,7 @@ async def test_baton_tells_tokens_phases_and_who_did_the_work(tmp_path: Path) ->
     async with sim_cluster(tmp_path) as cluster:
         target = BatonTarget(cluster.endpoint.address, channel_count=2)
         try:
-            await target.check(timeout_s=20)
+            await target.check(timeout_s=60)
             plan = Plan(
                 name="p",
                 requests=tuple(request(20, index=i, at_s=0.01 * i) for i in range(8)),
@@ -387,7 +387,7 @@ async def test_baton_turns_away_what_is_refused_and_ends_what_is_left(tmp_path: 
 async def test_no_baton_at_the_address_is_an_error_and_not_a_refusal() -> None:
     target = BatonTarget("127.0.0.1:9")
     try:
-        _, _, error = await taken(target.generate(request(), timeout_s=20))
+        _, _, error = await taken(target.generate(request(), timeout_s=60))
         assert error is not None
         assert error.outcome is Outcome.ERROR
         assert str(error).endswith("(connection)")
@@ -398,7 +398,7 @@ async def test_no_baton_at_the_address_is_an_error_and_not_a_refusal() -> None:
 async def test_final_usage_counts_where_the_server_ends_without_done() -> None:
     async with fake_server() as server, openai_target(server, dialect="tgi") as target:
         server.pieces = [event("a"), event("b c"), event("d", finish="length"), event(total=4)]
-        counts, facts, error = await taken(target.generate(request(), timeout_s=20))
+        counts, facts, error = await taken(target.generate(request(), timeout_s=60))
         assert (counts, error, target.counting) == ([1, 1, 1, 1], None, "final usage")
         assert facts is not None
 
@@ -408,5 +408,5 @@ async def test_an_error_of_null_is_none() -> None:
         tokens = [event("x", total=i + 1).replace(b'"id": "x"', b'"error": null') for i in range(4)]
         assert b'"error": null' in tokens[0]
         server.pieces = [*tokens, DONE]
-        counts, _, error = await taken(target.generate(request(), timeout_s=20))
+        counts, _, error = await taken(target.generate(request(), timeout_s=60))
         assert (counts, error) == ([1, 1, 1, 1], None)

@@ -57,7 +57,7 @@ def start(tmp_path: Path, code: str, cores: list[int] | None = None, *, stop_gra
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

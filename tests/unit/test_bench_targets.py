@@ -80,7 +80,7 @@ async def serving_pd(prefill: FakeVllm, decode: FakeVllm) -> AsyncGenerator[str,
 async def answer(url: str, max_token_count: int) -> list[TokenEvent]:
     target = OpenAiTarget(url, "m")
     try:
-        events = [event async for event in target.generate([5, 6, 7], max_token_count, timeout_s=10)]
+        events = [event async for event in target.generate([5, 6, 7], max_token_count, timeout_s=60)]
     finally:
         await target.close()
     assert all(isinstance(event, TokenEvent) for event in events)

@@ -181,7 +181,7 @@ async def samples_of(*pages: tuple[str, ...]) -> tuple[list[TimelineSample], str
         timeline.start(asyncio.get_running_loop().time())
         watching = timeline._task
         assert watching is not None
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             seen = asyncio.create_task(all_seen.wait())
             await asyncio.wait([seen, watching], return_when=asyncio.FIRST_COMPLETED)
             seen.cancel()

@@ -28,7 +28,7 @@ class SlowMemory(BlockMemory):
 
     def digest(self, block_id: int, *, nonce: int, position: int) -> int:
         self.is_asked.set()
-        assert self.may_go_on.wait(10)
+        assert self.may_go_on.wait(60)
         return super().digest(block_id, nonce=nonce, position=position)
 
 
@@ -39,7 +39,7 @@ def kept(memory: BlockMemory | None, slot_count: int = 2) -> tuple[HoldKeeper, W
 
 
 def becomes_true(holds: Callable[[], bool]) -> None:
-    ends_at = time.monotonic() + 10
+    ends_at = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < ends_at
         time.sleep(0.001)
@@ -78,7 +78,7 @@ def test_digests_of_an_ended_hold_are_thrown_away() -> None:
     memory = SlowMemory()
     keeper, words = kept(memory, slot_count=1)
     made(keeper, "one", (1, 2))
-    assert memory.is_asked.wait(10)
+    assert memory.is_asked.wait(60)
     keeper.let_go("one")
     other = made(keeper, "other", (3,))
     memory.may_go_on.set()
@@ -102,7 +102,7 @@ def test_a_queue_of_digests_that_is_full_refuses_the_promise() -> None:
     memory = SlowMemory()
     keeper, words = kept(memory, slot_count=1)
     made(keeper, "0", (1,))
-    assert memory.is_asked.wait(10)
+    assert memory.is_asked.wait(60)
     for number in range(1, 3):  # the queue has room for twice the records
         keeper.let_go(str(number - 1))
         made(keeper, str(number), (1,))
@@ -120,12 +120,12 @@ def test_closing_ends_every_promise_and_the_thread(is_busy: bool) -> None:
     if is_busy:
         made(keeper, "one", (1, 2, 3))
         made(keeper, "two", (4,))
-        assert memory.is_asked.wait(10)
+        assert memory.is_asked.wait(60)
     closing = threading.Thread(target=keeper.close)
     closing.start()
     becomes_true(lambda: not words[:, 0].any())
     memory.may_go_on.set()
-    closing.join(10)
+    closing.join(60)
     assert not closing.is_alive()
     assert "baton-digests" not in {each.name for each in threading.enumerate()}
     keeper.close()

@@ -72,7 +72,7 @@ class ApiKeys:
             data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
         except OSError as error:
             raise ApiKeysError(f"cannot read {path}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ApiKeysError(f"{path} is malformed: {type(error).__name__}") from None  # its text may quote a key
         try:
             return cls.parse(data)
@@ -113,6 +113,10 @@ class Callers:
     @property
     def asks_for_keys(self) -> bool:
         return self._keys is not None
+
+    def take(self, keys: ApiKeys) -> None:
+        """For every call from now on; those that were let in go on."""
+        self._keys = keys
 
     def identify(self, authorization: str | None, tenant: str = "") -> Caller:
         """``authorization``: the metadata's value, or None; ``tenant``: as the request names it, or empty.

@@ -105,7 +105,8 @@ class RouterConfig:
     """How long it may take to start: it imports vLLM."""
     api_keys_path: str = ""
     """A .toml or .json file with a table for each API key: its name, the SHA-256 of the key, and its tenant. Public
-    calls then need `authorization: Bearer KEY`. Empty: none is asked for. Read at the start."""
+    calls then need `authorization: Bearer KEY`. Empty: none is asked for. Followed: a change counts for the
+    calls that come some two seconds later."""
     resume_grace_s: float = 30.0
     """How long a resumable generation waits for a caller who was cut off, unless the request says."""
     max_resume_grace_s: float = 300.0

@@ -29,7 +29,7 @@ from baton.v1 import generation_pb2_grpc, model_pb2_grpc, status_pb2_grpc
 from router import admin_service, model_service, service, status_service
 from router.admin_service import AdminService, Counts
 from router.admission import Admission, AdmissionLimits
-from router.callers import ApiKeys, ApiKeysError, Callers
+from router.callers import ApiKeysError, Callers
 from router.chats.answer_parsing import AnswerParsing
 from router.chats.chat_template import ChatTemplate
 from router.chats.parser_child import ParserStartError, parsers_of
@@ -39,6 +39,7 @@ from router.grpc_worker_client import GrpcWorkerClient
 from router.health import RouterHealth
 from router.intake import Intake
 from router.introductions import Introductions
+from router.key_file import KeyFile
 from router.model_card import Capabilities, ModelCard
 from router.model_service import ModelService
 from router.phase_window import PhaseWindow
@@ -166,7 +167,8 @@ class RouterServer:
             parsing=parsing,
         )
         pipeline = Pipeline(self.relay, intake, parsing)
-        callers = Callers(load_api_keys(config))
+        self._key_file = open_api_keys(config)
+        callers = self._callers = Callers(None if self._key_file is None else self._key_file.keys)
         self.resumables = Resumables(
             ResumeLimits(
                 window=WindowLimits(config.resume_window_bytes, config.resume_window_token_count),
@@ -289,6 +291,9 @@ class RouterServer:
             if not is_loopback(each.rpartition(":")[0]):
                 logger.warning("listening beyond this machine, on %s: calls are not encrypted", each)
         self._tasks.append(asyncio.create_task(self.health.run(), name="health follows the roster"))
+        if self._key_file is not None:
+            follow = self._key_file.follow(self._callers.take)
+            self._tasks.append(asyncio.create_task(follow, name="API keys follow their file"))
         await public.start()
         await admin.start()
         return RouterEndpoint(address, admin_address, metrics_address)
@@ -397,12 +402,12 @@ def public_options(config: RouterConfig) -> list[tuple[str, int]]:
     return options
 
 
-def load_api_keys(config: RouterConfig) -> ApiKeys | None:
+def open_api_keys(config: RouterConfig) -> KeyFile | None:
     """None: the configuration names none. Raises ``ServerError``."""
     if not config.api_keys_path:
         return None
     try:
-        return ApiKeys.load(Path(config.api_keys_path).expanduser())
+        return KeyFile(Path(config.api_keys_path).expanduser())
     except ApiKeysError as error:
         raise ServerError(f"api_keys_path: {error}") from error
 

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import random
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from fleet.config import FleetConfig, parse_config
 
+FIRST_PORT = 10_000
+TRY_COUNT = 100
 
-def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now; taken together, so that they differ."""
-    with ExitStack() as open_sockets:
-        sockets = [open_sockets.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
+
+def free_ports(count: int, *, in_a_row: bool = False) -> list[int]:
+    """Ports nobody listens on now; all different, or one after another.
+
+    Below those that the kernel gives to whoever asks for any: an engine binds its port half a minute after this, and
+    by then a port of that range may be an end of somebody's connection. Raises ``OSError`` if there are none.
+    """
+    lowest_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    candidates = range(FIRST_PORT, lowest_given - count)
+    if not candidates:
+        raise OSError(f"no port is between {FIRST_PORT} and {lowest_given}, from where on the kernel gives them out")
+    for _ in range(TRY_COUNT):
+        ports = random.SystemRandom().sample(candidates, 1 if in_a_row else count)
+        if in_a_row:
+            ports = list(range(ports[0], ports[0] + count))
+        with ExitStack() as open_sockets, suppress(OSError):
+            for port in ports:
+                open_sockets.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return ports
+    raise OSError(f"no {count} free ports between {FIRST_PORT} and {lowest_given} in {TRY_COUNT} tries")
 
 
 def fleet_config(

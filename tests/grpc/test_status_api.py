@@ -86,14 +86,14 @@ async def test_an_interval_out_of_range_is_refused_with_its_bounds(tmp_path: Pat
 async def test_many_watchers_are_shown_one_picture(tmp_path: Path) -> None:
     async with sim_cluster(tmp_path) as cluster:
         made = 0
-        counts = cluster.server._status._counts
+        counts = cluster.server.status._counts
 
         def counted() -> object:
             nonlocal made
             made += 1
             return counts()
 
-        cluster.server._status._counts = counted  # type: ignore[assignment]
+        cluster.server.status._counts = counted  # type: ignore[assignment]
         await asyncio.gather(*(status_of(cluster.endpoint.address) for _ in range(20)))
         assert made < 20
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -47,10 +48,24 @@ CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
 
 def channel_options(address: str) -> list[tuple[str, Any]]:
     options = list(CHANNEL_OPTIONS)
-    host = address.rpartition(":")[0].strip("[]")
-    if host in ("localhost", "::1") or host.startswith("127."):
+    if is_loopback_address(address):
         options.append(("grpc.enable_http_proxy", 0))  # a proxy from the environment cannot reach our loopback
     return options
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` reaches no other machine. Names other than localhost are not looked up."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def is_loopback_address(address: str) -> bool:
+    """The same of host:port, or of a socket in the file system."""
+    return address.startswith("unix:") or is_loopback(address.rpartition(":")[0])
 
 
 def addresses_of(address: str | Sequence[str]) -> tuple[str, ...]:

@@ -58,6 +58,7 @@ from baton.events import (
     TokenLogprob,
     collect,
 )
+from baton.handshake import Security
 from baton.models import Capabilities, Model, TokenCount
 from baton.prompts import MessageLike, TemplateArgument, ToolLike, chat_prompt, prompt_of
 from baton.request import ChatPrompt, Prompt, TextPrompt, ToolChoice
@@ -65,6 +66,7 @@ from baton.request_proto import request_to_proto
 from baton.resuming import DEFAULT_POLICY, Continuity, ResumePolicy
 from baton.status import from_rpc_error
 from baton.stream_grammar import StreamGrammar
+from baton.tls import Tls, Transport, transport_of
 from baton.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 
 __all__ = [
@@ -86,6 +88,7 @@ __all__ = [
     "SampleResult",
     "Started",
     "StreamGrammar",
+    "Tls",
     "TokenCount",
     "TokenLogprob",
     "channel_options",
@@ -104,13 +107,18 @@ closed. After that its grace ends it."""
 class _Peer:
     """One address: its channel, which connects at the first call, and what is called there."""
 
-    def __init__(self, address: str, channel: grpc.aio.Channel) -> None:
+    def __init__(self, address: str, channel: grpc.aio.Channel, security: Security | None) -> None:
         self.address = address
+        self.security = security
         self.channel = channel
         self.generation = generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
         self.models = model_pb2_grpc.ModelServiceStub(channel)  # type: ignore[no-untyped-call]
         # The health protocol by hand: two one-field messages are not worth a dependency.
         self.health: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
+
+    def failure(self, error: grpc.RpcError) -> BatonError:
+        """What a call that failed says."""
+        return from_rpc_error(error, peer=self.address, security=self.security)
 
 
 @dataclass(slots=True)
@@ -130,20 +138,35 @@ class BatonClient:
         address: str | Sequence[str] = DEFAULT_ADDRESS,
         *,
         api_key: str | None = None,
+        tls: Tls | bool | None = None,
+        allow_plaintext_api_key: bool = False,
         credentials: grpc.ChannelCredentials | None = None,
         options: Sequence[tuple[str, Any]] = (),
         resume_policy: ResumePolicy = DEFAULT_POLICY,
         rng: random.Random | None = None,
     ) -> None:
         """``address``: host:port, or several of routers of one cluster: the first that answers is used, the others
-        are where calls go that it refuses or loses. ``api_key``: sent with every call; without ``credentials`` (TLS)
-        the network can read it. ``options``: gRPC channel options over Baton's own. ``rng``: draws the delays before
-        tries to resume. Must be made inside the event loop that uses it. Connects at the first call."""
+        are where calls go that it refuses or loses. ``tls``: how to speak TLS, or True: as ``Tls()`` says;
+        ``credentials``: gRPC's own instead. ``api_key``: sent with every call, and without TLS to this machine alone,
+        unless ``allow_plaintext_api_key``. ``options``: gRPC channel options over Baton's own. ``rng``: draws the
+        delays before tries to resume. Must be made inside the event loop that uses it. Connects at the first call.
+
+        Raises ``ValueError`` for what contradicts itself, for a key that others could read on its way, and
+        (``TlsFilesError``) for files of TLS that cannot be used."""
         self.addresses = addresses_of(address)
         self._metadata = call_metadata(api_key)
         self._policy = resume_policy
         self._rng = rng or random.Random()  # noqa: S311  # delays are no secret
-        self._peers = tuple(_Peer(each, _channel(each, credentials, options)) for each in self.addresses)
+        transport = transport_of(
+            self.addresses,
+            tls=tls,
+            credentials=credentials,
+            api_key=api_key,
+            allow_plaintext_api_key=allow_plaintext_api_key,
+        )
+        self._peers = tuple(
+            _Peer(each, _channel(each, transport, options), transport.security) for each in self.addresses
+        )
         # What changes: which address answered last, the open streams, and cancels under way. Who takes a stream out
         # of ``_open`` says goodbye to it: its own end, or close(), which may come first. The generator of a loop that
         # was left by ``break`` is closed by the event loop a moment later.
@@ -275,7 +298,7 @@ class BatonClient:
                     request, timeout=max(0.001, give_up_at - loop.time()), metadata=self._metadata
                 )
             except grpc.RpcError as error:
-                failure = from_rpc_error(error, peer=peer.address)
+                failure = peer.failure(error)
                 if failure.status is not StatusName.UNAVAILABLE:
                     raise failure from None
             else:
@@ -361,7 +384,7 @@ class BatonClient:
                     yield event
             state.check_end()
         except grpc.RpcError as error:
-            raise _Cut(from_rpc_error(error, peer=peer.address)) from None
+            raise _Cut(peer.failure(error)) from None
         except asyncio.CancelledError:
             # grpc.aio raises this for a call that the *other* side cancelled, too. Nobody cancelled this task then.
             task = asyncio.current_task()
@@ -391,18 +414,25 @@ class BatonClient:
         """Returns once a server could place a request. Raises UNAVAILABLE when ``timeout`` seconds pass first."""
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + timeout
-        while not await self.is_serving(timeout=max(0.05, give_up_at - loop.time())):
+        while (problem := await self.serving_problem(timeout=max(0.05, give_up_at - loop.time()))) is not None:
             if loop.time() >= give_up_at:
                 where = ", ".join(self.addresses)
                 raise BatonError(
-                    Reason.NO_WORKER, StatusName.UNAVAILABLE, f"{where} was not serving within {timeout:g} s"
+                    Reason.NO_WORKER,
+                    StatusName.UNAVAILABLE,
+                    f"{where} was not serving within {timeout:g} s: {problem.message}",
+                    metadata=problem.metadata,
                 )
             await asyncio.sleep(0.1)
 
     async def is_serving(self, *, timeout: float) -> bool:
         """Whether a server could place a request now; False also when none can be reached."""
-        replies = await asyncio.gather(*(_is_serving(peer, timeout) for peer in self._peers))
-        return any(replies)
+        return await self.serving_problem(timeout=timeout) is None
+
+    async def serving_problem(self, *, timeout: float) -> BatonError | None:
+        """Why no server could place a request now, as the first address has it; None: one could."""
+        problems = await asyncio.gather(*(_serving_problem(peer, timeout) for peer in self._peers))
+        return None if None in problems else problems[0]
 
     async def close(self) -> None:
         """Cancels what is open, for which it waits ``GOODBYE_S`` at most. Idempotent."""
@@ -446,18 +476,18 @@ def _ended_by_peer(address: str) -> BatonError:
     )
 
 
-def _channel(
-    address: str, credentials: grpc.ChannelCredentials | None, options: Sequence[tuple[str, Any]]
-) -> grpc.aio.Channel:
-    every = [*options, *channel_options(address)]  # of two of one name gRPC takes the FIRST
-    if credentials is None:
+def _channel(address: str, transport: Transport, options: Sequence[tuple[str, Any]]) -> grpc.aio.Channel:
+    every = [*options, *transport.options, *channel_options(address)]  # of two of one name gRPC takes the FIRST
+    if transport.credentials is None:
         return grpc.aio.insecure_channel(address, options=every)
-    return grpc.aio.secure_channel(address, credentials, options=every)
+    return grpc.aio.secure_channel(address, transport.credentials, options=every)
 
 
-async def _is_serving(peer: _Peer, timeout: float) -> bool:
+async def _serving_problem(peer: _Peer, timeout: float) -> BatonError | None:
     try:
         reply: bytes = await peer.health(b"", timeout=timeout)
-    except grpc.RpcError:
-        return False
-    return reply == b"\x08\x01"  # field 1 (status) = 1 (SERVING)
+    except grpc.RpcError as error:
+        return peer.failure(error)
+    if reply == b"\x08\x01":  # field 1 (status) = 1 (SERVING)
+        return None
+    return BatonError(Reason.NO_WORKER, StatusName.UNAVAILABLE, f"{peer.address} has no worker to place requests on")

@@ -10,7 +10,7 @@ Callers catch the class of what they can do something about; ``BatonError(...)``
     ModelNotFound                   ask for another            Overloaded        retry after ``retry_after_s``
     Unauthenticated, NotPermitted   bring the right key        Interrupted       start over: tokens came already
     DeadlineExceeded                allow more time, or less   ResumeFailed      start over
-    InternalError                   tell us
+    HandshakeFailed                 make TLS right             InternalError     tell us
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ class BatonError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies, also to another process, are whole."""
-        return (_again, (self.reason, self.status, self.message, self.metadata, self.violations, self.retry_after_s))
+        what = (self.reason, self.status, self.message, self.metadata, self.violations, self.retry_after_s)
+        return (_again, (type(self), *what))
 
 
 class InvalidRequest(BatonError):
@@ -139,6 +140,15 @@ class Overloaded(BatonError):
 
 class Unavailable(BatonError):
     """Nothing of an answer came: no worker, a server that drains, a lost connection. Retry."""
+
+
+class HandshakeFailed(Unavailable):
+    """No TLS with the server: its certificate is not trusted, expired or for another name, or it speaks none. The
+    message says what to check, ``metadata["tls"]`` which of them it was. Sent again, the call fails again."""
+
+    @property
+    def is_retryable(self) -> bool:
+        return False
 
 
 class Interrupted(BatonError):
@@ -191,6 +201,7 @@ def class_of(reason: Reason, status: StatusName) -> type[BatonError]:
 
 
 def _again(
+    kind: type[BatonError],
     reason: Reason,
     status: StatusName,
     message: str,
@@ -198,7 +209,7 @@ def _again(
     violations: tuple[FieldViolation, ...],
     retry_after_s: float | None,
 ) -> BatonError:
-    return BatonError(reason, status, message, metadata=metadata, violations=violations, retry_after_s=retry_after_s)
+    return kind(reason, status, message, metadata=metadata, violations=violations, retry_after_s=retry_after_s)
 
 
 def invalid_request(violations: Sequence[FieldViolation]) -> BatonError:

@@ -10,7 +10,7 @@ import dataclasses
 import random
 from dataclasses import dataclass
 
-from baton.errors import BatonError, Reason, StatusName, deadline_exceeded
+from baton.errors import BatonError, HandshakeFailed, Reason, StatusName, deadline_exceeded
 from baton.events import Chunk, Event, Finished, Started
 from baton.stream_grammar import StreamGrammar
 
@@ -157,7 +157,8 @@ class Continuity:
         if self._try_count == 0:
             self._first_index = self.address_index + 1  # this one has just refused
         next_try = self._next_try(error, remaining_s)
-        may_insist = self._is_resumable and "transport" in error.metadata
+        is_lost = "transport" in error.metadata and not isinstance(error, HandshakeFailed)
+        may_insist = self._is_resumable and is_lost
         if next_try is None or (self._try_count >= self._address_count and not may_insist):
             raise error
         return next_try
@@ -199,4 +200,5 @@ def _is_cut(error: BatonError) -> bool:
     """Whether the generation may still be there, or a router may go on with it. So may one that is full (QUEUE_FULL),
     which it may say after ``Started``, too: a continuation is placed after it was accepted."""
     is_torn = error.reason is Reason.INTERNAL and error.metadata.get("transport") in _TORN
-    return error.is_retryable or error.reason in _MAY_GO_ON or is_torn
+    # A handshake that failed: at this address, and after it was good somewhere.
+    return error.is_retryable or error.reason in _MAY_GO_ON or is_torn or isinstance(error, HandshakeFailed)

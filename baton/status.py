@@ -24,6 +24,7 @@ from google.protobuf import (
 )
 
 from baton.errors import BatonError, FieldViolation, Reason, StatusName
+from baton.handshake import Security, tls_failure
 
 DOMAIN = "baton"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -155,12 +156,13 @@ async def abort(context: Any, error: BatonError) -> NoReturn:
     raise AssertionError("context.abort returned")
 
 
-def from_rpc_error(error: grpc.RpcError, *, peer: str = "") -> BatonError:
-    """What a failed call says, sync or asyncio. ``peer`` (a worker id or an address) names the other side.
+def from_rpc_error(error: grpc.RpcError, *, peer: str = "", security: Security | None = None) -> BatonError:
+    """What a failed call says, sync or asyncio. ``peer`` (a worker id or an address) names the other side,
+    ``security`` what is spoken with it, if known.
 
     Without baton details the failure is the transport's or somebody else's: a lost connection is
-    ENGINE_FAILED with status UNAVAILABLE, a deadline DEADLINE_EXCEEDED with phase "unknown", an oversized
-    message INVALID_REQUEST; what fits nothing is INTERNAL.
+    ENGINE_FAILED with status UNAVAILABLE (``HandshakeFailed`` where TLS says why), a deadline DEADLINE_EXCEEDED
+    with phase "unknown", an oversized message INVALID_REQUEST; what fits nothing is INTERNAL.
     """
     call: Any = error  # grpc's stubs do not say that the error of a call has these three methods
     code: grpc.StatusCode = call.code()
@@ -170,7 +172,7 @@ def from_rpc_error(error: grpc.RpcError, *, peer: str = "") -> BatonError:
             parsed = _from_details(code, text, value)
             if parsed is not None:
                 return parsed
-    return _without_details(code, text, peer)
+    return _without_details(code, text, peer, security)
 
 
 def _from_details(code: grpc.StatusCode, text: str, data: bytes) -> BatonError | None:
@@ -230,8 +232,10 @@ def from_status_bytes(data: bytes, *, peer: str = "") -> BatonError:
     return found
 
 
-def _without_details(code: grpc.StatusCode, text: str, peer: str) -> BatonError:
+def _without_details(code: grpc.StatusCode, text: str, peer: str, security: Security | None = None) -> BatonError:
     at = f" {peer}" if peer else ""
+    if code is grpc.StatusCode.UNAVAILABLE and (failure := tls_failure(text, peer, security)) is not None:
+        return failure
     is_broken_stream = code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN) and (
         "RST_STREAM" in text or "Stream removed" in text
     )

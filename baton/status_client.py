@@ -13,6 +13,7 @@ import grpc.aio
 from baton.channels import DEFAULT_ADDRESS, call_metadata, channel_options
 from baton.request import Role
 from baton.status import from_rpc_error
+from baton.tls import Tls, transport_of
 from baton.v1 import status_pb2 as pb
 from baton.v1 import status_pb2_grpc as pb_grpc
 
@@ -80,11 +81,30 @@ class ServiceStatus:
 class StatusClient:
     """A client of one router's StatusService. Failures are ``BatonError``."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, api_key: str | None = None) -> None:
-        """``api_key``: where the server asks for one. Must be made inside the event loop that uses it."""
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        api_key: str | None = None,
+        tls: Tls | bool | None = None,
+        allow_plaintext_api_key: bool = False,
+    ) -> None:
+        """As ``BatonClient``. Must be made inside the event loop that uses it."""
         self.address = address
         self._metadata = call_metadata(api_key)
-        self._channel = grpc.aio.insecure_channel(address, options=channel_options(address))
+        transport = transport_of(
+            [address],
+            tls=tls,
+            credentials=None,
+            api_key=api_key,
+            allow_plaintext_api_key=allow_plaintext_api_key,
+        )
+        self._security = transport.security
+        options = [*transport.options, *channel_options(address)]
+        if transport.credentials is None:
+            self._channel = grpc.aio.insecure_channel(address, options=options)
+        else:
+            self._channel = grpc.aio.secure_channel(address, transport.credentials, options=options)
         self._stub = pb_grpc.StatusServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def watch(
@@ -98,7 +118,7 @@ class StatusClient:
             async for response in call:
                 yield _status(response)
         except grpc.RpcError as error:
-            raise from_rpc_error(error, peer=self.address) from None
+            raise from_rpc_error(error, peer=self.address, security=self._security) from None
         finally:
             call.cancel()
 

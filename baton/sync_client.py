@@ -32,14 +32,16 @@ from baton.call_proto import (
     tokenize_to_proto,
 )
 from baton.channels import DEFAULT_ADDRESS, addresses_of, call_metadata, channel_options
-from baton.errors import StatusName
+from baton.errors import BatonError, StatusName
 from baton.event_proto import event_from_proto, model_from_proto
 from baton.events import Answer, Event, Started, collect_sync
+from baton.handshake import Security
 from baton.models import Model, TokenCount
 from baton.prompts import MessageLike, TemplateArgument, ToolLike, chat_prompt
 from baton.request import ChatPrompt, Prompt, TextPrompt, ToolChoice
 from baton.resuming import DEFAULT_POLICY, Continuity, ResumePolicy
 from baton.status import from_rpc_error
+from baton.tls import Tls, Transport, transport_of
 from baton.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 
 __all__ = ["BatonClientSync", "collect_sync"]
@@ -51,11 +53,16 @@ GOODBYE_S = 2.0
 class _Peer:
     """One address: its channel, which connects at the first call, and what is called there."""
 
-    def __init__(self, address: str, channel: grpc.Channel) -> None:
+    def __init__(self, address: str, channel: grpc.Channel, security: Security | None) -> None:
         self.address = address
+        self.security = security
         self.channel = channel
         self.generation = generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
         self.models = model_pb2_grpc.ModelServiceStub(channel)  # type: ignore[no-untyped-call]
+
+    def failure(self, error: grpc.RpcError) -> BatonError:
+        """What a call that failed says."""
+        return from_rpc_error(error, peer=self.address, security=self.security)
 
 
 @dataclass(slots=True)
@@ -75,6 +82,8 @@ class BatonClientSync:
         address: str | Sequence[str] = DEFAULT_ADDRESS,
         *,
         api_key: str | None = None,
+        tls: Tls | bool | None = None,
+        allow_plaintext_api_key: bool = False,
         credentials: grpc.ChannelCredentials | None = None,
         options: Sequence[tuple[str, Any]] = (),
         resume_policy: ResumePolicy = DEFAULT_POLICY,
@@ -87,7 +96,16 @@ class BatonClientSync:
         self._policy = resume_policy
         self._rng = rng or random.Random()  # noqa: S311  # delays are no secret
         self._clock = clock
-        self._peers = tuple(_Peer(each, _channel(each, credentials, options)) for each in self.addresses)
+        transport = transport_of(
+            self.addresses,
+            tls=tls,
+            credentials=credentials,
+            api_key=api_key,
+            allow_plaintext_api_key=allow_plaintext_api_key,
+        )
+        self._peers = tuple(
+            _Peer(each, _channel(each, transport, options), transport.security) for each in self.addresses
+        )
         # What changes: which address answered last (any thread may say so; each value is a good one).
         self._index = 0
         self._closed = threading.Event()
@@ -203,7 +221,7 @@ class BatonClientSync:
             try:
                 reply = method(peer)(request, timeout=max(0.001, give_up_at - self._clock()), metadata=self._metadata)
             except grpc.RpcError as error:
-                failure = from_rpc_error(error, peer=peer.address)
+                failure = peer.failure(error)
                 if failure.status is not StatusName.UNAVAILABLE:
                     raise failure from None
             else:
@@ -234,7 +252,7 @@ class BatonClientSync:
                     yield from self._attached(call, state, stream, give_up_at)
                     return
                 except grpc.RpcError as error:
-                    failure = from_rpc_error(error, peer=peer.address)
+                    failure = peer.failure(error)
                 if state.is_over_despite(failure):
                     return
                 if self._closed.is_set():
@@ -320,10 +338,8 @@ class BatonClientSync:
         return f"<BatonClientSync {', '.join(self.addresses)}>"
 
 
-def _channel(
-    address: str, credentials: grpc.ChannelCredentials | None, options: Sequence[tuple[str, Any]]
-) -> grpc.Channel:
-    every = [*options, *channel_options(address)]  # of two of one name gRPC takes the FIRST
-    if credentials is None:
+def _channel(address: str, transport: Transport, options: Sequence[tuple[str, Any]]) -> grpc.Channel:
+    every = [*options, *transport.options, *channel_options(address)]  # of two of one name gRPC takes the FIRST
+    if transport.credentials is None:
         return grpc.insecure_channel(address, options=every)
-    return grpc.secure_channel(address, credentials, options=every)
+    return grpc.secure_channel(address, transport.credentials, options=every)

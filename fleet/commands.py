@@ -192,7 +192,8 @@ async def _until_serving(record: FleetRecord) -> None:
         # A cluster without one of them serves as well, so the time is all that this may cost; but what comes first
         # should not be placed as if that one did not exist.
         await until_router_sees(record.admin_address, workers, SERVING_TIMEOUT_S)
-        async with BatonClient(record.address) as client:
+        # At the admin address, which has the same health: the public one may ask for a certificate that we lack.
+        async with BatonClient(record.admin_address) as client:
             await client.wait_until_serving(timeout=SERVING_TIMEOUT_S)
     except BatonError as error:
         raise StartFailed(

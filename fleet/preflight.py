@@ -36,12 +36,24 @@ def check(config: FleetConfig) -> None:
             f"model.path: there is no tokenizer.json in {config.model.directory}; the router needs it even with "
             "simulated engines. Run `make model`"
         )
+    check_tls(config)
     check_disk(config.state_path)
     check_ports(config)
     runs_here = not (config.cluster.runner == "ray" and config.cluster.ray.address)
     if runs_here:
         check_cpu(config, _cpu_flags())
         check_memory(config, _available_memory_bytes())
+
+
+def check_tls(config: FleetConfig) -> None:
+    """As the router will, which would be started again and again to say the same."""
+    from baton.tls import TlsFilesError
+    from router.tls_files import TlsFiles
+
+    try:
+        TlsFiles.of(config.router)
+    except TlsFilesError as error:
+        raise ConfigError(f"router.{error}") from None
 
 
 def check_cpu(config: FleetConfig, flags: frozenset[str]) -> None:

@@ -7,7 +7,6 @@ it: secrets come by environment (``BATON_CLUSTER_SECRET``).
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 import json
 import tomllib
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from baton.channels import is_loopback
 from router.chats.chat_abilities import MAX_ARGUMENT_NAMES, argument_name_problem
 
 
@@ -39,7 +39,17 @@ class RouterConfig:
     metrics_address: str = "127.0.0.1:9400"
     """Prometheus ``/metrics`` over HTTP."""
     allow_non_loopback: bool = False
-    """Must be true for any address beyond loopback: there is no transport security yet."""
+    """Must be true for any address beyond loopback: only the public one can have TLS."""
+    tls_certificate_path: str = ""
+    """PEM file with the certificate of listen_address and what links it to its CA. Empty: plaintext. Read again when
+    it changes, without a restart."""
+    tls_key_path: str = ""
+    """PEM file with its private key, without a passphrase; nobody else may read it."""
+    tls_client_ca_path: str = ""
+    """PEM file with the CAs of the clients' certificates: whoever has none is turned away. Empty: none is asked
+    for."""
+    allow_plaintext_api_keys: bool = False
+    """Must be true to ask for API keys beyond loopback without TLS: something trusted in front of it has it."""
 
     max_context_token_count: int | None = None
     """Context of the engines; absent: the model's own (max_position_embeddings)."""
@@ -180,6 +190,7 @@ class RouterConfig:
                 f"worker_silence_s ({self.worker_silence_s}) must be at least twice load_interval_s "
                 f"({self.load_interval_s}), or every worker is suspect between two reports"
             )
+        self._check_tls()
         if self.placement not in ("auto", "split", "local"):
             raise ConfigError(f'placement is "{self.placement}"; must be "auto", "split" or "local"')
         if self.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
@@ -239,14 +250,21 @@ class RouterConfig:
                 f"{name} listens beyond loopback ({host}); set allow_non_loopback = true if the network is trusted"
             )
 
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+    def _check_tls(self) -> None:
+        """Which keys there are; the files are read when the router starts."""
+        if self.tls_client_ca_path and not self.tls_certificate_path:
+            raise ConfigError("tls_client_ca_path needs TLS: set tls_certificate_path and tls_key_path, too")
+        if bool(self.tls_certificate_path) != bool(self.tls_key_path):
+            missing = "tls_key_path" if self.tls_certificate_path else "tls_certificate_path"
+            raise ConfigError(f"{missing} is empty; set both tls_certificate_path and tls_key_path, or neither")
+        host = self.listen_address.rpartition(":")[0]
+        is_in_clear = not (self.tls_certificate_path or self.allow_plaintext_api_keys or is_loopback(host))
+        if self.api_keys_path and is_in_clear:
+            raise ConfigError(
+                f"listen_address is beyond loopback ({host}), where API keys (api_keys_path) would travel in clear; "
+                "set tls_certificate_path and tls_key_path, or allow_plaintext_api_keys = true if something trusted "
+                "in front of it has TLS"
+            )
 
 
 def _converted(value: Any, expected: Any) -> Any:

@@ -24,7 +24,9 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, start_http_server
 
 from baton.admin.v1 import cluster_pb2_grpc
+from baton.channels import is_loopback_address
 from baton.metrics import RouterMetrics
+from baton.tls import TlsFilesError
 from baton.v1 import generation_pb2_grpc, model_pb2_grpc, status_pb2_grpc
 from router import admin_service, model_service, service, status_service
 from router.admin_service import AdminService, Counts
@@ -33,7 +35,7 @@ from router.callers import ApiKeysError, Callers
 from router.chats.answer_parsing import AnswerParsing
 from router.chats.chat_template import ChatTemplate
 from router.chats.parser_child import ParserStartError, parsers_of
-from router.config import RouterConfig, is_loopback
+from router.config import RouterConfig
 from router.flight import FlightLimits
 from router.grpc_worker_client import GrpcWorkerClient
 from router.health import RouterHealth
@@ -54,6 +56,7 @@ from router.roster import Roster, RosterLimits
 from router.service import GenerationService
 from router.service_parsing import RefusesUnreadable
 from router.status_service import StatusService
+from router.tls_files import TlsFiles
 from router.tokenizer import Tokenizer, TokenizerError, read_json_object
 from router.validation import ModelLimits
 from router.wall_clock import wall_clock
@@ -259,9 +262,10 @@ class RouterServer:
         )
 
     async def start(self) -> RouterEndpoint:
-        """Listens. Raises ``ServerError``, naming the port and its key, when one is taken, or the parser that cannot
-        be had."""
+        """Listens. Raises ``ServerError``, naming the port and its key, when one is taken, the TLS file that cannot
+        be used, or the parser that cannot be had."""
         config = self.config
+        credentials = load_credentials(config)
         if self.parsers is not None:  # BEFORE anybody can call: they take seconds to come
             try:
                 await self.parsers.start()
@@ -284,11 +288,12 @@ class RouterServer:
             reflection.enable_server_reflection(
                 [admin_service.SERVICE_NAME, HEALTH_SERVICE_NAME, reflection.SERVICE_NAME], admin
             )
-        address = _bind(public, config.listen_address, "listen_address")
+        address = _bind(public, config.listen_address, "listen_address", credentials)
         admin_address = _bind(admin, config.admin_address, "admin_address")
         metrics_address = self._start_metrics()
-        for each in (config.listen_address, config.admin_address, config.metrics_address):
-            if not is_loopback(each.rpartition(":")[0]):
+        plaintext = [config.admin_address, config.metrics_address]
+        for each in plaintext if credentials else [config.listen_address, *plaintext]:
+            if not is_loopback_address(each):
                 logger.warning("listening beyond this machine, on %s: calls are not encrypted", each)
         self._tasks.append(asyncio.create_task(self.health.run(), name="health follows the roster"))
         if self._key_file is not None:
@@ -412,6 +417,15 @@ def open_api_keys(config: RouterConfig) -> KeyFile | None:
         raise ServerError(f"api_keys_path: {error}") from error
 
 
+def load_credentials(config: RouterConfig) -> grpc.ServerCredentials | None:
+    """None: the public port is plaintext. Raises ``ServerError``."""
+    try:
+        files = TlsFiles.of(config)
+        return None if files is None else files.credentials()
+    except TlsFilesError as error:
+        raise ServerError(str(error)) from error
+
+
 def connect_by_grpc(secret: bytes) -> Connect:
     """How the router reaches its workers."""
     return lambda spec: GrpcWorkerClient(spec.address, secret)
@@ -438,11 +452,14 @@ def load_model(config: RouterConfig) -> tuple[Tokenizer, ChatTemplate | None, Mo
     return tokenizer, template, limits
 
 
-def _bind(server: grpc.aio.Server, address: str, key: str) -> str:
+def _bind(server: grpc.aio.Server, address: str, key: str, credentials: grpc.ServerCredentials | None = None) -> str:
     """Binds and returns the address with its real port."""
     host, _ = _split(address)
     with _listening(address, key):
-        port = server.add_insecure_port(address)
+        if credentials is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
         if port == 0:
             raise RuntimeError("not bound")
     return _joined(host, port)

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from baton.call_proto import GenerateOptions
 from baton.channels import DEFAULT_ADDRESS
@@ -29,6 +29,14 @@ from baton.request import (
     TextPrompt,
     TokenPrompt,
     ToolChoice,
+)
+from baton.tls import (
+    CA_VARIABLE,
+    CERTIFICATE_VARIABLE,
+    KEY_VARIABLE,
+    SERVER_NAME_VARIABLE,
+    TLS_VARIABLE,
+    Tls,
 )
 
 API_KEY_VARIABLE = "BATON_API_KEY"
@@ -50,10 +58,36 @@ def add_connection_arguments(parser: argparse.ArgumentParser, *, timeout_s: floa
         metavar="FILE",
         help=f"the API key, where the server asks for one (default: the variable {API_KEY_VARIABLE})",
     )
+    _add_tls_arguments(parser.add_argument_group("TLS"))
     if timeout_s is not None:
         parser.add_argument(
             "--timeout", type=float, default=timeout_s, metavar="S", help="seconds for each call (%(default)g)"
         )
+
+
+def _add_tls_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--tls",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help=f"speak TLS; alone it trusts the public CAs (default: if a file is named, or {TLS_VARIABLE}=1)",
+    )
+    for option, variable, what in (
+        ("--tls-ca", CA_VARIABLE, "the CA of the server's certificate"),
+        ("--tls-certificate", CERTIFICATE_VARIABLE, "our certificate, where the server asks for one"),
+        ("--tls-key", KEY_VARIABLE, "its private key"),
+    ):
+        group.add_argument(option, metavar="FILE", help=f"{what}, PEM (default: the variable {variable})")
+    group.add_argument(
+        "--tls-server-name",
+        metavar="NAME",
+        help=f"the name in the server's certificate, if not the address's host (default: {SERVER_NAME_VARIABLE})",
+    )
+    group.add_argument(
+        "--allow-plaintext-api-key",
+        action="store_true",
+        help="send the API key without TLS to another machine, where anybody in between can read it",
+    )
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
@@ -173,12 +207,37 @@ def api_key_of(arguments: argparse.Namespace) -> str | None:
     return os.environ.get(API_KEY_VARIABLE) or None
 
 
+class SecurityOptions(TypedDict):
+    """As whom a client calls, and over what. Of every client of ours."""
+
+    api_key: str | None
+    tls: Tls | None
+    allow_plaintext_api_key: bool
+
+
+def security_of(arguments: argparse.Namespace) -> SecurityOptions:
+    """What the command line says, and what the environment says besides. Raises ``ValueError``, or ``OSError``."""
+    said = {
+        CA_VARIABLE: arguments.tls_ca,
+        CERTIFICATE_VARIABLE: arguments.tls_certificate,
+        KEY_VARIABLE: arguments.tls_key,
+        SERVER_NAME_VARIABLE: arguments.tls_server_name,
+        TLS_VARIABLE: "1" if arguments.tls else None,
+    }
+    given = {name: value for name, value in said.items() if value is not None}
+    return SecurityOptions(
+        api_key=api_key_of(arguments),
+        tls=None if arguments.tls is False else Tls.from_environment({**os.environ, **given}),
+        allow_plaintext_api_key=arguments.allow_plaintext_api_key,
+    )
+
+
 def client_of(arguments: argparse.Namespace) -> BatonClient:
     """Must be called inside the event loop that uses it."""
     addresses = addresses_of(arguments)
     if not addresses:
         raise UsageError("--address is empty; give host:port")
-    return BatonClient(addresses, api_key=api_key_of(arguments))
+    return BatonClient(addresses, **security_of(arguments))
 
 
 def timeout_of(arguments: argparse.Namespace) -> float:

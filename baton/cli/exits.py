@@ -12,6 +12,7 @@ import sys
 
 from baton.cli.json_lines import error_as_json, json_line
 from baton.errors import BatonError, ModelNotFound, StatusName
+from baton.handshake import TLS_KEY
 
 OK = 0
 FAILED = 1
@@ -40,7 +41,7 @@ def exit_code(error: BatonError) -> int:
 def error_line(error: BatonError, address: str) -> str:
     """One line: what happened, and what to do where that is not already said."""
     line = f"baton: {error.message}".replace("\n", " ")
-    if error.status is StatusName.UNAVAILABLE and "transport" in error.metadata:
+    if error.status is StatusName.UNAVAILABLE and "transport" in error.metadata and TLS_KEY not in error.metadata:
         return f"baton: no Baton answers at {address}; start one with `baton up` or name it with --address"
     if len(error.violations) > 1:
         line += "; also " + "; ".join(f"{v.field} {v.description}" for v in error.violations[1:])

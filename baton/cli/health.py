@@ -11,6 +11,7 @@ from baton.cli import exits
 from baton.cli.arguments import add_connection_arguments, add_json_argument, addresses_of, client_of
 from baton.cli.json_lines import json_line
 from baton.errors import BatonError
+from baton.handshake import TLS_KEY
 
 CHECK_TIMEOUT_S = 5.0
 
@@ -28,26 +29,29 @@ def add_command(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     try:
         with event_loop.runner() as runner:
-            is_serving = runner.run(_is_serving(arguments))
+            problem = runner.run(_problem(arguments))
     except (OSError, ValueError) as error:
         return exits.usage(error)
     except KeyboardInterrupt:
         return exits.INTERRUPTED
+    is_serving = problem is None
     if arguments.json:
         print(json_line({"event": "health", "addresses": addresses_of(arguments), "is_serving": is_serving}))
     elif is_serving:
         print("serving")
-    if not is_serving:
-        print(f"baton: {arguments.address} is not serving", file=sys.stderr)
-    return exits.OK if is_serving else exits.UNAVAILABLE
+    if problem is None:
+        return exits.OK
+    why = f": {problem.message}" if TLS_KEY in problem.metadata else ""
+    print(f"baton: {arguments.address} is not serving{why}", file=sys.stderr)
+    return exits.UNAVAILABLE
 
 
-async def _is_serving(arguments: argparse.Namespace) -> bool:
+async def _problem(arguments: argparse.Namespace) -> BatonError | None:
     async with client_of(arguments) as client:
-        if arguments.wait <= 0:
-            return await client.is_serving(timeout=CHECK_TIMEOUT_S)
-        try:
-            await client.wait_until_serving(timeout=arguments.wait)
-        except BatonError:
-            return False
-        return True
+        if arguments.wait > 0:
+            try:
+                await client.wait_until_serving(timeout=arguments.wait)
+            except BatonError as error:
+                return error
+            return None
+        return await client.serving_problem(timeout=CHECK_TIMEOUT_S)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from baton import event_loop
 from baton.cli import exits
-from baton.cli.arguments import UsageError, add_connection_arguments, add_json_argument, addresses_of, api_key_of
+from baton.cli.arguments import UsageError, add_connection_arguments, add_json_argument, addresses_of, security_of
 from baton.cli.json_lines import json_line, status_as_json
 from baton.errors import BatonError
 from baton.status_client import ServiceStatus, StatusClient, WorkerStatus
@@ -63,7 +63,7 @@ async def _watch(arguments: argparse.Namespace) -> int:
         raise UsageError("--address must be one router's host:port; each tells its own")
     timeout_s = ONCE_TIMEOUT_S if arguments.once else None
     async with (
-        StatusClient(addresses[0], api_key=api_key_of(arguments)) as client,
+        StatusClient(addresses[0], **security_of(arguments)) as client,
         aclosing(client.watch(interval_s=arguments.interval, timeout=timeout_s)) as statuses,
     ):
         await (_print_json if arguments.json else _draw)(statuses, arguments)

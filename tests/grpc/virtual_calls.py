@@ -1,15 +1,15 @@
 """The router's public services in virtual time, message in and messages out: every instant of a call is exact.
 
-A helper of the conformance tests. Sockets cannot be placed on a clock that jumps; so the real services are given their
-calls by a stand-in for gRPC's context, in front of the real relay, workers and simulated engines.
+A helper of the conformance tests. Sockets cannot be placed on a clock that jumps; so the real services are given
+their calls by a stand-in for gRPC's context, in front of the real relay, workers and simulated engines.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,9 +18,11 @@ import grpc.aio
 from raw_calls import Outcome
 from sim_cluster import CONTEXT, MODEL, SECRET, SimCluster, SimWorker, make_worker
 
+from baton.leg import WorkerLoad
 from baton.request import Role
 from engine.sim import SimNetwork
 from kvtransfer.simulated import Link
+from router.cluster_view import WorkerSpec
 from router.config import RouterConfig
 from router.server import RouterServer
 from router.tiny_model import write_tiny_model
@@ -71,7 +73,11 @@ class Context:
 
 
 class VirtualCluster(SimCluster):
-    """Without an endpoint; called by ``call``."""
+    """Without an endpoint; called by ``call``. ``silent``: workers that live, work, and report nothing."""
+
+    def __init__(self, config: RouterConfig, server: RouterServer, workers: dict[str, SimWorker]) -> None:
+        super().__init__(config, server, workers)
+        self.silent: set[str] = set()
 
     async def call(
         self,
@@ -120,6 +126,21 @@ async def virtual_cluster(
     network = network or SimNetwork(LINK)
     workers: dict[str, SimWorker] = {}
     tasks: list[asyncio.Task[None]] = []
+
+    def connect(spec: WorkerSpec) -> Any:
+        client: Any = workers[spec.worker_id].client()
+        watch_load = client.watch_load
+
+        async def watched(interval_s: float) -> AsyncGenerator[WorkerLoad, None]:
+            async with aclosing(watch_load(interval_s)) as loads:
+                async for load in loads:
+                    while spec.worker_id in cluster.silent:  # noqa: ASYNC110  # a test's own word
+                        await asyncio.sleep(interval_s)
+                    yield load
+
+        client.watch_load = watched
+        return client
+
     try:
         for role, count in ((Role.PREFILL, prefill_count), (Role.DECODE, decode_count)):
             for index in range(count):
@@ -129,8 +150,8 @@ async def virtual_cluster(
         server = RouterServer(
             router_config,
             secret=SECRET,
-            connect=lambda spec: workers[spec.worker_id].client(),
-            rng=random.Random(1),  # noqa: S311  # the same ties, broken the same way, each time
+            connect=connect,
+            rng=random.Random(1),  # the same ties, broken the same way, each time
         )
         cluster = VirtualCluster(router_config, server, workers)
         try:

@@ -43,6 +43,7 @@ class Reason(enum.Enum):
     ATTACHED_ELSEWHERE = "ATTACHED_ELSEWHERE"
     TOO_MANY_RESUMABLE = "TOO_MANY_RESUMABLE"
     STALLED = "STALLED"
+    READER_TOO_SLOW = "READER_TOO_SLOW"
     INTERNAL = "INTERNAL"
 
 
@@ -424,6 +425,20 @@ def too_many_resumable(kept_count: int, limit: int, retry_after_s: float) -> Bat
         "or leave `resume` out",
         metadata={"kept_count": str(kept_count), "limit": str(limit)},
         retry_after_s=retry_after_s,
+    )
+
+
+def reader_too_slow(unread_bytes: int, limit_bytes: int, emitted_token_count: int) -> BatonError:
+    return BatonError(
+        Reason.READER_TOO_SLOW,
+        StatusName.ABORTED,
+        f"the answer was not read: {unread_bytes} bytes of it waited (limit {limit_bytes}), and it ends after "
+        f"{emitted_token_count} tokens; start over and read as it comes, or ask for fewer log probabilities",
+        metadata={
+            "unread_bytes": str(unread_bytes),
+            "limit_bytes": str(limit_bytes),
+            "emitted_token_count": str(emitted_token_count),
+        },
     )
 
 

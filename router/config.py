@@ -55,6 +55,8 @@ class RouterConfig:
     """Context of the engines; absent: the model's own (max_position_embeddings)."""
     max_message_bytes: int = 8 * 1024 * 1024
     """Largest request message; gRPC refuses larger ones while they arrive, with RESOURCE_EXHAUSTED."""
+    max_unread_bytes: int = 16 * 1024 * 1024
+    """Kept for one call whose caller does not read; an answer that grows past it ends with READER_TOO_SLOW."""
     max_concurrent_call_count: int = 4096
     """Calls that run at once; further ones get QUEUE_FULL. Beyond four times as many open ones, with those
     whose caller does not read their end, gRPC itself refuses."""
@@ -148,6 +150,7 @@ class RouterConfig:
         self._check_range("min_ping_interval_s", 0.01, 3600)
         self._check_range("default_deadline_s", 0.001, 86_400)
         self._check_range("max_deadline_s", 0.001, 86_400)
+        self._check_range("max_unread_bytes", 64 * 1024, 1024**3)
         self._check_range("queue_limit", 0, 1_000_000)
         self._check_range("max_in_flight_count", 1, 1_000_000)
         self._check_range("max_queue_wait_s", 0.01, 86_400)

@@ -58,7 +58,7 @@ from router.handoff_words import (
     TokensArrived,
     WorkerLost,
 )
-from router.outbox import Outbox
+from router.outbox import DEFAULT_MAX_BYTES, Outbox
 from router.phase_account import PhaseAccount
 from router.roster import Roster
 from router.samples.sample_group import Seat
@@ -82,12 +82,16 @@ class FlightLimits:
     """Longest wait for a prefill's answer; then it is tried elsewhere."""
     gap_timeout_s: float = 60.0
     """Longest silence of a decode; then it is tried elsewhere."""
+    max_unread_bytes: int = DEFAULT_MAX_BYTES
+    """Of one call, all its samples together: what its caller has not taken yet. Past it READER_TOO_SLOW."""
     cleanup_timeout_s: float = 10.0
     """Longest wait for cancelled legs to end. A leg that takes longer is a bug, and logged as one."""
 
     def __post_init__(self) -> None:
         if self.max_attempt_count < 1:
             raise ValueError(f"max_attempt_count is {self.max_attempt_count}; it must be at least 1")
+        if self.max_unread_bytes < 1:
+            raise ValueError(f"max_unread_bytes is {self.max_unread_bytes}; it must be at least 1")
         for key in ("lease_s", "prefill_timeout_s", "gap_timeout_s", "cleanup_timeout_s"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be positive")
@@ -116,7 +120,8 @@ class Flight:
         self.request = request
         self.handoff = Handoff(request, max_attempt_count=limits.max_attempt_count, lease_s=limits.lease_s)
         self.account = PhaseAccount(received_at)
-        self.outbox = Outbox(request.max_chunk_token_count)
+        sample_count = 1 if seat is None else seat.group.sample_count
+        self.outbox = Outbox(request.max_chunk_token_count, limits.max_unread_bytes // sample_count)
         self._answer = answer
         self._deadline_at = deadline_at
         self._budgets = Budgets(deadline_at, SilenceLimits(limits.prefill_timeout_s, limits.gap_timeout_s))
@@ -341,6 +346,8 @@ class Flight:
         self._matched_stop_sequence = self._matched_stop_sequence or piece.matched_stop_sequence
         if piece.token_ids or piece.text:
             self.outbox.put(piece)
+            if self.outbox.is_given_up:
+                self._facts.put_now(ClientGone())  # the same road as of a caller that left: nothing computes for it
 
     def _finish(self, action: Finish) -> None:
         self._put(self._answer.flush())

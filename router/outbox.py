@@ -2,7 +2,8 @@
 
 Owns the pieces between relay and caller. They are never held back, and merged while they wait: a caller who keeps up
 gets every piece as it is made, one who does not gets fewer and larger ones. So decode never waits for a slow reader;
-what piles up is the answer itself, bounded by the request's own ``max_output_token_count``.
+what piles up is the answer itself, up to a bound in bytes: past it the answer ends with READER_TOO_SLOW, after what
+is there, and the engine's work with it.
 """
 
 from __future__ import annotations
@@ -11,17 +12,26 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from baton.errors import BatonError
+from baton.errors import BatonError, reader_too_slow
 from baton.leg import PromptLogprobs
 from router.answering import Admitted, Piece
 from router.handoff_words import Finish
+from router.piece_size import content_bytes, size_bytes
+
+DEFAULT_MAX_BYTES = 16 * 1024 * 1024
 
 
 class Outbox:
     """One writer, one reader, one loop."""
 
-    def __init__(self, max_chunk_token_count: int) -> None:
+    def __init__(self, max_chunk_token_count: int, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+        """``max_bytes``: of pieces, by ``piece_size``; one is kept whatever its size."""
         self._max_chunk_token_count = max_chunk_token_count
+        self._max_bytes = max_bytes
+        self._sizes: deque[int] = deque()  # of each item, in their order
+        self._used_bytes = 0
+        self.is_given_up = False
+        """Its reader is too slow: nothing more is kept, and whoever computes for it should stop."""
         self._items: deque[Admitted | PromptLogprobs | Piece] = deque()
         self._end: Finish | BatonError | None = None
         self._reader: asyncio.Future[None] | None = None
@@ -32,16 +42,35 @@ class Outbox:
         if self._items:
             last = self._items[-1]
             if isinstance(item, Piece) and isinstance(last, Piece) and self._fits(last, item):
-                self._items[-1] = _merged(last, item)
+                if self._has_room(item, size := content_bytes(item)):
+                    self._items[-1] = _merged(last, item)
+                    self._sizes[-1] += size
                 return
         reader = self._reader
         if reader is None:
-            self._items.append(item)
+            self._keep(item)
             return
         if self.line is not None and isinstance(item, Piece) and not reader.done() and self.line(item):
             return
-        self._items.append(item)
+        self._keep(item)
         self._wake()
+
+    def _keep(self, item: Admitted | PromptLogprobs | Piece) -> None:
+        size = size_bytes(item) if isinstance(item, Piece) else 0  # what is told of the prompt is as long as that
+        if not isinstance(item, Piece) or self._has_room(item, size):
+            self._items.append(item)
+            self._sizes.append(size)
+
+    def _has_room(self, piece: Piece, size: int) -> bool:
+        """Counts it in; or False, from then on: a gap in what is kept would be worse than its end."""
+        if self.is_given_up:
+            return False
+        if self._used_bytes and self._used_bytes + size > self._max_bytes:
+            self.is_given_up = True
+            self.end(reader_too_slow(self._used_bytes, self._max_bytes, piece.first_token_index))
+            return False
+        self._used_bytes += size
+        return True
 
     def end(self, end: Finish | BatonError) -> None:
         """After what is there. Only the first end counts."""
@@ -58,6 +87,7 @@ class Outbox:
             finally:
                 self._reader = None
         if self._items:
+            self._used_bytes -= self._sizes.popleft()
             return self._items.popleft()
         assert self._end is not None
         if isinstance(self._end, BatonError):

@@ -150,6 +150,7 @@ class RouterServer:
                 lease_s=config.lease_s,
                 prefill_timeout_s=config.prefill_timeout_s,
                 gap_timeout_s=config.gap_timeout_s,
+                max_unread_bytes=config.max_unread_bytes,
             ),
             metrics=self.metrics,
         )

@@ -44,6 +44,7 @@ _STATUSES = {
     Reason.RESUME_DENIED: StatusName.PERMISSION_DENIED,
     Reason.RESUME_TOO_LATE: StatusName.OUT_OF_RANGE,
     Reason.ATTACHED_ELSEWHERE: StatusName.ABORTED,
+    Reason.READER_TOO_SLOW: StatusName.ABORTED,
     Reason.INTERNAL: StatusName.INTERNAL,
 }
 """Of the others the status is UNAVAILABLE before the first token and ABORTED after it."""

@@ -18,19 +18,13 @@ any other is kept until it can go along with tokens.
 from __future__ import annotations
 
 import heapq
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from baton.errors import BatonError, FieldViolation, invalid_request, resume_too_late
 from router.answering import Completed, Piece
-
-_PIECE_BYTES = 320
-_TOKEN_BYTES = 40
-_LOGPROBS_BYTES = 160
-_TOP_BYTES = 120
-"""What Python takes for them, rounded up: see tests/unit/test_replay_window.py."""
+from router.piece_size import size_bytes
 
 GUARANTEED_TOKEN_COUNT = 64
 """The newest of each window, which are its own however full the house is: a reader who keeps up is never too late."""
@@ -259,18 +253,6 @@ def merged(first: Piece, second: Piece) -> Piece:
         reasoning_text=first.reasoning_text + second.reasoning_text,
         tool_calls=first.tool_calls + second.tool_calls,
     )
-
-
-def size_bytes(piece: Piece) -> int:
-    """About what it takes in memory."""
-    size = _PIECE_BYTES + _TOKEN_BYTES * len(piece.token_ids) + sys.getsizeof(piece.text)
-    if piece.reasoning_text:
-        size += sys.getsizeof(piece.reasoning_text)
-    for call in piece.tool_calls:
-        size += _PIECE_BYTES + sys.getsizeof(call.arguments_json)
-    for each in piece.logprobs:
-        size += _LOGPROBS_BYTES + _TOP_BYTES * len(each.top)
-    return size
 
 
 def _has(cursor: Cursor, piece: Piece) -> bool:

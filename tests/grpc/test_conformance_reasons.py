@@ -273,6 +273,35 @@ async def resume_too_late(directory: Path) -> Outcome:
         return outcome
 
 
+async def reader_too_slow(directory: Path) -> Outcome:
+    """Many tokens with many log probabilities, into a window of the smallest size, which nobody empties."""
+    options = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
+    request = pb.GenerateRequest(
+        text="hello",
+        stop=pb.StopConditions(max_output_token_count=2000, ignore_eos=True),
+        output=pb.OutputOptions(content=pb.OutputOptions.CONTENT_TOKEN_IDS, top_logprob_count=20),
+    )
+    async with (
+        sim_cluster(directory, max_unread_bytes=64 * 1024) as cluster,
+        grpc.aio.insecure_channel(cluster.endpoint.address, options=options) as channel,
+    ):
+        running = Stream(channel, request)
+        await running.started()
+        await cluster.until(
+            lambda: all(flight.outbox.is_given_up for flight in cluster.server.relay._flights), "the bound is met"
+        )
+        await cluster.until(
+            lambda: all(each.is_balanced() for each in cluster.workers.values()), "the engines stopped"
+        )
+        outcome = await running.rest()
+        chunks = [message.chunk for message in outcome.messages if message.HasField("chunk")]
+        indices = [chunk.first_token_index + offset for chunk in chunks for offset in range(chunk.token_count)]
+        assert indices == list(range(int(outcome.metadata["emitted_token_count"])))
+        assert 0 < len(indices) < 2000
+        assert outcome.metadata["limit_bytes"] == str(64 * 1024)
+        return outcome
+
+
 async def attached_elsewhere(directory: Path) -> Outcome:
     async with served(directory, sim=SLOW_STEPS) as (_, channel):
         first = Stream(channel, resumable())
@@ -369,6 +398,7 @@ PRODUCERS: dict[str, list[Callable[[Path], Awaitable[Outcome]]]] = {
     "RESUME_DENIED": [resume_denied],
     "RESUME_TOO_LATE": [resume_too_late],
     "ATTACHED_ELSEWHERE": [attached_elsewhere],
+    "READER_TOO_SLOW": [reader_too_slow],
     "INTERNAL": [internal],
     "NO_ROOM": [no_room],
     "TICKET_REFUSED": [ticket_refused],

@@ -12,6 +12,7 @@ import pytest
 from baton.errors import BatonError, Reason, draining
 from baton.request import TokenLogprobs, ToolCallDelta
 from router.answering import Completed, Piece
+from router.piece_size import size_bytes
 from router.resuming.replay_window import (
     GUARANTEED_TOKEN_COUNT,
     Cursor,
@@ -19,7 +20,6 @@ from router.resuming.replay_window import (
     SharedBytes,
     WindowLimits,
     merged,
-    size_bytes,
     trim_largest,
 )
 

@@ -14,7 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
@@ -26,7 +26,7 @@ from baton.secret import TOKEN_KEY, cluster_token
 from baton.worker.v1 import worker_pb2, worker_pb2_grpc
 from fleet.config import FleetConfig
 from fleet.local_fleet import LocalFleet
-from fleet.members import members_of, policy_of
+from fleet.members import ROUTER_MODULE, Member, members_of, policy_of
 
 POLL_S = 0.02
 LISTENING = "AioServer."
@@ -58,6 +58,7 @@ class FleetUnderTest:
         self._fleet = fleet
         self._metadata = ((TOKEN_KEY, cluster_token(secret)),)
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._killed: set[int] = set()
 
     @property
     def address(self) -> str:
@@ -96,6 +97,8 @@ class FleetUnderTest:
         """Signals the worker's process alone, as the kernel or a person would; returns its pid."""
         pid = self.pid(worker_id)
         os.kill(pid, number)
+        if number is signal.SIGKILL:
+            self._killed.add(pid)
         return pid
 
     async def books(self) -> dict[str, Books]:
@@ -146,10 +149,11 @@ class FleetUnderTest:
             await asyncio.sleep(POLL_S)
 
     async def until_ready(self, timeout_s: float) -> None:
-        """Returns once every member of the fleet is ready and the router would place a request."""
+        """Returns once every member of the fleet is ready, killed ones as other processes, and the router would place
+        a request."""
         async with asyncio.timeout(timeout_s):
             version = -1
-            while not self._fleet.is_ready:
+            while not self._fleet.is_ready or self._has_killed():
                 version = await self._fleet.changed(version, 1.0)
                 if self._fleet.alarmed:
                     raise AssertionError(f"a member keeps failing: {self._fleet.alarmed}")
@@ -158,8 +162,14 @@ class FleetUnderTest:
             wanted_count = sum(pool.count for pool in self.config.pools.values())
             async with self.admin() as admin, aclosing(admin.watch(interval_s=0.1)) as views:
                 async for view in views:
-                    if sum(worker.health == "ready" for worker in view.workers) >= wanted_count:
+                    epochs = {(name, str(endpoint["epoch"])) for name, endpoint in self.endpoints().items()}
+                    ready = {(each.worker_id, each.epoch) for each in view.workers if each.health == "ready"}
+                    if len(ready) >= wanted_count and ready >= epochs:
                         return
+
+    def _has_killed(self) -> bool:
+        """Whether a process that was killed is still taken for a ready worker."""
+        return any(int(str(endpoint["pid"])) in self._killed for endpoint in self.endpoints().values())
 
     async def close(self) -> None:
         for channel in self._channels.values():
@@ -168,11 +178,22 @@ class FleetUnderTest:
 
 
 @asynccontextmanager
-async def running_fleet(config: FleetConfig, *, start_timeout_s: float = 240.0) -> AsyncIterator[FleetUnderTest]:
-    """A ready fleet; stopped, to the last process, on leaving."""
+async def running_fleet(
+    config: FleetConfig,
+    *,
+    start_timeout_s: float = 240.0,
+    router_module: str = ROUTER_MODULE,
+    router_env: Mapping[str, str] | None = None,
+) -> AsyncIterator[FleetUnderTest]:
+    """A ready fleet; stopped, to the last process, on leaving. ``router_module``: run in place of the router's own,
+    with ``router_env`` in its environment."""
     secret = secrets.token_bytes(32)
+    members = [
+        member if member.role is not None else _router_as(member, router_module, router_env or {})
+        for member in members_of(config, secret)
+    ]
     with tempfile.TemporaryDirectory(prefix="baton-fleet-") as folder:
-        fleet = LocalFleet(members_of(config, secret), policy_of(config), secret, Path(folder))
+        fleet = LocalFleet(members, policy_of(config), secret, Path(folder))
         under_test = FleetUnderTest(config, fleet, secret)
         await fleet.start()
         try:
@@ -184,6 +205,10 @@ async def running_fleet(config: FleetConfig, *, start_timeout_s: float = 240.0) 
             yield under_test
         finally:
             await under_test.close()
+
+
+def _router_as(member: Member, module: str, env: Mapping[str, str]) -> Member:
+    return replace(member, child=replace(member.child, module=module, env={**member.child.env, **env}))
 
 
 def _last_words(folder: Path) -> str:

@@ -1,35 +1,46 @@
-"""Thousands of open streams on one router process: ``python -m bench.open_streams --streams 10000 --write``.
+"""Thousands of open streams on one router process: ``python -m bench.open_streams --write``.
 
 A real fleet of processes: one router, a prefill worker and decode workers on simulated engines at one token a second,
-and clients in processes of their own. Streams are opened evenly, then spans of one length are measured, in turns:
+and a reader of all streams in a process of its own. Streams are opened evenly; then spans of one length are measured,
+in pairs, each kind first as often as second, so that drift falls on both:
 
-    all read | all read again: what two spans differ by anyway | a tenth does not read | all read ...
+    all read, a tenth stalled | a tenth stalled, all read | ...
 
-Every stream is read to its end, its tokens counted as they come, and its text compared with what its engine had to
-say.
+What is compared is the others' p99 gap (ITL), at the readers and at the router's own edge, and how long a token is
+inside the router; each with an interval from resampling the pairs and what is in them. Every stream is read to its
+end, its tokens counted as they come, and its text compared with what its engine had to say. Then as many streams once
+more: what the first ones left behind must be used again.
+
+The engines deal their streams out to micro-batches that take turns. With one batch an engine, all tokens of a second
+come in one burst, and a reader's gap tells its place in the burst, not what others cost it.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import math
 import os
+import random
 import resource
 import statistics
 import sys
 import tempfile
 import time
-from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bench.fleet_under_test import FleetUnderTest, running_fleet
 from bench.machine import MachineClock, machine_facts
+from bench.open_streams_router import FIELD_COUNT, RECORDS_VARIABLE
 from bench.real_fleet import free_ports
+from bench.results.statistics import Drawn, Percentile, Ratio, Values, draw_pairs, percentile
 from bench.soaking import say
 from engine.sim_tokens import TokenRule
 from fleet.config import FleetConfig, parse_config
@@ -44,133 +55,206 @@ MOST_RUNNING = 4096
 """Of one engine, as its configuration has it."""
 WORKER_SILENCE_S = 10.0
 """Of the router, whose default is 1 s: every process of this has to share the machine's few cores with all others."""
-SETTLE_S = 5.0
-"""Between two spans: what changed has changed by then."""
+ROUTER_MODULE = "bench.open_streams_router"
+FULL_TIMEOUT_S = 30.0
+"""Until the windows of all that stall are full, and until they have caught up."""
+SLICE_S = 0.25
+"""What ends within it is resampled together: what queues behind one burst is not independent."""
 MOVE_LIMIT = 0.05
 KEPT = "kept"
-SPANS = ("all read", "all read, again", "some stalled")
-"""Of one turn."""
+ALL_READ, STALLED = "all read", "a tenth stalled"
+STATISTICS = (Percentile(50.0), Percentile(99.0))
+P50, P99 = 0, 1
+"""Their places."""
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is run. ``token_count`` of each stream follows: enough for all of it, and then some."""
+    """What is run. How many tokens each stream has follows: enough for all of it, and then some."""
 
     stream_count: int
-    step_s: float
-    span_s: float
-    per_s: float
+    step_s: float = 1.0
+    span_s: float = 5.0
+    settle_s: float = 3.0
+    """Between two spans: what changed has changed by then."""
+    per_s: float = 150.0
     """Streams opened a second."""
-    stalled_share: float
-    worker_count: int
-    client_count: int
-    turn_count: int = 3
+    stalled_share: float = 0.1
+    worker_count: int = 4
+    micro_batch_count: int = 20
+    pair_count: int = 10
+    has_second_wave: bool = True
+    spare_token_count: int = 30
+    """Of each stream, beyond what its time should take: for a machine that takes longer."""
+
+    def __post_init__(self) -> None:
+        if self.token_count + 64 > CONTEXT:
+            raise SystemExit(
+                f"{self.token_count} tokens a stream do not fit its context; make --span-s or the ramp shorter"
+            )
+
+    @property
+    def ramp_s(self) -> float:
+        return self.stream_count / self.per_s
 
     @property
     def token_count(self) -> int:
-        ramp_s = self.stream_count / self.per_s
-        spans_s = (self.turn_count * len(SPANS) + 1) * (self.span_s + min(SETTLE_S, self.span_s))
-        count = math.ceil((1.3 * ramp_s + 1.15 * spans_s) / self.step_s) + 20
-        if count + 64 > CONTEXT:
-            raise SystemExit(f"{count} tokens a stream do not fit its context; make --span-s or the ramp shorter")
-        return count
+        spans_s = 2 * self.pair_count * (self.span_s + 1.25 * self.settle_s)
+        return math.ceil((1.1 * self.ramp_s + 1.05 * spans_s) / self.step_s) + self.spare_token_count
+
+    @property
+    def second_token_count(self) -> int:
+        """Of the second wave, whose streams need only be open all at once."""
+        return math.ceil(1.15 * self.ramp_s / self.step_s) + 20
+
+    @property
+    def span_names(self) -> list[str]:
+        names: list[str] = []
+        for number in range(self.pair_count):
+            names += (ALL_READ, STALLED) if number % 2 == 0 else (STALLED, ALL_READ)
+        return names
 
 
 @dataclass(frozen=True, slots=True)
+class Measured:
+    """Of the readers that never stall, in one span: values and the moments (CLOCK_MONOTONIC) at which they ended."""
+
+    ended_at: Values
+    seconds: Values
+
+    def units(self) -> list[Values]:
+        """In slices of time."""
+        if not self.seconds.size:
+            return []
+        order = np.argsort(self.ended_at, kind="stable")
+        slices = np.floor(self.ended_at[order] / SLICE_S)
+        return [each for each in np.split(self.seconds[order], np.flatnonzero(np.diff(slices)) + 1) if each.size]
+
+
+@dataclass(slots=True)
 class Span:
-    """One measured span of the readers that never stall."""
+    """One measured span."""
 
     name: str
-    gap_count: int
-    p50_s: float
-    p90_s: float
-    p99_s: float
-    max_s: float
+    began_at: float
+    ended_at: float
+    gaps: Measured = field(repr=False)
+    """Between two messages of a stream, at its reader."""
+    full_count: int
+    """Stallers whose windows had no room left, at both ends of the span."""
+    kept_back_count: int
+    """Tokens that stallers have less than others at its end."""
     router_rss_bytes: int
     cpu_s: dict[str, float]
     others_share: float
     """Of the machine, used by processes that are no part of this."""
+    write_gaps: Measured | None = None
+    """Between two writes of a call that the router began."""
+    stays: Measured | None = None
+    """From the worker's message in the router's hands to the beginning of the write, each token's."""
+    indirect_count: int = 0
+    """Writes begun by another task than the one that read the worker's message: their stay is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Of one thing measured in both kinds of spans."""
+
+    all_read_s: tuple[float, float]
+    """p50, p99."""
+    stalled_s: tuple[float, float]
+    move: Ratio
+    """Of p99."""
+    apart: tuple[float, ...]
+    """How far the p99 of two spans in a row of the same kind were apart, of the first."""
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[Measured, Measured]], alike: Sequence[tuple[Measured, Measured]]) -> Comparison:
+        """``pairs``: (all read, stalled), as they were run. ``alike``: neighbours of one kind."""
+        drawn: Drawn = draw_pairs(
+            [(read.units(), stalled.units()) for read, stalled in pairs],  # type: ignore[misc]  # arrays will do
+            STATISTICS,
+            random.Random(1),  # noqa: S311  # resamples
+        )
+        return cls(
+            (drawn.a[P50], drawn.a[P99]),
+            (drawn.b[P50], drawn.b[P99]),
+            drawn.ratio(P99),
+            tuple(percentile(later.seconds, 99) / percentile(first.seconds, 99) - 1 for first, later in alike),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """So many streams from the first to be opened to the last to end."""
+
+    begun_count: int
+    finished_count: int
+    wrong: tuple[str, ...]
+    token_count: int
+    message_count: int
+    open_rss_bytes: int
+    """With all of them open."""
+    end_rss_bytes: int
+    """When all were over."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     plan: Plan
-    spans: tuple[Span, ...]
     base_rss_bytes: int
-    open_rss_bytes: int
-    """With every stream open, before the first span."""
-    end_rss_bytes: int
-    """When all were over."""
-    begun_count: int
-    finished_count: int
-    wrong: tuple[str, ...]
-    tokens_per_message: float
+    waves: tuple[Wave, ...]
+    spans: tuple[Span, ...]
     staller_count: int
-    kept_back_count: int
-    """Tokens that stalled readers had not taken at the end of their span, and the others had: the least of all
-    turns."""
+    gaps: Comparison
+    write_gaps: Comparison
+    stays: Comparison
     took_s: float
 
     @property
     def rss_per_stream_bytes(self) -> float:
-        return (self.open_rss_bytes - self.base_rss_bytes) / self.plan.stream_count
-
-    @property
-    def moves(self) -> list[float]:
-        """Of the others' p99 while some stalled, against the two spans before it, turn by turn."""
-        return [stalled.p99_s / ((first.p99_s + again.p99_s) / 2) - 1 for first, again, stalled in self._turns()]
-
-    @property
-    def noises(self) -> list[float]:
-        """The same between two spans that differ in nothing."""
-        return [again.p99_s / first.p99_s - 1 for first, again, _ in self._turns()]
-
-    @property
-    def move(self) -> float:
-        """The middle one."""
-        return statistics.median(self.moves)
+        return (self.waves[0].open_rss_bytes - self.base_rss_bytes) / self.plan.stream_count
 
     @property
     def has_stalled(self) -> bool:
-        """Whether as many readers stalled as were asked to (each client rounds down), and lagged in every turn."""
+        """Whether as many readers stalled as were asked to, with full windows, in every span that says so."""
         asked = self.plan.stalled_share * self.plan.stream_count
-        near = max(0.1 * asked, self.plan.client_count)
-        return abs(self.staller_count - asked) <= near and (not asked or self.kept_back_count > 0)
-
-    def _turns(self) -> Iterator[tuple[Span, Span, Span]]:
-        for start in range(0, len(self.spans), len(SPANS)):
-            first, again, stalled = self.spans[start : start + len(SPANS)]
-            yield first, again, stalled
+        return abs(self.staller_count - asked) <= max(0.1 * asked, 1.0) and all(
+            span.full_count == self.staller_count and span.kept_back_count > 0
+            for span in self.spans
+            if span.name == STALLED
+        )
 
     @property
     def is_complete(self) -> bool:
-        return self.begun_count == self.finished_count == self.plan.stream_count and not self.wrong
+        return all(
+            wave.begun_count == wave.finished_count == self.plan.stream_count and not wave.wrong
+            for wave in self.waves
+        )
 
     @property
     def itl_verdict(self) -> str:
         if not self.has_stalled:
             return "not decided: readers did not stall as they were asked to"
-        return itl_verdict(self.moves, self.noises)
+        return itl_verdict(self.gaps.move)
 
     @property
     def is_kept(self) -> bool:
         return self.is_complete and self.has_stalled and self.itl_verdict == KEPT
 
 
-def itl_verdict(moves: Sequence[float], noises: Sequence[float]) -> str:
-    """On the others' ITL. ``noises``: moves between spans that differ in nothing. A machine that moves by more than
-    the limit by itself can neither keep nor miss it, unless the move exceeds its noise by the limit, too."""
-    move, noise = statistics.median(moves), statistics.median(abs(each) for each in noises)
-    if noise <= MOVE_LIMIT:
-        return KEPT if move <= MOVE_LIMIT else "MISSED"
-    if move > noise + MOVE_LIMIT:
-        return "MISSED"
-    return f"not decided: the machine's own noise is {100 * noise:.0f} %"
+def itl_verdict(move: Ratio) -> str:
+    """On the others' ITL, from the whole interval of its p99's ratio."""
+    if move.low is None or move.high is None:
+        return "not decided: too few pairs for an interval"
+    if move.high <= 1 + MOVE_LIMIT:
+        return KEPT
+    return "MISSED" if move.low > 1 + MOVE_LIMIT else "not decided: the limit is within the interval"
 
 
 class Part:
-    """A client process."""
+    """The readers' process."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -198,7 +282,7 @@ class Part:
         await self._process.stdin.drain()
         line = await self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"a client ended while it was told {command[0]}")
+            raise RuntimeError(f"the readers ended while they were told {command[0]}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -211,126 +295,189 @@ class Part:
 class OpenStreams:
     """One run on a ready fleet."""
 
-    def __init__(self, plan: Plan, fleet: FleetUnderTest, clients: Sequence[Part], folder: Path) -> None:
+    def __init__(self, plan: Plan, fleet: FleetUnderTest, readers: Part, folder: Path) -> None:
         self._plan = plan
         self._fleet = fleet
-        self._clients = clients
+        self._readers = readers
         self._folder = folder
         workers = {worker_id: fleet.pid(worker_id) for worker_id in fleet.endpoints()}
-        self._pids = {"router": _pid_of("fleet.router_process"), **workers}
-        for number, client in enumerate(clients):
-            self._pids[f"clients {number}"] = client.pid
+        self._pids = {"router": _pid_of(ROUTER_MODULE), **workers, "readers": readers.pid}
+        self._staller_count = 0
 
-    async def run(self) -> Report:
+    async def run(self, writes_path: Path) -> Report:
         plan, began_at = self._plan, time.monotonic()
-        base_rss = rss_bytes(self._pids["router"])
-        share, rest = divmod(plan.stream_count, len(self._clients))
-        timeout_s = plan.token_count * plan.step_s * 2 + 120
-        say(f"opening {plan.stream_count} streams of {plan.token_count} tokens, {plan.per_s:g} a second")
-        opening = [
-            client.tell(
-                "open",
-                self._fleet.address,
-                share + (number < rest),
-                plan.token_count,
-                plan.per_s / len(self._clients),
-                plan.stalled_share,
-                timeout_s,
-                RULE,
-            )
-            for number, client in enumerate(self._clients)
-        ]
-        told = _sum(await asyncio.gather(*opening))
-        say(f"open after {time.monotonic() - began_at:.0f} s: {told}")
-        if told["wrong_count"]:
-            raise RuntimeError(f"{told['wrong_count']} streams failed to begin: {told['wrong']}")
-        await self._settle()
-        open_rss = rss_bytes(self._pids["router"])
-        spans = []
-        kept_back: list[int] = []
-        for number, name in enumerate(SPANS * plan.turn_count):
-            if name == "some stalled":
-                before = await self._tell("stall")
-                await self._settle()
-            spans.append(await self._span(name, number))
-            if name == "some stalled":
-                after = await self._tell("go_on")
-                kept_back.append(_kept_back(before, after))
-                await self._settle()
-        await self._settle()
-        at_end = await self._tell("stats")
+        base_rss = self._router_rss()
+        await self._open(plan.token_count)
+        await asyncio.sleep(plan.settle_s)
+        open_rss = self._router_rss()
+        spans: list[Span] = []
+        is_stalling = False
+        for name in plan.span_names:
+            if (name == STALLED) != is_stalling:
+                is_stalling = name == STALLED
+                await (self._stall() if is_stalling else self._go_on())
+            await asyncio.sleep(plan.settle_s)
+            spans.append(await self._span(name))
+        if is_stalling:
+            await self._go_on()
+        at_end = await self._readers.tell("stats")
         if at_end["finished"]:
             raise RuntimeError(f"{at_end['finished']} streams were over before the last span was: open them faster")
-        say("waiting for every stream's end")
-        over = _sum(await asyncio.gather(*(client.tell("finish", timeout_s) for client in self._clients)))
-        say(f"over: {over}")
+        waves = [await self._finish(plan.token_count, open_rss)]
+        if plan.has_second_wave:
+            await self._open(plan.second_token_count)
+            waves.append(await self._finish(plan.second_token_count, self._router_rss()))
+        add_writes(spans, np.fromfile(writes_path))
+        pairs = pairs_of(spans)
+        alike = [(first, later) for first, later in itertools.pairwise(spans) if first.name == later.name]
+        say("resampling")
         return Report(
             plan,
-            tuple(spans),
             base_rss,
-            open_rss,
-            rss_bytes(self._pids["router"]),
-            over["begun"],
-            over["finished"],
-            tuple(over["wrong"]),
-            over["tokens"] / max(1, over["messages"]),
-            over["stallers"],
-            min(kept_back),
+            tuple(waves),
+            tuple(spans),
+            self._staller_count,
+            Comparison.of(
+                [(read.gaps, stalled.gaps) for read, stalled in pairs],
+                [(first.gaps, later.gaps) for first, later in alike],
+            ),
+            Comparison.of(
+                [(_known(read.write_gaps), _known(stalled.write_gaps)) for read, stalled in pairs],
+                [(_known(first.write_gaps), _known(later.write_gaps)) for first, later in alike],
+            ),
+            Comparison.of(
+                [(_known(read.stays), _known(stalled.stays)) for read, stalled in pairs],
+                [(_known(first.stays), _known(later.stays)) for first, later in alike],
+            ),
             time.monotonic() - began_at,
         )
 
-    async def _settle(self) -> None:
-        await asyncio.sleep(min(SETTLE_S, self._plan.span_s))
+    async def _open(self, token_count: int) -> None:
+        plan, began_at = self._plan, time.monotonic()
+        say(f"opening {plan.stream_count} streams of {token_count} tokens, {plan.per_s:g} a second")
+        told = await self._readers.tell(
+            "open",
+            self._fleet.address,
+            plan.stream_count,
+            token_count,
+            plan.per_s,
+            plan.stalled_share,
+            self._timeout_s(token_count),
+            RULE,
+        )
+        say(f"open after {time.monotonic() - began_at:.0f} s: {told}; router {self._router_rss() / 2**20:.0f} MiB")
+        if told["wrong_count"]:
+            raise RuntimeError(f"{told['wrong_count']} streams failed to begin: {told['wrong']}")
+        self._staller_count = told["stallers"]
 
-    async def _tell(self, *command: Any) -> dict[str, Any]:
-        return _sum(await asyncio.gather(*(client.tell(*command) for client in self._clients)))
+    async def _finish(self, token_count: int, open_rss: int) -> Wave:
+        say("waiting for every stream's end")
+        over = await self._readers.tell("finish", self._timeout_s(token_count))
+        await asyncio.sleep(self._plan.settle_s)
+        end_rss = self._router_rss()
+        say(f"over: {over}; router {end_rss / 2**20:.0f} MiB")
+        return Wave(
+            over["begun"],
+            over["finished"],
+            tuple(over["wrong"]),
+            over["tokens"],
+            over["messages"],
+            open_rss,
+            end_rss,
+        )
 
-    async def _span(self, name: str, number: int) -> Span:
-        await self._tell("phase", f"span {number}")
-        machine, cpu = MachineClock.read(), self._cpu_s()
+    async def _stall(self) -> None:
+        """Returns when nothing can be sent to any of the stallers."""
+        await self._readers.tell("stall")
+        await self._until("their windows are full", lambda told: told["full"] == told["stallers"])
+
+    async def _go_on(self) -> None:
+        """Returns when they have caught up."""
+        await self._readers.tell("go_on")
+        await self._until("they have caught up", lambda told: _kept_back(told) <= 2 * told["stallers"])
+
+    async def _until(self, what: str, is_so: Any) -> None:
+        ends_at = time.monotonic() + FULL_TIMEOUT_S
+        while not is_so(told := await self._readers.tell("stats")):
+            if time.monotonic() > ends_at:
+                raise RuntimeError(f"{FULL_TIMEOUT_S:g} s were not enough until {what}: {told}")
+            await asyncio.sleep(0.5)
+
+    async def _span(self, name: str) -> Span:
+        before = await self._readers.tell("measure")
+        began_at, machine, cpu = time.monotonic(), MachineClock.read(), self._cpu_s()
         await asyncio.sleep(self._plan.span_s)
+        ended_at = time.monotonic()
         used = {part: seconds - cpu[part] for part, seconds in self._cpu_s().items()}
         others = MachineClock.read().use_since(machine, sum(used.values())).others_share
-        await self._tell("phase", "")
-        rss = rss_bytes(self._pids["router"])
-        gaps = array("f")
-        for client_number, client in enumerate(self._clients):
-            path = self._folder / f"gaps-{client_number}"
-            await client.tell("gaps", f"span {number}", str(path))
-            with path.open("rb") as file:
-                gaps.frombytes(file.read())
-        ranked = sorted(gaps)
-        if not ranked:
+        path = self._folder / "gaps"
+        after = await self._readers.tell("measured", str(path))
+        values = np.fromfile(path)
+        gaps = Measured(*np.split(values, 2))
+        if not gaps.seconds.size:
             raise RuntimeError(f"no gaps in {name!r}: the spans are too short for the step")
-        p50, p90, p99 = (ranked[min(len(ranked) - 1, int(share * len(ranked)))] for share in (0.5, 0.9, 0.99))
-        span = Span(name, len(ranked), p50, p90, p99, ranked[-1], rss, used, others)
+        span = Span(
+            name,
+            began_at,
+            ended_at,
+            gaps,
+            min(before["full"], after["full"]),
+            _kept_back(after),
+            self._router_rss(),
+            used,
+            others,
+        )
+        p50, p99 = (percentile(gaps.seconds, percent) for percent in (50, 99))
         say(
-            f"{name}: {span.gap_count} gaps, p50 {p50:.4f} s, p99 {p99:.4f} s, longest {span.max_s:.3f} s; "
-            f"router {rss / 2**20:.0f} MiB; cpu "
+            f"{name}: {gaps.seconds.size} gaps, p50 {p50:.4f} s, p99 {p99:.4f} s, "
+            f"longest {gaps.seconds.max():.3f} s; {span.full_count} stalled; "
+            f"router {span.router_rss_bytes / 2**20:.0f} MiB; cpu "
             + ", ".join(f"{part} {seconds / self._plan.span_s:.2f}" for part, seconds in used.items())
             + f"; others {others:.2f}"
         )
         return span
 
+    def _timeout_s(self, token_count: int) -> float:
+        return token_count * self._plan.step_s * 2 + 120
+
+    def _router_rss(self) -> int:
+        return rss_bytes(self._pids["router"])
+
     def _cpu_s(self) -> dict[str, float]:
         return {part: _cpu_s(pid) for part, pid in self._pids.items()}
 
 
-def _kept_back(before: dict[str, Any], after: dict[str, Any]) -> int:
-    """Tokens that stallers lag behind, had they gone on at the pace of the others."""
-    others = after["streams"] - after["stallers"]
-    others_gained = (after["tokens"] - after["stalled_tokens"]) - (before["tokens"] - before["stalled_tokens"])
-    stallers_gained = after["stalled_tokens"] - before["stalled_tokens"]
-    expected: float = others_gained / max(1, others) * after["stallers"]
-    return round(expected) - int(stallers_gained)
+def pairs_of(spans: Sequence[Span]) -> list[tuple[Span, Span]]:
+    """(all read, stalled), whichever came first."""
+    pairs = []
+    for first, second in zip(spans[::2], spans[1::2], strict=True):
+        pairs.append((first, second) if first.name == ALL_READ else (second, first))
+    return pairs
 
 
-def _sum(told: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    names = told[0]
-    return {
-        name: [each for one in told for each in one[name]][:5] if name == "wrong" else sum(one[name] for one in told)
-        for name in names
-    }
+def add_writes(spans: Sequence[Span], records: Values) -> None:
+    """Deals what the router noted out to the spans. See ``bench.open_streams_router``."""
+    rows = records[: records.size // FIELD_COUNT * FIELD_COUNT].reshape(-1, FIELD_COUNT)
+    for span in spans:
+        first, last = np.searchsorted(rows[:, 0], (span.began_at, span.ended_at))
+        at, stays, gaps = rows[first:last].T
+        is_known = stays >= 0
+        span.write_gaps = Measured(at, gaps)
+        span.stays = Measured(at[is_known], stays[is_known])
+        span.indirect_count = int((~is_known).sum())
+
+
+def _known(measured: Measured | None) -> Measured:
+    assert measured is not None, "what the router noted was dealt out"
+    return measured
+
+
+def _kept_back(told: dict[str, Any]) -> int:
+    """Tokens that stallers have less than as many of the others."""
+    others = told["streams"] - told["stallers"]
+    expected = (told["tokens"] - told["stalled_tokens"]) / max(1, others) * told["stallers"]
+    behind: int = round(expected) - int(told["stalled_tokens"])
+    return behind
 
 
 def _pid_of(module: str) -> int:
@@ -376,9 +523,10 @@ def fleet_config(plan: Plan, folder: Path) -> FleetConfig:
     per_worker = math.ceil(1.5 * plan.stream_count / plan.worker_count)
     if per_worker > MOST_RUNNING:
         raise SystemExit(f"{plan.stream_count} streams want more than {plan.worker_count} workers")
+    decode_s = plan.step_s / plan.micro_batch_count
     tokens = ", ".join(f"{key} = {value}" for key, value in RULE.items())
 
-    def pool(role: str, count: int, running: int) -> str:
+    def pool(role: str, count: int, running: int, micro_batches: int) -> str:
         kv = max(CONTEXT, running * (plan.token_count + 64)) * KV_BYTES_PER_TOKEN
         return f"""
             [{role}]
@@ -395,11 +543,12 @@ def fleet_config(plan: Plan, folder: Path) -> FleetConfig:
             lease_s = 600.0
             [{role}.simulated]
             max_waiting_count = {running}
+            micro_batch_count = {micro_batches}
             tokens = {{{tokens}}}
             [{role}.simulated.cost]
             kv_bytes_per_token = {KV_BYTES_PER_TOKEN}
             prefill = {{base_s = 0.001, per_token_s = 0.0, per_token_squared_s = 0.0}}
-            decode = {{base_s = {plan.step_s}, per_context_token_s = 0.0, per_sequence_s = 0.0}}
+            decode = {{base_s = {decode_s}, per_context_token_s = 0.0, per_sequence_s = 0.0}}
         """
 
     return parse_config(f"""
@@ -420,8 +569,8 @@ def fleet_config(plan: Plan, folder: Path) -> FleetConfig:
         max_concurrent_call_count = {plan.stream_count + 100}
         max_in_flight_count = {plan.stream_count + 100}
         queue_limit = {plan.stream_count}
-        {pool("prefill", 1, 256)}
-        {pool("decode", plan.worker_count, per_worker)}
+        {pool("prefill", 1, 256, 1)}
+        {pool("decode", plan.worker_count, per_worker, plan.micro_batch_count)}
     """)
 
 
@@ -438,17 +587,28 @@ async def run(plan: Plan) -> Report:
     raise_file_limit(8192)
     with tempfile.TemporaryDirectory(prefix="baton-open-streams-") as temporary:
         folder = Path(temporary)
-        async with running_fleet(fleet_config(plan, folder), start_timeout_s=90.0) as fleet:
-            clients = [await Part.start() for _ in range(plan.client_count)]
+        writes_path = folder / "writes"
+        config = fleet_config(plan, folder)
+        async with running_fleet(
+            config, start_timeout_s=90.0, router_module=ROUTER_MODULE, router_env={RECORDS_VARIABLE: str(writes_path)}
+        ) as fleet:
+            readers = await Part.start()
             try:
-                return await OpenStreams(plan, fleet, clients, folder).run()
+                return await OpenStreams(plan, fleet, readers, folder).run(writes_path)
             finally:
-                for client in clients:
-                    await client.stop()
+                await readers.stop()
 
 
 def page_of(report: Report) -> str:
-    plan, facts = report.plan, machine_facts()
+    plan, facts, first = report.plan, machine_facts(), report.waves[0]
+    finished = " and ".join(str(wave.finished_count) for wave in report.waves)
+    wrong = [each for wave in report.waves for each in wave.wrong]
+    indirect, writes = (
+        sum(span.indirect_count for span in report.spans),
+        sum(_known(span.write_gaps).seconds.size for span in report.spans),
+    )
+    full = min((span.full_count for span in report.spans if span.name == STALLED), default=0)
+    kept_back = min((span.kept_back_count for span in report.spans if span.name == STALLED), default=0)
     lines = [
         "# Open streams",
         "",
@@ -456,66 +616,106 @@ def page_of(report: Report) -> str:
         f"{facts['python']}, grpcio {facts['packages']['grpcio']}; commit {facts['commit']}.",
         "",
         f"`python -m bench.open_streams --streams {plan.stream_count}`: one router process, one prefill and "
-        f"{plan.worker_count} decode workers on simulated engines, {plan.client_count} client processes, all on "
-        f"these cores. One token every {plan.step_s:g} s and stream; {plan.per_s:g} streams opened a second; "
-        f"{plan.token_count} tokens a stream; spans of {plan.span_s:g} s.",
+        f"{plan.worker_count} decode workers on simulated engines, one process that reads, all on these cores. One "
+        f"token every {plan.step_s:g} s and stream, the streams of an engine in "
+        f"{plan.micro_batch_count} micro-batches that take turns; {plan.per_s:g} streams opened a second; "
+        f"{plan.token_count} tokens a stream; "
+        f"{plan.pair_count} pairs of spans of {plan.span_s:g} s, one with all reading, one with a tenth stalled, "
+        "each kind first in every other pair.",
         "",
-        f"- streams opened {plan.stream_count}, begun {report.begun_count}, finished and right to the last token "
-        f"{report.finished_count}; wrong: {', '.join(report.wrong) or 'none'}. Nothing dropped: "
+        f"- streams opened {plan.stream_count}"
+        + (", and as many again when those were over" if len(report.waves) > 1 else "")
+        + f"; finished and right to the last token {finished}; wrong: {', '.join(wrong) or 'none'}. Nothing dropped: "
         + (KEPT if report.is_complete else "BROKEN"),
-        f"- memory of the router: {report.base_rss_bytes / 2**20:.0f} MiB without streams, "
-        f"{report.open_rss_bytes / 2**20:.0f} MiB with all of them open: "
-        f"**{report.rss_per_stream_bytes / 1024:.1f} KiB a stream**; {report.end_rss_bytes / 2**20:.0f} MiB "
-        "when all were over",
-        f"- {report.staller_count} readers stopped reading in every third span; "
-        f"they had at least {report.kept_back_count} tokens less than the others at its end",
-        f"- p99 between two messages, of the readers that never stop: **{100 * report.move:+.1f} %** while those "
-        f"stalled, against the two spans before, the middle of {_percents(report.moves)}; two spans that differ in "
-        f"nothing are {_percents(report.noises)} apart. Goal: at most {100 * MOVE_LIMIT:+.0f} %: "
-        + report.itl_verdict,
-        f"- tokens a message: {report.tokens_per_message:.2f}; the run took {report.took_s:.0f} s",
+        f"- {report.staller_count} readers stall: they give the router no room, and in every such span, at its "
+        f"beginning and at its end, {full} of them had flow-control windows without room for another byte; "
+        f"they had at least {kept_back} tokens less than as many others",
+        f"- p99 between two messages, of the readers that never stall: **{_move(report.gaps.move)}** while those "
+        f"stalled. Goal: at most {100 * MOVE_LIMIT:+.0f} %: **{report.itl_verdict}**",
+        f"- memory of the router: {_mib(report.base_rss_bytes)} without streams, {_mib(first.open_rss_bytes)} with "
+        f"all of them open: **{report.rss_per_stream_bytes / 1024:.1f} KiB a stream**; "
+        f"{_mib(first.end_rss_bytes)} when all were over",
+        *(
+            f"- as many streams once more: {_mib(wave.open_rss_bytes)} with all of them open, "
+            f"{_mib(wave.end_rss_bytes)} when all were over"
+            for wave in report.waves[1:]
+        ),
+        f"- tokens a message: {first.token_count / max(1, first.message_count):.3f}; the run took "
+        f"{report.took_s:.0f} s",
         "",
-        "| span | gaps | p50, s | p90, s | p99, s | longest, s | router, MiB | CPU of router | workers | clients "
-        "| others on the machine |",
-        "| --- |" + " --- |" * 10,
+        "Of the readers that never stall, over all spans of a kind; the 95 % interval is of the ratio of p99, from "
+        "resampling pairs and slices of time within them:",
+        "",
+        "| ms | all read: p50 | p99 | a tenth stalled: p50 | p99 | p99 moves by | two alike in a row are apart |",
+        "| --- |" + " --- |" * 6,
+        *(
+            f"| {name} | {_ms(each.all_read_s)} | {_ms(each.stalled_s)} | {_move(each.move)} | "
+            f"{100 * statistics.median(map(abs, each.apart)) if each.apart else math.nan:.1f} % |"
+            for name, each in (
+                ("between two messages, at the reader", report.gaps),
+                ("between two writes begun, at the router's edge", report.write_gaps),
+                ("a token inside the router: from the worker's message to the write's beginning", report.stays),
+            )
+        ),
+        "",
+        f"Of {writes} writes, {indirect} were begun by another task than the one that had read the worker's message, "
+        "and are in the first two rows only.",
+        "",
+        "| span | gaps | p50, s | p99, s | longest, s | in the router: p99, ms | windows full | router, MiB "
+        "| CPU of router | workers | reader | others on the machine |",
+        "| --- |" + " --- |" * 11,
     ]
     for span in report.spans:
         per_s = {part: seconds / plan.span_s for part, seconds in span.cpu_s.items()}
         workers = sum(share for part, share in per_s.items() if part.startswith(("prefill", "decode")))
-        clients = sum(share for part, share in per_s.items() if part.startswith("clients"))
+        seconds = span.gaps.seconds
         lines.append(
-            f"| {span.name} | {span.gap_count} | {span.p50_s:.4f} | {span.p90_s:.4f} | {span.p99_s:.4f} | "
-            f"{span.max_s:.3f} | {span.router_rss_bytes / 2**20:.0f} | {per_s['router']:.2f} | {workers:.2f} | "
-            f"{clients:.2f} | {span.others_share:.2f} |"
+            f"| {span.name} | {seconds.size} | {percentile(seconds, 50):.4f} | {percentile(seconds, 99):.4f} | "
+            f"{seconds.max():.3f} | {1000 * percentile(_known(span.stays).seconds, 99):.1f} | {span.full_count} | "
+            f"{span.router_rss_bytes / 2**20:.0f} | {per_s['router']:.2f} | {workers:.2f} | "
+            f"{per_s['readers']:.2f} | {span.others_share:.2f} |"
         )
     return "\n".join([*lines, ""])
 
 
-def _percents(shares: Sequence[float]) -> str:
-    return ", ".join(f"{100 * share:+.1f}" for share in shares) + " %"
+def _mib(byte_count: int) -> str:
+    return f"{byte_count / 2**20:.0f} MiB"
+
+
+def _ms(seconds: Sequence[float]) -> str:
+    return " | ".join(f"{1000 * each:.2f}" for each in seconds)
+
+
+def _move(move: Ratio) -> str:
+    value, low, high = (math.nan if each is None else 100 * (each - 1) for each in (move.value, move.low, move.high))
+    return f"{value:+.1f} % [{low:+.1f}, {high:+.1f}]"
 
 
 def plan_of(words: Sequence[str] | None = None) -> tuple[Plan, argparse.Namespace]:
     parser = argparse.ArgumentParser(prog="python -m bench.open_streams", description=__doc__)
     parser.add_argument("--streams", type=int, default=10_000)
     parser.add_argument("--step-s", type=float, default=1.0, help="between two tokens of a stream")
-    parser.add_argument("--span-s", type=float, default=15.0, help="length of each measured span")
-    parser.add_argument("--turns", type=int, default=3, help="of three spans each")
+    parser.add_argument("--span-s", type=float, default=5.0, help="length of each measured span")
+    parser.add_argument("--settle-s", type=float, default=3.0, help="between two spans")
+    parser.add_argument("--pairs", type=int, default=10, help="of spans")
     parser.add_argument("--per-s", type=float, default=150.0, help="streams opened a second")
     parser.add_argument("--stalled-share", type=float, default=0.1)
     parser.add_argument("--workers", type=int, default=4, help="decode workers")
-    parser.add_argument("--clients", type=int, default=2, help="client processes")
+    parser.add_argument("--micro-batches", type=int, default=20, help="of an engine; 1: all tokens come at once")
+    parser.add_argument("--one-wave", action="store_true", help="no second wave of streams")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     options = parser.parse_args(words)
     plan = Plan(
-        options.streams,
-        options.step_s,
-        options.span_s,
-        options.per_s,
-        options.stalled_share,
-        options.workers,
-        options.clients,
-        options.turns,
+        stream_count=options.streams,
+        step_s=options.step_s,
+        span_s=options.span_s,
+        settle_s=options.settle_s,
+        per_s=options.per_s,
+        stalled_share=options.stalled_share,
+        worker_count=options.workers,
+        micro_batch_count=options.micro_batches,
+        pair_count=options.pairs,
+        has_second_wave=not options.one_wave,
     )
     return plan, options
 

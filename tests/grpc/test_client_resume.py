@@ -118,7 +118,7 @@ async def test_a_router_that_stops_hands_its_streams_to_the_next_address(tmp_pat
             async with aclosing(client.generate(PROMPT, timeout=60, stop=tokens(80), resume=ENOUGH)) as stream:
                 async for event in stream:
                     text += event.text
-                    if isinstance(event, Chunk) and event.first_token_index == 10:
+                    if isinstance(event, Chunk) and event.first_token_index >= 10:
                         await stack.aclose()  # the router is gone, and every connection with it
                     if isinstance(event, Finished):
                         assert event.resume_count == 1
@@ -141,8 +141,8 @@ async def test_a_router_that_comes_back_is_waited_for(tmp_path: Path) -> None:
             async with aclosing(client.generate(PROMPT, timeout=60, stop=tokens(60), resume=ENOUGH)) as stream:
                 async for event in stream:
                     text += event.text
-                    if isinstance(event, Chunk) and event.first_token_index == 10:
-                        restarting = asyncio.create_task(restart())
+                    if isinstance(event, Chunk) and event.first_token_index >= 10:
+                        restarting = restarting or asyncio.create_task(restart())
             assert restarting is not None
             await restarting
             assert text == whole.text

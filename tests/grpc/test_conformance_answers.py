@@ -103,7 +103,7 @@ async def answers(tmp_path_factory: Any) -> AsyncIterator[Answers]:
     ):
         found.local = await generate(channel, request())
     (write_tiny_model(directory / "chatless") / "chat_template.jinja").unlink()
-    chatless = {"model_dir": str(directory / "chatless"), "max_context_token_count": 100}
+    chatless: dict[str, Any] = {"model_dir": str(directory / "chatless"), "max_context_token_count": 100}
     async with (
         sim_cluster(directory / "short", local_prompt_token_count=len(IDS), **chatless) as cluster,
         grpc.aio.insecure_channel(cluster.endpoint.address) as channel,

@@ -16,8 +16,10 @@ BENCH_RUN_EXPERIMENTS = "-event_engine_client"
 """What gRPC is told in the process of ``baton bench run``, which starts no server that could inherit it. gRPC 1.85
 reads a client's sockets in threads of its event engine, which wake the completion queue's thread, which wakes ours;
 without them that thread reads itself: about 0.7 instead of 0.8 of a core at 10,000 messages/s."""
+# Both are read once, when grpc is imported: just below.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its remarks, as on handshakes, are not for people
 if sys.argv[1:3] == ["bench", "run"]:
-    os.environ.setdefault("GRPC_EXPERIMENTS", BENCH_RUN_EXPERIMENTS)  # read once, when grpc is imported: just below
+    os.environ.setdefault("GRPC_EXPERIMENTS", BENCH_RUN_EXPERIMENTS)
 
 from baton.cli import chat, exits, generate, health, key, models, top  # noqa: E402
 
@@ -31,7 +33,6 @@ _EXIT_CODES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # before its first channel: its remarks are not for people
     arguments = list(sys.argv[1:] if argv is None else argv)
     has_fleet = _is_installed("fleet.cli")
     if not has_fleet and arguments and arguments[0] in (*_FLEET_VERBS, "bench"):

@@ -19,8 +19,12 @@ from sim_cluster import sim_cluster
 class Reflected:
     """A caller that knows an address and no .proto file. Blocking: for a thread of its own."""
 
-    def __init__(self, address: str) -> None:
-        self._channel = grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)])
+    def __init__(self, address: str, credentials: grpc.ChannelCredentials | None = None) -> None:
+        options = [("grpc.enable_http_proxy", 0)]
+        if credentials is None:
+            self._channel = grpc.insecure_channel(address, options=options)
+        else:
+            self._channel = grpc.secure_channel(address, credentials, options=options)
         self._database = ProtoReflectionDescriptorDatabase(self._channel)
         self._pool = DescriptorPool(self._database)  # of its own: the default one knows our generated code
 

@@ -45,7 +45,7 @@ FAST = CostModel(
 )
 CONTEXT = 2048
 QUIET_S = 20.0
-"""Within this, whatever a storm left must be gone."""
+"""Within this, whatever a storm left must be gone: less than the graces and leases that would clean up after us."""
 
 _numbers = itertools.count()
 
@@ -86,6 +86,11 @@ class SimCluster:
         self.server = server
         self.workers = workers
         self.endpoint: RouterEndpoint
+
+    def set_cost(self, cost: CostModel) -> None:
+        """What the steps of all engines take from now on: slow until something is seen, then fast to be done."""
+        for worker in self.workers.values():
+            worker.engine.config = dataclasses.replace(worker.engine.config, cost=cost)
 
     def set_workers(self, *worker_ids: str) -> None:
         self.server.roster.set_workers([self.workers[worker_id].spec for worker_id in worker_ids])

@@ -93,10 +93,10 @@ async def test_the_service_answers_within_its_callers_deadline_or_says_why_not(t
     async with sim_cluster(tmp_path, sim={"cost": SLOW}) as cluster, summary_service(cluster) as port:
         good, late, wrong, again = await asked(
             port,
-            '{"text": "a long text", "timeout_s": 20}',
+            '{"text": "a long text", "timeout_s": 60}',
             '{"text": "a long text", "timeout_s": 0.3}',
             '{"text": "a long text"}',
-            '{"text": "another", "timeout_s": 20}',
+            '{"text": "another", "timeout_s": 60}',
         )
         assert good["output_token_count"] >= 1
         assert again["summary"]
@@ -238,7 +238,7 @@ async def test_node_streams_an_answer_and_lists_models(tmp_path: Path, node: str
 
 async def test_node_reads_reason_violations_and_when_to_come_back(tmp_path: Path, node: str) -> None:
     chat = EXAMPLES / "node" / "chat.js"
-    async with sim_cluster(tmp_path, sim={"cost": SLOW}) as cluster:
+    async with sim_cluster(tmp_path, sim={"cost": SLOW}, max_no_worker_wait_s=0.05) as cluster:
         at = ("--address", cluster.endpoint.address)
         code, _, err = await run(node, chat, "--temperature", "9", *at, "hi")
         assert code == 2
@@ -248,9 +248,9 @@ async def test_node_reads_reason_violations_and_when_to_come_back(tmp_path: Path
         assert code == 4
         assert "DEADLINE_EXCEEDED" in err
         cluster.set_workers()
-        code, _, err = await run(node, chat, "--timeout", "5", *at, "hi")
+        code, _, err = await run(node, chat, "--timeout", "60", *at, "hi")
         assert code == 3
-        assert re.search("NO_WORKER|DEADLINE", err)
+        assert "NO_WORKER" in err
     code, _, err = await run(node, chat, "--timeout", "3", "--address", "127.0.0.1:1", "hi")
     assert (code, "(no reason given)" in err) == (3, True)
 

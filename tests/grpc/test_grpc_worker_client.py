@@ -6,7 +6,6 @@ import asyncio
 import random
 import signal
 import sys
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
@@ -226,13 +225,11 @@ async def test_load_is_told_at_once_and_again_and_again() -> None:
             assert load.block_count > 0
 
 
-async def test_nobody_at_the_address_is_known_at_once() -> None:
+async def test_nobody_at_the_address_is_known_by_the_connection_and_not_by_the_deadline() -> None:
     client = GrpcWorkerClient("127.0.0.1:1", SECRET)
-    began_at = time.monotonic()
     with pytest.raises(BatonError) as caught:
         await client.info(timeout_s=60)
     assert (caught.value.reason, caught.value.status.value) == (Reason.ENGINE_FAILED, "UNAVAILABLE")
-    assert time.monotonic() - began_at < 1.0
     await client.close()
 
 
@@ -253,7 +250,7 @@ async def test_closing_the_client_fails_its_calls_and_does_not_cancel_their_call
             await consumer
         assert caught.value.reason is Reason.ENGINE_FAILED
         with pytest.raises(BatonError) as caught:
-            await client.info(timeout_s=1)
+            await client.info(timeout_s=60)
         assert caught.value.reason is Reason.ENGINE_FAILED
 
 
@@ -302,7 +299,7 @@ async def test_a_decode_without_room_waits_over_sockets_until_its_worker_reports
             await worker.engine.close()
 
 
-async def test_a_killed_process_is_noticed_within_a_second() -> None:
+async def test_a_killed_process_is_noticed_by_its_connection_and_not_by_a_deadline() -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable, __file__, stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[2]
     )
@@ -315,11 +312,9 @@ async def test_a_killed_process_is_noticed_within_a_second() -> None:
             while not isinstance(await anext(stream), Stepped):
                 pass
             process.send_signal(signal.SIGKILL)
-            killed_at = time.monotonic()
             with pytest.raises(BatonError) as caught:
                 await _exhaust(stream)
         assert (caught.value.reason, caught.value.status.value) == (Reason.ENGINE_FAILED, "UNAVAILABLE")
-        assert time.monotonic() - killed_at < 1.0
         await client.close()
     finally:
         if process.returncode is None:

@@ -180,14 +180,14 @@ async def test_a_reader_that_does_not_tell_gets_few_messages_and_then_all_the_re
 
 async def test_a_leg_that_is_called_off_ends_in_the_engine_and_the_others_go_on() -> None:
     async with hosted() as worker:
-        others = [asyncio.create_task(tokens_of(worker.client, number, 120)) for number in (1, 2)]
+        others = [asyncio.create_task(tokens_of(worker.client, number, 300)) for number in (1, 2)]
         async with aclosing(told(worker.client, order(3, 5000), 60)) as events:
             async for event in events:
                 if isinstance(event, Stepped):
                     break
             assert worker.decode.running_count == 3
         await eventually(lambda: worker.decode.running_count <= 2)
-        assert await asyncio.gather(*others) == [answer(1, 120), answer(2, 120)]
+        assert await asyncio.gather(*others) == [answer(1, 300), answer(2, 300)]
 
 
 async def test_a_leg_called_off_in_the_message_that_starts_it_says_nothing() -> None:

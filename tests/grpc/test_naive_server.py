@@ -16,7 +16,7 @@ import uvicorn
 from bench.comparison.naive_server import CompletionRequest, application
 from bench.targets import OpenAiTarget, TargetError, TokenEvent
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 class Echo:

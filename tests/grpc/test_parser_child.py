@@ -76,7 +76,7 @@ async def test_a_process_killed_while_nothing_is_asked_is_replaced() -> None:
 
 
 async def test_a_process_that_answers_nobody_is_killed_and_replaced() -> None:
-    async with child(deadline_s=0.3) as one:
+    async with child(deadline_s=1.0) as one:
         pid = one.pid
         with pytest.raises(BatonError) as failed:
             await stream(one).push(["hang"], [1])
@@ -84,6 +84,7 @@ async def test_a_process_that_answers_nobody_is_killed_and_replaced() -> None:
         async with asyncio.timeout(60):
             while one.pid in (pid, None):  # noqa: ASYNC110  # as above
                 await asyncio.sleep(0.01)
+        one._spec = spec(deadline_s=60.0)  # this one is to answer, when it can
         assert (await stream(one).push(["c"], [1])).text == "C"
 
 
@@ -126,7 +127,7 @@ async def test_the_process_gets_no_secret_of_ours(monkeypatch: pytest.MonkeyPatc
 )
 async def test_a_process_that_does_not_start_says_why(name: str, said: str) -> None:
     with pytest.raises(ParserStartError, match=said) as failed:
-        await ParserChild(spec(name, start_deadline_s=30.0 if name != "never" else 0.5)).start()
+        await ParserChild(spec(name, start_deadline_s=60.0 if name != "never" else 0.5)).start()
     assert f'tool_parser = "{name}"' in str(failed.value)
 
 

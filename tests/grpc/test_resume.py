@@ -71,7 +71,7 @@ async def begin(stub: Any, request: pb.GenerateRequest, *, until_index: int) -> 
 
 
 async def go_on(stub: Any, heard: Heard, *, has_continuation: bool = False, **options: Any) -> Heard:
-    options.setdefault("timeout", 20)
+    options.setdefault("timeout", 60)
     async for response in stub.ResumeGenerate(heard.resume_request(has_continuation=has_continuation), **options):
         heard.take(response)
     return heard
@@ -122,7 +122,7 @@ async def test_a_cut_stream_goes_on_where_its_caller_left_off(tmp_path: Path) ->
         whole = await uncut(cluster, resumable())
         async with channel_to(cluster.endpoint.address) as channel:
             stub = stub_of(channel)
-            heard, call = await begin(stub, resumable(grace_s=0.2), until_index=5)
+            heard, call = await begin(stub, resumable(grace_s=1.0), until_index=5)
             call.cancel()
             await go_on(stub, heard)
         assert same_answer(heard, whole)
@@ -190,7 +190,7 @@ async def test_a_plain_request_ends_with_its_connection_at_once(tmp_path: Path) 
 async def test_what_nobody_comes_back_to_is_cancelled_after_its_grace_and_counted(tmp_path: Path) -> None:
     async with sim_cluster(tmp_path, sim=SLOW) as cluster, channel_to(cluster.endpoint.address) as channel:
         stub = stub_of(channel)
-        heard, call = await begin(stub, resumable(1500, grace_s=0.3), until_index=3)
+        heard, call = await begin(stub, resumable(1500, grace_s=1.0), until_index=3)
         call.cancel()
         await cluster.until(lambda: cluster.server.resumables.detached_count == 1, "detached, and running")
         await cluster.until(lambda: cluster.server.resumables.kept_count == 0, "cancelled after the grace")

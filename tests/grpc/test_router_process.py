@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +91,9 @@ def test_a_ready_router_says_where_it_listens_and_a_signal_stops_it(directory: P
         for key in ("address", "admin_address", "metrics_address"):
             host, _, port = endpoint[key].rpartition(":")
             socket.create_connection((host, int(port)), timeout=60).close()
-        began = time.monotonic()
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
         assert process.returncode == 0
-        assert time.monotonic() - began < 5
         assert said == ""
     finally:
         process.kill()

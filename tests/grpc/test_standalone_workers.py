@@ -86,7 +86,7 @@ async def test_two_processes_serve_one_request_and_end_on_a_signal_with_status_0
             order = worker_pb2.PrefillRequest(
                 prompt_token_ids=pack_token_ids(prompt),
                 stop=worker_pb2.StopSpec(max_token_count=4, ignore_eos=True),
-                lease_s=10,
+                lease_s=600,
                 **common,
             )
             reply = await prefill.Prefill(order, metadata=TOKEN, timeout=60)
@@ -121,7 +121,7 @@ async def test_a_second_signal_ends_the_wait_for_held_kv(files: dict[str, Path])
                 prompt_token_ids=pack_token_ids(range(10, 60)),
                 sampling=worker_pb2.SamplingSpec(top_p=1.0, repetition_penalty=1.0),
                 stop=worker_pb2.StopSpec(max_token_count=4, ignore_eos=True),
-                lease_s=60,
+                lease_s=600,
             )
             await stub.Prefill(order, metadata=TOKEN, timeout=60)
         process.send_signal(signal.SIGTERM)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 
@@ -59,8 +58,6 @@ def test_a_structure_beyond_a_bound_is_told_so(name: str) -> None:
 
 
 def test_the_longest_texts_are_read_once() -> None:
-    """Linear, by a bound a hundred times wider than it needs on a slow machine."""
-    began = time.thread_time()
+    """What reads them again and again takes hours, and the limit of every test, five minutes, ends it."""
     for text in ("{" * 65_536, "a{1}" * 16_384, "(a)" * 21_845, "\\\\" * 32_768):
         structure_problem(Structure(REGEX, text))
-    assert time.thread_time() - began < 20

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-import time
 from collections.abc import AsyncGenerator
 
 import pytest
@@ -22,9 +21,7 @@ def test_a_long_sleep_takes_no_real_time_and_exactly_its_virtual_time() -> None:
         await asyncio.sleep(3600)
         return now()
 
-    started = time.monotonic()
-    assert run_virtual(scenario()) == 3600.0
-    assert time.monotonic() - started < 1.0
+    assert run_virtual(scenario()) == 3600.0  # in real time the limit of every test, five minutes, would end it
 
 
 def test_sleeps_interleave_in_the_order_of_their_ends() -> None:

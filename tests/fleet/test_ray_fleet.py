@@ -10,13 +10,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from simulated_fleet import Answer, expected_tokens, generate, simulated_config
+from simulated_fleet import ANSWER_S, PROMPT, Answer, expected_tokens, generate, simulated_config
 
+from baton.client import BatonClient, Chunk, Finished
+from baton.request import OutputOptions, StopConditions
 from fleet import process_tree
 from fleet.child_process import SOURCE_ROOT
 from fleet.config import FleetConfig
@@ -27,6 +29,7 @@ pytest.importorskip("ray")
 COMMAND_S = 100.0
 """Ray takes three seconds to start, and many more on a machine that is busy with engines."""
 SOON_S = 60.0
+ROUTERS = ("router", "router-1")
 
 
 async def baton(*arguments: str, env: Mapping[str, str] | None = None) -> tuple[int, str]:
@@ -230,6 +233,51 @@ async def test_on_two_nodes_each_role_runs_where_its_resources_are(tmp_path: Pat
                 await nodes.wait()
         finally:
             process_tree.kill(family)
+
+
+@pytest.mark.timeout(400)
+async def test_with_two_routers_a_stream_whose_router_is_killed_goes_on_at_the_other(tmp_path: Path) -> None:
+    """Either way round; and the killed one comes back, kept by its actor, while nothing else is restarted."""
+    cluster = 'runner = "ray"\nrouter_count = 2'
+    config = simulated_config(tmp_path, cluster=cluster, decode="count = 2", step_s=0.02)
+    async with up(config):
+        for killed, other in (ROUTERS, ROUTERS[::-1]):
+            before = members(config)
+            for name in ROUTERS:
+                assert (await generate(before[name]["address"], 30)).tokens == expected_tokens(30)
+            tokens, resume_count = await _resumed(before[killed], before[other])
+            assert (tokens, resume_count) == (expected_tokens(150), 1)
+            fresh = await until_new_process(config, killed, before[killed]["pid"])
+            assert fresh["actor_pid"] == before[killed]["actor_pid"]
+            after = members(config)
+            assert {name for name in before if after[name]["pid"] != before[name]["pid"]} == {killed}
+        code, output = await baton("status", "--config", config.source)
+        assert code == 0, output
+        assert "router-1" in output
+
+
+async def _resumed(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[list[int], int]:
+    """The tokens of a resumable answer whose router, the first, is killed on the way; and how often it was resumed."""
+    tokens: list[int] = []
+    resume_count = 0
+    async with BatonClient([first["address"], second["address"]]) as client:
+        events = client.generate(
+            PROMPT,
+            timeout=ANSWER_S,
+            stop=StopConditions(max_output_token_count=150),
+            output=OutputOptions(wants_text=False, wants_token_ids=True),
+            resume=True,
+        )
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, Chunk):
+                    if len(tokens) < 5 <= len(tokens) + event.token_count:
+                        os.kill(first["pid"], signal.SIGKILL)
+                    tokens += event.token_ids
+                elif isinstance(event, Finished):
+                    resume_count = event.resume_count
+        assert client.address == second["address"]
+    return tokens, resume_count
 
 
 FAILS_HALF_WAY = """

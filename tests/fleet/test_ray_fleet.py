@@ -257,7 +257,7 @@ async def test_with_two_routers_a_stream_whose_router_is_killed_goes_on_at_the_o
 
 
 async def _resumed(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[list[int], int]:
-    """The tokens of a resumable answer whose router, the first, is killed on the way; and how often it was resumed."""
+    """The tokens of a resumable answer whose router, the first, is killed meanwhile; and how often it was resumed."""
     tokens: list[int] = []
     resume_count = 0
     async with BatonClient([first["address"], second["address"]]) as client:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socketserver
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from steady_loop import SteadyLoop
 
 from deploy.setup import prepare_model
@@ -23,6 +25,15 @@ TESTS = Path(__file__).parent
 # hundreds of tests, minutes in which nothing happens.
 socketserver.BaseServer.serve_forever.__defaults__ = (0.02,)
 
+
+# By default an example that takes 0.2 s is a failure, and so is generating slowly: on a busy machine that is nobody's
+# fault. Which examples are made is fixed, so that what passed here passes there.
+settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
+
+# Whoever starts us in the background of a script leaves us, and our children, deaf to the interrupts that are tested.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REAL_CLOCK = ("e2e", "test_workbench_targets.py")
 """A folder and a file of tests that share a clock with what is outside of their process."""

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from baton.client import BatonClient
+from baton.client import BatonClient, Tls
 from baton.errors import BatonError, Interrupted, InvalidRequest
 from baton.request import StopConditions
 
@@ -118,7 +118,7 @@ async def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=256)
     options = parser.parse_args()
     done = done_ids(options.answers)
-    async with BatonClient(options.address) as client:
+    async with BatonClient(options.address, tls=Tls.from_environment()) as client:
         with options.prompts.open(encoding="utf-8") as prompts, options.answers.open("a", encoding="utf-8") as out:
             batch = Batch(client, out, options)
             await batch.run(items_of(prompts, done))

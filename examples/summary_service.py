@@ -22,7 +22,7 @@ import math
 import signal
 from typing import Any
 
-from baton.client import BatonClient
+from baton.client import BatonClient, Tls
 from baton.errors import BatonError, DeadlineExceeded, InvalidRequest
 from baton.request import StopConditions
 
@@ -118,7 +118,7 @@ async def main() -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with BatonClient(options.baton) as client:
+    async with BatonClient(options.baton, tls=Tls.from_environment()) as client:
         service = SummaryService(client)
         server = await asyncio.start_server(service.serve, "127.0.0.1", options.port, limit=MAX_LINE_BYTES)
         async with server:

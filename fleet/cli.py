@@ -20,7 +20,7 @@ from baton import event_loop
 from baton.admin_client import AdminClient
 from baton.cli import exits
 from baton.cli.phase_table import phase_lines
-from baton.client import DEFAULT_ADDRESS, BatonClient, Chunk, Finished
+from baton.client import DEFAULT_ADDRESS, BatonClient, Chunk, Finished, Tls
 from baton.errors import BatonError
 from baton.request import ChatMessage, StopConditions
 from fleet import commands, preflight
@@ -126,13 +126,15 @@ async def _up(config: FleetConfig, wait_s: float, is_foreground: bool) -> int:
     async with _interruptible():
         record = await commands.start(config, say, wait_s=wait_s)
     print(f"\nBaton serves {config.model.name} at {record.address}")
-    print("\n".join(next_steps(record)))
+    print("\n".join(next_steps(record, has_tls=bool(config.router.tls_certificate_path))))
     return exits.OK
 
 
-def next_steps(record: FleetRecord) -> list[str]:
-    """Commands that work as they stand: what is not where they look by themselves is named. Pure."""
+def next_steps(record: FleetRecord, *, has_tls: bool = False) -> list[str]:
+    """Commands that work as they stand: what is not where they look by themselves is named. But the CA of a router's
+    certificate, which only its owner knows. Pure."""
     address = "" if record.address == DEFAULT_ADDRESS else f" --address {record.address}"
+    address += " --tls-ca FILE" if has_tls else ""
     config = "" if record.config_path == DEFAULT_CONFIG else f" --config {shlex.quote(record.config_path)}"
     return [
         f'  try   baton generate "What is the capital of France?" --phases{address}',
@@ -185,7 +187,7 @@ async def _demo(config: FleetConfig, wait_s: float, prompt: str) -> int:
             record = await commands.start(config, say, wait_s=wait_s, dies_with_us=True)
             is_started = True
             print(f"\n  up after {loop.time() - began_at:.1f} s, at {record.address}\n\n> {prompt}\n", flush=True)
-            await _one_answer(record.address, prompt)
+            await _one_answer(record.address, prompt, _tls_of(config))
         finally:
             if is_started:
                 print(flush=True)
@@ -194,9 +196,14 @@ async def _demo(config: FleetConfig, wait_s: float, prompt: str) -> int:
     return exits.OK
 
 
-async def _one_answer(address: str, prompt: str) -> None:
+def _tls_of(config: FleetConfig) -> Tls | None:
+    """What it takes to call our own router; whom to trust is in the environment."""
+    return (Tls.from_environment() or Tls()) if config.router.tls_certificate_path else None
+
+
+async def _one_answer(address: str, prompt: str, tls: Tls | None) -> None:
     loop = asyncio.get_running_loop()
-    async with BatonClient(address) as client:
+    async with BatonClient(address, tls=tls) as client:
         began_at = loop.time()
         events = client.chat(
             [ChatMessage("user", prompt)],

@@ -25,7 +25,7 @@ from fastapi import FastAPI
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
-from baton.client import BatonClient, Chunk, Finished
+from baton.client import BatonClient, Chunk, Finished, Tls
 from baton.errors import BatonError
 
 ANSWER_TIMEOUT_S = 120.0
@@ -47,7 +47,7 @@ def make_app(address: str) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with BatonClient(address) as client:
+        async with BatonClient(address, tls=Tls.from_environment()) as client:
             clients.append(client)
             yield
             clients.clear()

@@ -11,6 +11,7 @@
 
 "use strict";
 
+const fs = require("node:fs");
 const path = require("node:path");
 const { setTimeout: sleep } = require("node:timers/promises");
 const grpc = require("@grpc/grpc-js");
@@ -78,9 +79,24 @@ function decoded(name, bytes) {
   return rpc[name].deserialize(bytes);
 }
 
+const LOCAL = /^(localhost|127\.\d+\.\d+\.\d+|\[::1\]):\d+$/;
+
+// How to speak TLS, or null: { ca, certificate, key }, each PEM; without `ca` the public ones. From the variables that
+// every client of Baton has: BATON_TLS=1, or files in BATON_TLS_CA, BATON_TLS_CERTIFICATE and BATON_TLS_KEY.
+function tlsOf(env) {
+  const [ca, certificate, key] = ["CA", "CERTIFICATE", "KEY"].map((name) => {
+    const file = env[`BATON_TLS_${name}`];
+    return file ? fs.readFileSync(file) : null;
+  });
+  return ca || certificate || key || !["0", ""].includes(env.BATON_TLS ?? "") ? { ca, certificate, key } : null;
+}
+
 // Owns one channel; reuse it, it carries many calls at once.
 class Baton {
-  constructor(address = "127.0.0.1:50051", { apiKey = "" } = {}) {
+  constructor(address = "127.0.0.1:50051", { apiKey = "", tls = null, allowPlaintextApiKey = false } = {}) {
+    if (apiKey && !tls && !allowPlaintextApiKey && !LOCAL.test(address)) {
+      throw new TypeError(`the API key would travel in clear to ${address}; use TLS, or allowPlaintextApiKey`);
+    }
     const options = {
       "grpc.service_config": JSON.stringify(SERVICE_CONFIG),
       "grpc.enable_retries": 1,
@@ -89,8 +105,10 @@ class Baton {
       "grpc.initial_reconnect_backoff_ms": 100,
       "grpc.max_reconnect_backoff_ms": 2_000,
     };
-    if (/^(localhost|127\.|\[::1\])/.test(address)) options["grpc.enable_http_proxy"] = 0;
-    const credentials = grpc.credentials.createInsecure();
+    if (LOCAL.test(address)) options["grpc.enable_http_proxy"] = 0;
+    const credentials = tls
+      ? grpc.credentials.createSsl(tls.ca, tls.key, tls.certificate)
+      : grpc.credentials.createInsecure();
     this.generation = new api.GenerationService(address, credentials, options);
     this.models = new api.ModelService(address, credentials, options);
     this.headers = new grpc.Metadata();
@@ -231,4 +249,4 @@ function unary(client, method, request, headers, timeoutMs) {
   });
 }
 
-module.exports = { Baton, BatonError };
+module.exports = { Baton, BatonError, tlsOf };

@@ -4,12 +4,12 @@
 //     node chat.js --models
 //
 // The answer goes to standard output; what it cost, or why it failed, to standard error. BATON_API_KEY: the key, where
-// the server asks for one. Exit codes: 0 answered, 1 failed, 2 a wrong request, 3 come back later, 4 the deadline passed.
+// the server asks for one; BATON_TLS_CA: the file with its CA, where it speaks TLS (baton.js has the others). Exit codes: 0 answered, 1 failed, 2 a wrong request, 3 come back later, 4 the deadline passed.
 
 "use strict";
 
 const { parseArgs } = require("node:util");
-const { Baton, BatonError } = require("./baton.js");
+const { Baton, BatonError, tlsOf } = require("./baton.js");
 
 const EXIT_CODES = { INVALID_ARGUMENT: 2, NOT_FOUND: 2, UNAVAILABLE: 3, RESOURCE_EXHAUSTED: 3, ABORTED: 3, DEADLINE_EXCEEDED: 4 };
 
@@ -25,7 +25,7 @@ async function main() {
       models: { type: "boolean", default: false },
     },
   });
-  const baton = new Baton(values.address, { apiKey: process.env.BATON_API_KEY });
+  const baton = new Baton(values.address, { apiKey: process.env.BATON_API_KEY, tls: tlsOf(process.env) });
   const interrupt = new AbortController();
   process.once("SIGINT", () => interrupt.abort());
   try {

@@ -52,6 +52,15 @@ def test_a_model_without_tokenizer_is_refused(tmp_path: Path) -> None:
         preflight.check(config)
 
 
+def test_a_file_of_tls_that_cannot_be_used_is_told_before_anything_is_started(tmp_path: Path) -> None:
+    config = simulated_config(tmp_path)
+    router = replace(
+        config.router, tls_certificate_path=str(tmp_path / "c.pem"), tls_key_path=str(tmp_path / "k.pem")
+    )
+    with pytest.raises(ConfigError, match=r"router\.tls_certificate_path: cannot read .*c\.pem"):
+        preflight.check(replace(config, router=router))
+
+
 def test_the_secret_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
     state = StateDir(tmp_path / "state")
     assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from sim_cluster import FAST, SimCluster, sim_cluster
+from test_examples import EXAMPLES, node  # noqa: F401  # node is a fixture
 from test_reflection import Reflected
 from test_resume import keys_file, second_router
 from tls_files import Authority, Identity
@@ -284,7 +285,7 @@ async def test_a_router_with_another_certificate_does_not_keep_a_client_from_the
 async def test_who_has_no_certificate_of_the_named_ca_is_turned_away(tmp_path: Path, authority: Authority) -> None:
     clients, strangers = Authority(tmp_path / "clients"), Authority(tmp_path / "strangers")
     good, bad = clients.issue("us"), strangers.issue("them")
-    config = {**authority.issue().of_router, "tls_client_ca_path": str(clients.path)}
+    config: dict[str, Any] = {**authority.issue().of_router, "tls_client_ca_path": str(clients.path)}
     async with sim_cluster(tmp_path / "m", **config) as cluster:
         address = cluster.endpoint.address
         tls = Tls(authority.path, good.certificate_path, good.key_path)
@@ -359,20 +360,20 @@ def baton(cluster: SimCluster, verb: str, *arguments: str | Path) -> tuple[str |
 async def test_every_verb_speaks_tls_and_says_what_to_give_it(tmp_path: Path, authority: Authority) -> None:
     clients = Authority(tmp_path / "clients")
     us = clients.issue("us")
-    config = {**authority.issue().of_router, "tls_client_ca_path": str(clients.path)}
+    config: dict[str, Any] = {**authority.issue().of_router, "tls_client_ca_path": str(clients.path)}
     ours = ("--tls-certificate", us.certificate_path, "--tls-key", us.key_path)
     variables = {"BATON_TLS_CERTIFICATE": str(us.certificate_path), "BATON_TLS_KEY": str(us.key_path)}
     async with sim_cluster(tmp_path / "m", **config) as cluster:
-        for verb in (("generate", "hi", "--max-tokens", "2"), ("models",), ("top", "--once"), ("health",)):
-            code, out, err = await run(*baton(cluster, *verb, "--tls-ca", authority.path, *ours))
-            assert (code, bool(out), err) == (0, True, ""), verb
+        code, out, err = await run(*baton(cluster, "health", "--tls-ca", authority.path, *ours))
+        assert (code, out, err) == (0, "serving\n", "")
+        for verb in (("generate", "hi", "--max-tokens", "2"), ("models",), ("top", "--once")):
             code, out, err = await run(*baton(cluster, *verb), BATON_TLS_CA=str(authority.path), **variables)
             assert (code, bool(out), err) == (0, True, ""), verb
+        for verb in (("generate", "hi"), ("top", "--once"), ("health",)):
             code, out, err = await run(*baton(cluster, *verb, "--tls"), **variables)
-            assert (code, out, err.count("\n")) == (3, "", 1), (verb, err)
-            assert "--tls-ca" in err, verb
-            code, _, err = await run(*baton(cluster, *verb))
-            assert (code, err.count("\n"), "--tls" in err) == (3, 1, True), (verb, err)
+            assert (code, out, err.count("\n"), "--tls-ca" in err) == (3, "", 1, True), (verb, err)
+        code, _, err = await run(*baton(cluster, "models"))
+        assert (code, err.count("\n"), "--tls" in err) == (3, 1, True), err
         code, _, err = await run(*baton(cluster, "generate", "hi", "--tls-ca", "/nowhere.pem"))
         assert (code, err) == (2, "baton: ca_path: cannot read /nowhere.pem: No such file or directory\n")
 
@@ -384,3 +385,24 @@ async def test_the_command_sends_no_key_in_clear_to_another_machine() -> None:
     assert "192.0.2.1:50051" in err
     assert "--allow-plaintext-api-key" in err
     assert "a-key-of-ours" not in err
+
+
+async def test_node_speaks_tls_where_a_variable_names_the_ca(
+    tmp_path: Path,
+    authority: Authority,
+    node: str,  # noqa: F811
+) -> None:
+    chat = EXAMPLES / "node" / "chat.js"
+    clients = Authority(tmp_path / "clients")
+    us = clients.issue("us")
+    variables = {"BATON_TLS_CERTIFICATE": str(us.certificate_path), "BATON_TLS_KEY": str(us.key_path)}
+    config: dict[str, Any] = {**authority.issue().of_router, "tls_client_ca_path": str(clients.path)}
+    async with sim_cluster(tmp_path / "m", **config) as cluster:
+        at = ("--address", cluster.endpoint.address)
+        ask = (node, chat, "--max-tokens", "4", *at, "hi")
+        code, out, err = await run(*ask, BATON_TLS_CA=str(authority.path), **variables)
+        assert (code, bool(out)) == (0, True), err
+        code, _, err = await run(*ask, BATON_TLS_CA=str(clients.path), **variables)
+        assert (code, "certificate" in err) == (3, True), err
+    code, _, err = await run(node, chat, "--address", "192.0.2.1:50051", "hi", BATON_API_KEY="a-key-of-ours")
+    assert (code, "in clear to 192.0.2.1:50051" in err, "a-key-of-ours" in err) == (1, True, False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ class Identity:
     key_path: Path
 
     @property
-    def of_router(self) -> Mapping[str, str]:
+    def of_router(self) -> dict[str, Any]:
         """Its keys in a router's configuration."""
         return {"tls_certificate_path": str(self.certificate_path), "tls_key_path": str(self.key_path)}
 

@@ -466,6 +466,8 @@ def test_what_up_suggests_works_as_it_stands() -> None:
     assert ask.endswith("--address 127.0.0.1:1")
     assert watch.endswith("baton top --address 127.0.0.1:1")
     assert stop.endswith("baton down --config 'my clusters/two.toml'")
+    ask, watch, stop = next_steps(usual, has_tls=True)
+    assert (ask.endswith("--tls-ca FILE"), watch.endswith("--tls-ca FILE"), "--tls" in stop) == (True, True, False)
 
 
 def test_a_narrow_terminal_keeps_the_workers_names() -> None:

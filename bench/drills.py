@@ -108,7 +108,7 @@ async def baseline_of(fleet: FleetUnderTest, corpus: Corpus) -> dict[str, Books]
     async with fleet.client() as client:
         for _ in range(3):
             await asyncio.gather(*(ask(client, case) for _ in range(2 * len(fleet.endpoints()))))
-    await fleet.quiet_after_s(None, 10.0)
+    await fleet.quiet_after_s(None, 60.0)
     return await fleet.books()
 
 
@@ -139,6 +139,7 @@ async def storm(
     longest_prompt: int,
     seed: int,
     quiet_timeout_s: float,
+    output_token_count: int = 64,
 ) -> StormReport:
     """Cancels, deadlines and disconnects at random points of ``count`` requests, then waits for rest."""
     rng = random.Random(seed)  # noqa: S311 reproducible trouble
@@ -155,18 +156,20 @@ async def storm(
     async def one(kind: str, after_s: float, length: int) -> Overrun:
         prompt = corpus.prompt(length)
         async with slots:
-            return await _abandon(fleet, prompt, kind, max(0.01, after_s))
+            return await _abandon(fleet, prompt, kind, max(0.01, after_s), output_token_count)
 
     overruns = await asyncio.gather(*(one(*plan) for plan in plans))
     quiet_after_s = await fleet.quiet_after_s(baseline, quiet_timeout_s)
     return StormReport(tuple(overruns), quiet_after_s)
 
 
-async def _abandon(fleet: FleetUnderTest, prompt: Sequence[int], kind: str, after_s: float) -> Overrun:
+async def _abandon(
+    fleet: FleetUnderTest, prompt: Sequence[int], kind: str, after_s: float, output_token_count: int
+) -> Overrun:
     loop = asyncio.get_running_loop()
     client = fleet.client()
     timeout_s = after_s if kind == "deadline" else ASK_TIMEOUT_S
-    stop = StopConditions(max_output_token_count=64, ignore_eos=True)
+    stop = StopConditions(max_output_token_count=output_token_count, ignore_eos=True)
 
     async def listen() -> str:
         async with aclosing(client.generate(prompt, timeout=timeout_s, stop=stop)) as events:
@@ -240,9 +243,11 @@ async def _holder(fleet: FleetUnderTest, role: Role) -> str:
 
 
 async def resumed_after_all_died(
-    fleet: FleetUnderTest, prompt: Sequence[int], *, back_within_s: float
+    fleet: FleetUnderTest, prompt: Sequence[int], *, back_within_s: float, refused_within_s: float = 8.0
 ) -> tuple[BatonError, float]:
     """Kills every worker and asks: returns the refusal, and the seconds until an answer came again.
+
+    ``refused_within_s``: the deadline of the request that is to be refused.
 
     Raises ``AssertionError`` if an answer came instead of the refusal, ``TimeoutError`` if none came afterwards.
     """
@@ -253,7 +258,7 @@ async def resumed_after_all_died(
     case = Case("after-death", tuple(prompt), 4)
     async with fleet.client() as client:
         try:
-            await ask(client, case, timeout_s=8.0)
+            await ask(client, case, timeout_s=refused_within_s)
         except BatonError as error:
             refused = error
         else:

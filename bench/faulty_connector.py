@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from kvtransfer.faults import Fault, FaultDice, FaultPlan, Operation
 FOLDER_VARIABLE = "BATON_BENCH_FAULT_PLANS"
 """Environment: a folder with a file for each engine, by its worker's id."""
 NOTHING = FaultPlan(allow_faults=True, probability=0.0)
+SLEEP_S = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +37,7 @@ class Told:
     pull_timeout_s: float
     forgets_peers: bool = False
     ends_what_is_stuck: bool = False
-    """Reads that were to be stuck for longer may end now."""
+    """Reads and first contacts that were to be stuck for longer may end now."""
 
 
 class ToldDice(FaultDice):
@@ -53,6 +55,13 @@ class ToldDice(FaultDice):
     def draw(self, operation: Operation) -> Fault | None:
         self.look()
         return super().draw(operation)
+
+    def sleep(self, span_s: float) -> None:
+        """In place of ``time.sleep`` where a fault takes its time: what is stuck may end before."""
+        ends_at = time.monotonic() + span_s
+        while (left_s := ends_at - time.monotonic()) > 0 and not self.told.ends_what_is_stuck:
+            time.sleep(min(SLEEP_S, left_s))
+            self.look()
 
     def look(self) -> None:
         with self._looking:
@@ -75,6 +84,7 @@ class ToldWorker(PullWorker):
         self.dice.contact_count = lambda: len(self._handshake_futures) + self._answering_count
         self._faulty_agent = self.nixl_wrapper._agent
         self._faulty_agent.dice = self.dice
+        self._faulty_agent._sleep = self.dice.sleep
         self._faulty_agent.notify_pause_s = 0.0
 
     def open_side_channel(self) -> None:

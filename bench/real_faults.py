@@ -170,6 +170,10 @@ class FaultyCluster(VirtualCluster):
         see ``bench.faulty_connector.Told``."""
         tell_engine(self._folder, worker_id, faults, **more)
 
+    def hold_for(self, lease_s: float) -> None:
+        """KV of requests that come from now on."""
+        self.relay._limits = FlightLimits(lease_s=lease_s)
+
     def begin(self, cell: Cell, seed: int) -> None:
         plan = cell.plan(seed)
         if cell.is_of_the_release_call:

@@ -47,8 +47,8 @@ LATEST_STOP_S = 0.03
 PULL_COUNT = 16
 CHURN_TOKEN_COUNT = 500
 CHURN_ROUND_COUNT = 6
-STOPPED_WITHIN_S = 3.0
-FREE_WITHIN_S = 30.0
+STOPPED_WITHIN_S = 10.0
+FREE_WITHIN_S = 120.0
 
 
 class Moment(enum.Enum):
@@ -190,6 +190,7 @@ class Asker:
 
     def __init__(self, engines: Any, seed: int) -> None:
         self.engines = engines
+        self.lease_s = LEASE_S
         self.rng = random.Random(seed)  # noqa: S311  reproducible trials
 
     async def questions(self, count: int) -> list[Question]:
@@ -202,7 +203,7 @@ class Asker:
         return [tuple(tokens) for _, tokens in await asyncio.gather(*map(self.decoded, jobs))]
 
     async def begun(self, question: Question) -> Prefilled:
-        job = PrefillJob("trial", question.prompt, stop=stop_after(TOKEN_COUNT), lease_s=LEASE_S)
+        job = PrefillJob("trial", question.prompt, stop=stop_after(TOKEN_COUNT), lease_s=self.lease_s)
         first: Prefilled = await self.engines.prefiller.prefill(job)
         assert first.held is not None
         return first

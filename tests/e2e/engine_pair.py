@@ -11,8 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from patience import LEASE_S, PULL_TIMEOUT_S, WITHIN_S
+
 from baton.leg import DecodeDone, KvAdopted, Stepped
 from baton.request import EngineStop, LegFinish, TokenLogprobs
+from bench.real_fleet import free_ports
 from engine.config import EngineConfig, EngineIdentity
 from engine.protocol import DecodeJob, HeldKv, Prefilled, PrefillJob
 
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 MODEL_PATH = Path(os.environ.get("BATON_MODEL_PATH", "~/.cache/baton/models/smollm2-135m-instruct")).expanduser()
 OUTPUT_TOKEN_COUNT = 24
 BLOCK = 128
+TRY_COUNT = 4
+"""Of what a machine that stands still for a moment may spoil."""
 
 
 @dataclass(frozen=True)
@@ -40,37 +45,54 @@ def engine_config(core_index: int, port: int, **changes: Any) -> EngineConfig:
         max_batched_token_count=512,
         cores=(cores[core_index % len(cores)],),
         side_channel_port=port,
+        pull_timeout_s=PULL_TIMEOUT_S,
     )
     return replace(base, **changes)
 
 
 @asynccontextmanager
-async def running_pair(first_port: int, **changes: Any) -> AsyncIterator[Pair]:
+async def running_pair(*, has_met: bool = True, **changes: Any) -> AsyncIterator[Pair]:
+    """``has_met``: the engines know each other. A first contact has a second, which a busy machine may not have."""
     from engine.vllm_engine import VllmEngine
 
-    prefiller = VllmEngine(engine_config(0, first_port, **changes), EngineIdentity("prefill-0"))
-    decoder = VllmEngine(engine_config(1, first_port + 1, **changes), EngineIdentity("decode-0"))
+    ports = free_ports(2)
+    prefiller = VllmEngine(engine_config(0, ports[0], **changes), EngineIdentity("prefill-0"))
+    decoder = VllmEngine(engine_config(1, ports[1], **changes), EngineIdentity("decode-0"))
     try:
         await asyncio.gather(prefiller.start(), decoder.start())
+        if has_met:
+            await _meet(prefiller, decoder)
+            await _meet(decoder, prefiller)
         yield Pair(prefiller, decoder)
     finally:
         await asyncio.gather(prefiller.close(), decoder.close())
 
 
-async def becomes_true(holds: Callable[[], Awaitable[bool]], within_s: float) -> None:
+async def _meet(holder: VllmEngine, reader: VllmEngine) -> None:
+    for _ in range(TRY_COUNT):
+        ids = prompt(5)
+        first = await prefilled(holder, ids, count=2)
+        adopted, _, _ = await decoded(reader, continuation(ids, first, count=2))
+        await holder.release(kv_of(first).handle)
+        if adopted.recompute_reason is None:
+            return
+    raise AssertionError(f"no KV was pulled in {TRY_COUNT} attempts: {adopted.recompute_reason}")
+
+
+async def becomes_true(holds: Callable[[], Awaitable[bool]], within_s: float = WITHIN_S) -> None:
     async with asyncio.timeout(within_s):
         while not await holds():  # noqa: ASYNC110  the engine is another process: there is no event to wait for
             await asyncio.sleep(0.01)
 
 
-async def is_idle(engine: VllmEngine, within_s: float = 20.0) -> None:
+async def is_idle(engine: VllmEngine) -> None:
     """No request, no held KV, no used block."""
 
     async def idle() -> bool:
         load = await engine.load_now()
         return (load.running_count, load.waiting_count, load.used_block_count) == (0, 0, 0)
 
-    await becomes_true(idle, within_s)
+    await becomes_true(idle)
 
 
 def prompt(token_count: int, seed: int = 0) -> tuple[int, ...]:
@@ -120,7 +142,7 @@ async def alone(engine: VllmEngine, ids: tuple[int, ...], count: int = OUTPUT_TO
 
 
 async def prefilled(
-    engine: VllmEngine, ids: tuple[int, ...], count: int = OUTPUT_TOKEN_COUNT, lease_s: float = 30.0
+    engine: VllmEngine, ids: tuple[int, ...], count: int = OUTPUT_TOKEN_COUNT, lease_s: float = LEASE_S
 ) -> Prefilled:
     result = await engine.prefill(PrefillJob("prefill", ids, stop=stop(count), lease_s=lease_s))
     assert result.finish is None
@@ -139,3 +161,24 @@ def continuation(
     """The job that continues a held prefill, its pull's parameters changed as named."""
     params = {**kv_of(first).params, **wrong_params}
     return DecodeJob("decode", (*ids, first.first_token_id), stop=stop(count - 1), pull=params)
+
+
+async def while_it_computes(
+    engine: VllmEngine, seed: int, during: Callable[[], Awaitable[Any]], *, token_count: int = 3900
+) -> None:
+    """Does ``during`` while ``engine`` computes a prompt for seconds. On a machine that stood still the prompt may be
+    over first; then it is done once more, with another prompt."""
+    for number in range(TRY_COUNT):
+        job = PrefillJob("busy", prompt(token_count, seed=seed + number), stop=stop(1))
+        busy = asyncio.create_task(engine.prefill(job))
+
+        async def it_runs() -> bool:
+            return (await engine.load_now()).running_count > 0 or busy.done()  # noqa: B023  awaited in this round
+
+        await becomes_true(it_runs)
+        await during()
+        was_busy = not busy.done()
+        await busy
+        if was_busy:
+            return
+    raise AssertionError(f"{TRY_COUNT} prompts were computed before what was to be done meanwhile")

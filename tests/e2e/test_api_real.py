@@ -17,6 +17,7 @@ from typing import Any
 import grpc.aio
 import pytest
 import pytest_asyncio
+from patience import WITHIN_S
 from service_under_test import Service
 
 from baton.status import from_rpc_error
@@ -26,7 +27,7 @@ from bench.schemas import FEATURES
 from bench.soak_structures import ask_schema, ask_schemas, hurry
 from router.tokenizer import Tokenizer
 
-pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="session")]
 
 SCHEMA_COUNT = 20
 LOGPROB_TOLERANCE = 0.25
@@ -56,7 +57,7 @@ class Api:
             request.text = TEXT
         request.MergeFrom(pb.GenerateRequest(**changes))
         heard = Heard("", [], [], pb.Finished())
-        async for message in self.stub.Generate(request, timeout=120):
+        async for message in self.stub.Generate(request, timeout=WITHIN_S):
             if message.WhichOneof("event") == "chunk":
                 assert message.chunk.first_token_index == len(heard.token_ids)
                 heard.text += message.chunk.text
@@ -187,8 +188,8 @@ async def test_logprobs_are_those_of_one_plain_engine(service: Service, api: Api
 
 async def test_text_chat_and_tokens_are_one_prompt_and_counted_alike(api: Api) -> None:
     chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="Say hello.")])
-    ids = (await api.models.Tokenize(model_pb2.TokenizeRequest(chat=chat), timeout=20)).token_ids
-    count = await api.models.CountTokens(model_pb2.CountTokensRequest(chat=chat), timeout=20)
+    ids = (await api.models.Tokenize(model_pb2.TokenizeRequest(chat=chat), timeout=WITHIN_S)).token_ids
+    count = await api.models.CountTokens(model_pb2.CountTokensRequest(chat=chat), timeout=WITHIN_S)
     by_chat = await api.ask(chat=chat)
     by_ids = await api.ask(token_ids=pb.TokenIds(ids=ids))
     assert by_chat.token_ids == by_ids.token_ids

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from patience import patient
 
 pytest.importorskip("vllm")
 
@@ -16,14 +17,16 @@ from bench.simulation.probe import Ask, Effort, observe
 
 pytestmark = pytest.mark.real
 
-WORK = Effort(alone=(200, 700), waves=((Ask(40, 12), Ask(90, 8), Ask(600, 6)),))
+WORK = Effort(alone=(200, 700), waves=((Ask(40, 60), Ask(90, 40), Ask(600, 6)),))
 
 
 async def test_every_token_has_its_step_and_every_handed_over_prompt_its_pull(
     model_path: Path, tmp_path: Path
 ) -> None:
     cores = sorted(os.sched_getaffinity(0))
-    config = fleet_config(model_path, tmp_path, prefill_cores=f"[[{cores[0]}]]", decode_cores=f"[[{cores[-1]}]]")
+    config = patient(
+        fleet_config(model_path, tmp_path, prefill_cores=f"[[{cores[0]}]]", decode_cores=f"[[{cores[-1]}]]")
+    )
     observed = await observe(config, is_quick=True, seed=1, work=WORK)
     travelled = journeys(observed)
     assert len(travelled) == len(observed.answers) == 5

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 from engine_pair import MODEL_PATH
+from patience import WITHIN_S
 
 from bench.transfer_pairs import Pair, Place, read_by
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.real
 
 REMEMBERED_S = 3600.0
 """vLLM's ``engine_ttl``."""
@@ -43,7 +44,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 def said_of(pair: Pair, engine_id: str) -> dict[str, Any]:
     """What the reader's introduction to an engine came to."""
-    ends_at = time.monotonic() + 20.0
+    ends_at = time.monotonic() + WITHIN_S
     while (said := pair.ask("reader", "said", engine_id=engine_id))["problem"] is None:
         assert time.monotonic() < ends_at, "the introduction does not end"
         time.sleep(0.01)

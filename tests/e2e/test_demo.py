@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import START_S
 
 from bench.real_fleet import free_ports
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.real
 
 
 def config_file(folder: Path, model_path: Path) -> Path:
@@ -42,7 +43,7 @@ def test_the_demo_answers_shows_the_phases_and_leaves_nothing_running(tmp_path: 
         [sys.executable, "-m", "baton", "demo", "--config", str(config_file(tmp_path, model_path))],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=START_S,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -28,24 +28,25 @@ from engine_pair import (
     running_pair,
     stop,
 )
+from patience import START_S, WITHIN_S
 
 from baton.errors import BatonError, Reason
+from bench.real_fleet import free_ports
 from engine.protocol import DecodeJob, Prefilled, PrefillJob
 
-pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module")]
 HERE = Path(__file__).parent
-START_S = 200.0
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def owner() -> AsyncIterator[asyncio.subprocess.Process]:
     """Its engine starts while the next test watches another, which does not get that far."""
-    async with owner_process(port=5741) as process:
+    async with owner_process() as process:
         yield process
 
 
 async def test_an_engine_that_is_still_starting_dies_with_its_owner(owner: asyncio.subprocess.Process) -> None:
-    async with owner_process(port=5742) as another:
+    async with owner_process() as another:
         engines: list[int] = []
 
         async def engine_was_started() -> bool:
@@ -56,7 +57,7 @@ async def test_an_engine_that_is_still_starting_dies_with_its_owner(owner: async
         another.kill()
         await another.wait()
         # It notices when it has loaded the first of our code, which is before it loads the model.
-        await becomes_true(gone(*engines), within_s=60)
+        await becomes_true(gone(*engines))
 
 
 async def test_an_engine_dies_with_the_process_that_owns_it(owner: asyncio.subprocess.Process) -> None:
@@ -65,7 +66,7 @@ async def test_an_engine_dies_with_the_process_that_owns_it(owner: asyncio.subpr
     assert is_alive(engine_pid)
     owner.kill()
     await owner.wait()
-    await becomes_true(gone(engine_pid), within_s=10.0)
+    await becomes_true(gone(engine_pid))
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Bereaved:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def bereaved() -> AsyncIterator[Bereaved]:
-    async with running_pair(first_port=5745) as pair:
+    async with running_pair(has_met=False) as pair:
         ids = prompt(300, seed=2)
         expected = await alone(pair.decoder, ids)
         held = await prefilled(pair.prefiller, ids)
@@ -90,7 +91,7 @@ async def bereaved() -> AsyncIterator[Bereaved]:
         async def it_runs() -> bool:
             return (await pair.prefiller.load_now()).running_count > 0
 
-        await becomes_true(it_runs, within_s=30)
+        await becomes_true(it_runs)
         assert not running.done()
         os.kill(pair.prefiller.process_id, signal.SIGKILL)
         yield Bereaved(pair, ids, expected, held, running)
@@ -98,7 +99,7 @@ async def bereaved() -> AsyncIterator[Bereaved]:
 
 async def test_a_decoder_whose_peer_died_computes_the_prompt_itself(bereaved: Bereaved) -> None:
     decoder = bereaved.pair.decoder
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(WITHIN_S):
         adopted, rest, _ = await decoded(decoder, continuation(bereaved.ids, bereaved.held))
     assert [bereaved.held.first_token_id, *rest] == bereaved.expected
     assert (adopted.recomputed_token_count, adopted.transfer_bytes) == (300, 0)
@@ -115,26 +116,28 @@ async def test_the_owner_is_told_when_its_engine_dies(bereaved: Bereaved) -> Non
         engine.load_now(),
     ):
         with pytest.raises(BatonError) as failed:
-            await asyncio.wait_for(asked, 10)
+            await asyncio.wait_for(asked, WITHIN_S)
         assert failed.value.reason is Reason.ENGINE_FAILED
-    await asyncio.wait_for(engine.close(), 30)
+    await asyncio.wait_for(engine.close(), WITHIN_S)
     assert not is_alive(engine.process_id)
 
 
 async def test_a_model_that_is_not_there_is_said_before_a_process_is_started(tmp_path: Path) -> None:
     from engine.vllm_engine import VllmEngine
 
-    engine = VllmEngine(engine_config(0, 5744, model_path=str(tmp_path)))
+    engine = VllmEngine(engine_config(0, free_ports(1)[0], model_path=str(tmp_path)))
     with pytest.raises(BatonError, match="no model in"):
         await engine.start()
     await engine.close()
 
 
 @asynccontextmanager
-async def owner_process(port: int) -> AsyncIterator[asyncio.subprocess.Process]:
+async def owner_process() -> AsyncIterator[asyncio.subprocess.Process]:
     environment = {**os.environ, "PYTHONPATH": f"{HERE.parent.parent}:{HERE}"}
     owner = await asyncio.create_subprocess_exec(
-        sys.executable, str(HERE / "engine_owner.py"), str(port), stdout=asyncio.subprocess.PIPE, env=environment
+        *(sys.executable, str(HERE / "engine_owner.py"), str(free_ports(1)[0])),
+        stdout=asyncio.subprocess.PIPE,
+        env=environment,
     )
     try:
         yield owner

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from patience import START_S, WITHIN_S
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as HfTokenizer
 
@@ -28,7 +29,7 @@ from router.chats.tool_words import openai_tools, required_structure
 from router.tiny_model import write_tiny_model
 from router.tokenizer import Tokenizer
 
-pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module")]
 
 SPECIAL = ("<|python_tag|>", "<|eom_id|>")
 PLAIN = ("<think>", "</think>", "<tool_call>", "</tool_call>")
@@ -131,27 +132,34 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+UNKNOWN = ("", "nonsense")
 PROCESSES = (("hermes", "deepseek_r1"), ("hermes", "qwen3"), ("llama3_json", "qwen3"), ("pythonic", ""))
 """Each imports vLLM: a parser alone is asked of one that has another, too."""
 
 
 class Children:
-    """The processes, each started when it is first needed."""
+    """The processes. All of them start at once: each imports vLLM for seconds."""
 
     def __init__(self, model_dir: Path) -> None:
-        self._model_dir = model_dir
-        self._started: dict[tuple[str, str], ParserChild] = {}
+        self._children = {
+            names: ParserChild(
+                ParserSpec(str(model_dir), *names, deadline_s=WITHIN_S, start_deadline_s=START_S, wait_s=START_S)
+            )
+            for names in (*PROCESSES, UNKNOWN)
+        }
+        self._starts = {names: asyncio.create_task(child.start()) for names, child in self._children.items()}
 
     async def with_parsers(self, tool_parser: str, reasoning_parser: str) -> ParserChild:
-        names = next(each for each in PROCESSES if tool_parser in ("", each[0]) and reasoning_parser in ("", each[1]))
-        if names not in self._started:
-            child = ParserChild(ParserSpec(str(self._model_dir), *names))
-            await child.start()
-            self._started[names] = child
-        return self._started[names]
+        """Once it is ready. Raises what its start raised."""
+        names = next(
+            each for each in self._starts if tool_parser in ("", each[0]) and reasoning_parser in ("", each[1])
+        )
+        await self._starts[names]
+        return self._children[names]
 
     async def close(self) -> None:
-        for child in self._started.values():
+        await asyncio.gather(*self._starts.values(), return_exceptions=True)
+        for child in self._children.values():
             await child.close()
 
 
@@ -180,7 +188,7 @@ async def hear(
         TextAnswer(tokenizer, OutputOptions(), stop_sequences=stop_sequences, keeps_special_tokens=keeps),
         keeps_special_tokens=keeps,
     )
-    deadline_at = asyncio.get_running_loop().time() + 60
+    deadline_at = asyncio.get_running_loop().time() + WITHIN_S
     stream = child.open(plan, prompt, keeps_special_tokens=keeps, deadline_at=deadline_at)
     heard = Heard()
     ids = list(tokenizer.encode(said, add_special_tokens=False))
@@ -256,9 +264,9 @@ async def test_what_half_a_surrogate_pair_leaves_is_a_character(model_dir: Path,
     assert all(text.encode() for pair in heard.whole for text in pair)
 
 
-async def test_a_parser_that_is_not_there_is_named(model_dir: Path) -> None:
+async def test_a_parser_that_is_not_there_is_named(children: Children) -> None:
     with pytest.raises(ParserStartError, match="nonsense"):
-        await ParserChild(ParserSpec(str(model_dir), "", "nonsense")).start()
+        await children.with_parsers(*UNKNOWN)
 
 
 async def test_the_schema_of_required_calls_is_vllms() -> None:

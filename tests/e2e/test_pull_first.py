@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -136,7 +137,11 @@ class Bench:
         sampling = SamplingParams(
             max_tokens=output, ignore_eos=True, extra_args={"kv_transfer_params": transfer} if transfer else None
         )
-        tokens = list(range(length)) if name.startswith("same") else [hash((name, n)) % 1000 for n in range(length)]
+        tokens = (
+            list(range(length))
+            if name.startswith("same")
+            else [zlib.crc32(f"{name}/{n}".encode()) % 1000 for n in range(length)]
+        )
         request = Request(
             name,
             tokens,

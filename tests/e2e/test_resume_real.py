@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from patience import WITHIN_S
 from service_under_test import Service
 
 from baton.v1 import generation_pb2 as pb
@@ -11,7 +12,7 @@ from bench.exactness import TIE_GAP_BFLOAT16, Answer, expected, judge
 from bench.resuming_caller import Heard, ResumingCaller, channel_to
 from bench.tcp_cutter import tcp_cutter
 
-pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="session")]
 
 TOKEN_COUNT = 48
 
@@ -33,19 +34,19 @@ async def test_a_stream_whose_sockets_are_cut_is_the_stream_that_was_made(servic
         tcp_cutter(service.fleet.address, lambda: next(budgets, None)) as cutter,
         channel_to(cutter.address) as channel,
     ):
-        heard = await ResumingCaller([channel], timeout_s=120).ask(request_of(prompt))
+        heard = await ResumingCaller([channel], timeout_s=WITHIN_S).ask(request_of(prompt))
     assert heard.finished is not None
     assert heard.ends.total() - heard.ends["finished"] >= 3, "it was cut indeed"
     assert len(set(heard.generation_ids)) == 1, "computed once, read in parts"
     async with channel_to(service.fleet.address) as channel:
         stub = pb_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
         whole = Heard(heard.request, token=heard.token)
-        async for response in stub.ResumeGenerate(whole.resume_request(has_continuation=False), timeout=60):
+        async for response in stub.ResumeGenerate(whole.resume_request(has_continuation=False), timeout=WITHIN_S):
             whole.take(response)
         assert (whole.token_ids, whole.text) == (heard.token_ids, heard.text)
         assert len(whole.token_ids) == TOKEN_COUNT
-        await stub.CancelGeneration(pb.CancelGenerationRequest(resume_token=heard.token), timeout=10)
-    await service.fleet.quiet_after_s(service.baseline, 10.0)
+        await stub.CancelGeneration(pb.CancelGenerationRequest(resume_token=heard.token), timeout=WITHIN_S)
+    await service.fleet.quiet_after_s(service.baseline, WITHIN_S)
 
 
 async def test_what_its_router_no_longer_has_is_computed_on_as_one_engine_would(service: Service) -> None:
@@ -58,14 +59,14 @@ async def test_what_its_router_no_longer_has_is_computed_on_as_one_engine_would(
         request.stop.ignore_eos = case.ignore_eos
         request.stop.stop_token_ids.extend(case.stop_token_ids)
         heard = Heard(request)
-        call = stub.Generate(request, timeout=120)
+        call = stub.Generate(request, timeout=WITHIN_S)
         async for response in call:
             heard.take(response)
             if heard.next_index >= 5:
                 break
         call.cancel()
-        await stub.CancelGeneration(pb.CancelGenerationRequest(resume_token=heard.token), timeout=10)
-        async for response in stub.ResumeGenerate(heard.resume_request(), timeout=120):
+        await stub.CancelGeneration(pb.CancelGenerationRequest(resume_token=heard.token), timeout=WITHIN_S)
+        async for response in stub.ResumeGenerate(heard.resume_request(), timeout=WITHIN_S):
             heard.take(response)
         assert len(set(heard.generation_ids)) == 2
         assert heard.finished is not None
@@ -73,5 +74,5 @@ async def test_what_its_router_no_longer_has_is_computed_on_as_one_engine_would(
         want = expected(asked.corpus, case, oracle, asked.eos_token_id)
         verdict = judge(case, want, got, oracle, TIE_GAP_BFLOAT16)
         assert verdict.kind in ("exact", "tie"), verdict
-        await stub.CancelGeneration(pb.CancelGenerationRequest(resume_token=heard.token), timeout=10)
-    await service.fleet.quiet_after_s(service.baseline, 10.0)
+        await stub.CancelGeneration(pb.CancelGenerationRequest(resume_token=heard.token), timeout=WITHIN_S)
+    await service.fleet.quiet_after_s(service.baseline, WITHIN_S)

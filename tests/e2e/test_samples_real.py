@@ -22,6 +22,7 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
+from patience import START_S, WITHIN_S, patient
 
 from baton.leg import DecodeOrder, KvAdopted, PrefillOrder, Stepped
 from baton.request import EngineStop, LegFinish, Sampling
@@ -34,7 +35,7 @@ from bench.fleet_under_test import FleetUnderTest, running_fleet
 from bench.real_fleet import fleet_config
 from router.grpc_worker_client import GrpcWorkerClient
 
-pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module")]
 
 BLOCK = 128
 PROMPT_LENGTH, SCORED_LENGTH, CACHED_LENGTH = 1100, 700, 900
@@ -83,10 +84,19 @@ async def baton(
     model_path: Path, prompts: list[tuple[int, ...]], tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Baton]:
     folder = tmp_path_factory.mktemp("samples")
-    plain = await asyncio.to_thread(plain_answers, model_path, folder, prompts)  # BEFORE the fleet: two cores
-    config = fleet_config(model_path, folder / "fleet", prefill_cores="[[0]]", decode_cores="[[1]]", dtype="float32")
-    async with running_fleet(config) as fleet, grpc.aio.insecure_channel(fleet.address) as channel:
-        yield Baton(fleet, generation_pb2_grpc.GenerationServiceStub(channel), plain, prompts)  # type: ignore[no-untyped-call]
+    config = patient(
+        fleet_config(model_path, folder / "fleet", prefill_cores="[[0]]", decode_cores="[[1]]", dtype="float32")
+    )
+    asking = asyncio.create_task(asyncio.to_thread(plain_answers, model_path, folder, prompts))
+    try:
+        async with (
+            running_fleet(config, start_timeout_s=START_S) as fleet,
+            grpc.aio.insecure_channel(fleet.address) as channel,
+        ):
+            stub = generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
+            yield Baton(fleet, stub, await asking, prompts)
+    finally:
+        await asyncio.gather(asking, return_exceptions=True)
 
 
 def plain_answers(model_path: Path, folder: Path, prompts: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
@@ -124,14 +134,14 @@ def plain_answers(model_path: Path, folder: Path, prompts: Sequence[tuple[int, .
     environment = pinned_engine_environment(os.environ, (0,))
     root = Path(__file__).resolve().parents[2]
     environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": str(root)}
-    subprocess.run(command, check=True, env=environment, cwd=root, timeout=300)
+    subprocess.run(command, check=True, env=environment, cwd=root, timeout=START_S)
     answers: list[dict[str, Any]] = json.loads((folder / "out.json").read_text())
     return answers
 
 
 async def ask(baton: Baton, request: pb.GenerateRequest) -> Heard:
     heard = Heard()
-    async for event in baton.stub.Generate(request, timeout=120):
+    async for event in baton.stub.Generate(request, timeout=WITHIN_S):
         match event.WhichOneof("event"):
             case "started":
                 heard.generation_id = event.started.generation_id
@@ -148,7 +158,7 @@ async def ask(baton: Baton, request: pb.GenerateRequest) -> Heard:
                     heard.texts.get(event.chunk.sample_index, "") + event.chunk.text
                 )
                 heard.logprobs.setdefault(event.chunk.sample_index, []).extend(event.chunk.logprobs)
-                if len(heard.ids) == SAMPLE_COUNT and len(ids) == OUTPUT_LENGTH // 2:
+                if len(heard.ids) == SAMPLE_COUNT and len(heard.used_block_counts) < SAMPLE_COUNT:
                     books = await baton.fleet.books()
                     heard.used_block_counts.append(max(each.used_block_count for each in books.values()))
             case "finished":
@@ -223,7 +233,7 @@ async def test_eight_samples_share_one_prefill_and_equal_those_of_one_plain_engi
     assert finished.usage.output_token_count == SAMPLE_COUNT * OUTPUT_LENGTH
     assert finished.usage.cached_prompt_token_count == 0
     assert [each.sample_index for each in finished.samples] == list(range(SAMPLE_COUNT))
-    await baton.fleet.quiet_after_s(None, 10.0)
+    await baton.fleet.quiet_after_s(None, WITHIN_S)
 
 
 async def test_each_sample_has_a_structure_and_penalties_of_its_own(baton: Baton) -> None:
@@ -299,7 +309,7 @@ async def test_a_worker_that_scores_a_prompt_for_itself_goes_on_from_its_first_t
     try:
         stop = EngineStop(max_token_count=1, ignore_eos=True)
         order = PrefillOrder("t.1", prompt, Sampling(), stop, 60.0, prompt_logprob_count=TOP_COUNT)
-        reply = await client.prefill(order, timeout_s=60)
+        reply = await client.prefill(order, timeout_s=WITHIN_S)
         assert (reply.finish, reply.ticket) == (LegFinish.LENGTH, b"")
         assert reply.prompt_logprobs is not None
         for index, (logprob, rank, _) in enumerate(plain["prompt"], start=1):
@@ -309,7 +319,7 @@ async def test_a_worker_that_scores_a_prompt_for_itself_goes_on_from_its_first_t
             assert is_rank_like(said.rank, rank)
         stop = EngineStop(max_token_count=7, ignore_eos=True)
         goes_on = DecodeOrder("t.2", (*prompt, reply.first_token_id), Sampling(), stop, output_token_count=1)
-        async with aclosing(told(client, goes_on, 60)) as events:
+        async with aclosing(told(client, goes_on, WITHIN_S)) as events:
             adopted, *steps = [event async for event in events]
         tokens = [token_id for step in steps if isinstance(step, Stepped) for token_id in step.token_ids]
         assert [reply.first_token_id, *tokens] == plain["samples"][0]["token_ids"]

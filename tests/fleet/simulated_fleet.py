@@ -15,8 +15,8 @@ from fleet.commands import until_router_sees
 from fleet.config import FleetConfig, parse_config
 from router.tiny_model import END_ID, tiny_tokenizer, write_tiny_model
 
-READY_S = 90.0
-ANSWER_S = 90.0
+READY_S = 150.0
+ANSWER_S = 150.0
 RULE = TokenRule(vocab_size=tiny_tokenizer().get_vocab_size(), special_token_count=3, eos_token_id=END_ID)
 
 PROMPT = tuple(range(3, 203))
@@ -37,8 +37,8 @@ def simulated_toml(
 [cluster]
 name = "test"
 state_dir = "{directory / "state"}"
-start_deadline_s = 60.0
-stop_deadline_s = 5.0
+start_deadline_s = 150.0
+stop_deadline_s = 30.0
 {cluster}
 [cluster.ray]
 {ray}
@@ -50,6 +50,8 @@ listen_address = "127.0.0.1:0"
 admin_address = "127.0.0.1:0"
 metrics_address = "127.0.0.1:0"
 drain_grace_s = 2.0
+worker_silence_s = 30.0
+max_no_worker_wait_s = 60.0
 [prefill]
 {prefill}
 [prefill.engine]

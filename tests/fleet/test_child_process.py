@@ -17,7 +17,7 @@ import pytest
 from fleet.child_process import SOURCE_ROOT, ChildProcess, ChildSpec
 from fleet.state_dir import process_start
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 class Heard:
@@ -57,11 +57,9 @@ def stand_in(tmp_path: Path) -> Any:
 
 
 async def _gone(pid: int) -> bool:
-    for _ in range(100):
-        if not process_start(pid):
-            return True
-        await asyncio.sleep(0.05)
-    return False
+    while process_start(pid):  # noqa: ASYNC110  # somebody else's child; who asks has a deadline
+        await asyncio.sleep(0.02)
+    return True
 
 
 async def test_a_child_is_heard_and_its_end_is_told_once(stand_in: Any, tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ from fleet.state_dir import FleetRecord, StateDir, process_start
 
 pytest.importorskip("ray")
 
-COMMAND_S = 100.0
+COMMAND_S = 170.0
 """Ray takes three seconds to start, and many more on a machine that is busy with engines."""
-SOON_S = 60.0
+SOON_S = 120.0
 ROUTERS = ("router", "router-1")
 
 
@@ -72,7 +72,7 @@ async def until_new_process(config: FleetConfig, name: str, old_pid: int) -> dic
 async def up(config: FleetConfig, env: Mapping[str, str] | None = None) -> AsyncIterator[str]:
     """Runs the fleet between ``baton up`` and ``baton down``. Yields the public address."""
     try:
-        code, output = await baton("up", "--config", config.source, "--wait-s", "90", env=env)
+        code, output = await baton("up", "--config", config.source, "--wait-s", "150", env=env)
         assert code == 0, output
         yield record_of(config).address
     finally:
@@ -298,7 +298,7 @@ config = load_config(Path(sys.argv[1]))
 try:
     make_fleet(config, StateDir(config.state_path)).connect()
 except RayUnavailable as error:
-    print(error, started[0].wait(10))
+    print(error, started[0].wait(60))
 """
 
 

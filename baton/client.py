@@ -422,7 +422,7 @@ class BatonClient:
                     StatusName.UNAVAILABLE,
                     f"{where} was not serving within {timeout:g} s: {problem.message}",
                     metadata=problem.metadata,
-                )
+                ) from problem
             await asyncio.sleep(0.1)
 
     async def is_serving(self, *, timeout: float) -> bool:

@@ -124,7 +124,7 @@ def read_pair(certificate_path: str | Path, key_path: str | Path, options: tuple
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*files, password=_refuse_passphrase)
     except ssl.SSLError as error:
-        if error.reason == "KEY_VALUES_MISMATCH":
+        if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"):
             raise TlsFilesError(
                 f"{options[1]}: the key in {files[1]} is not that of the certificate in {files[0]} ({options[0]}); "
                 "give the two that were made together"

@@ -52,6 +52,6 @@ async def _problem(arguments: argparse.Namespace) -> BatonError | None:
             try:
                 await client.wait_until_serving(timeout=arguments.wait)
             except BatonError as error:
-                return error
+                return error.__cause__ if isinstance(error.__cause__, BatonError) else error
             return None
         return await client.serving_problem(timeout=CHECK_TIMEOUT_S)

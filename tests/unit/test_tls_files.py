@@ -127,6 +127,11 @@ def another_key(folder: Path) -> None:
     trustme.CA().issue_cert("localhost").private_key_pem.write_to_path(folder / "key.pem")
 
 
+def another_kind_of_key(folder: Path) -> None:
+    made = trustme.CA().issue_cert("localhost", key_type=trustme.KeyType.RSA)
+    made.private_key_pem.write_to_path(folder / "key.pem")
+
+
 def passphrase(folder: Path) -> None:
     from cryptography.hazmat.primitives import serialization as to
 
@@ -145,6 +150,7 @@ def passphrase(folder: Path) -> None:
         (lambda folder: junk(folder, "key.pem"), "tls_key_path: there is no private key in PEM"),
         (lambda folder: junk(folder, "ca.pem"), "tls_client_ca_path: there is no certificate in PEM"),
         (another_key, "tls_key_path: the key .* is not that of the certificate"),
+        (another_kind_of_key, "tls_key_path: the key .* is not that of the certificate"),
         (passphrase, "tls_key_path: the key .* has a passphrase"),
         (lambda folder: (folder / "key.pem").chmod(0o644), "tls_key_path: others may read .*chmod 600"),
     ],

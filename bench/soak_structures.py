@@ -33,7 +33,7 @@ MAX_TOKEN_COUNT = 320
 """Enough for the largest of these schemas; so small a model would else fill the rest of its context."""
 MOST_CUT_SHARE = 0.03
 CONCURRENCY = 8
-TIMEOUT_S = 120.0
+TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)

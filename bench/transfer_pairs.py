@@ -36,8 +36,8 @@ random, as the worst case of old ones. Every read is from and to another part of
 read again and again would come out of the caches."""
 MEMCPY = "memcpy"
 RAW_DESCRIPTOR_BYTES = (96 * 1024, 256 * 1024, 1 << 20, 4 << 20, 1 << 30)
-READY_DEADLINE_S = 150.0
-ANSWER_DEADLINE_S = 60.0
+READY_DEADLINE_S = 600.0
+ANSWER_DEADLINE_S = 180.0
 IDLE_S = 2.0
 HANDOFF_S = 0.004
 """Between a prefill's end and the decode's order, through a router: the holder digests meanwhile."""

@@ -16,7 +16,7 @@ from bench.fleet_under_test import running_fleet
 from bench.questions import make_questions
 from bench.real_fleet import fleet_config
 
-QUESTION_COUNT = 40
+QUESTION_COUNT, STOP_BASE_COUNT = 24, 6
 LONGEST_PROMPT = 1100
 SEED = 20261121
 HELD_BACK = (("decode-death", 300, 40), ("prefill-death", 1500, 8))
@@ -35,7 +35,14 @@ async def service(model_path: Path, tmp_path_factory: object) -> AsyncIterator[S
     state_dir: Path = tmp_path_factory.mktemp("fleet")  # type: ignore[attr-defined]
     config = patient(fleet_config(model_path, state_dir, prefill_cores="[[0]]", decode_cores="[[1], [1]]"))
     asking = asyncio.create_task(
-        make_questions(model_path, count=QUESTION_COUNT, max_length=LONGEST_PROMPT, seed=SEED, held_back=HELD_BACK)
+        make_questions(
+            model_path,
+            count=QUESTION_COUNT,
+            max_length=LONGEST_PROMPT,
+            seed=SEED,
+            stop_base_count=STOP_BASE_COUNT,
+            held_back=HELD_BACK,
+        )
     )
     try:
         async with running_fleet(config, start_timeout_s=START_S) as fleet:

@@ -10,14 +10,14 @@ from dataclasses import replace
 
 from fleet.config import FleetConfig
 
-WITHIN_S = 120.0
+WITHIN_S = 300.0
 """For what takes a moment."""
-START_S = 600.0
+START_S = 900.0
 """For a cluster to be ready."""
 LEASE_S = 600.0
 """Of held KV that is to be there when somebody comes for it."""
 PULL_TIMEOUT_S = 120.0
-TEST_S = 1200.0
+TEST_S = 1800.0
 """A test, with the start of what it is the first to use."""
 SILENCE_S = 60.0
 """Of a worker that is there: as much as a router may be told."""

@@ -124,7 +124,7 @@ def read_pair(certificate_path: str | Path, key_path: str | Path, options: tuple
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*files, password=_refuse_passphrase)
     except ssl.SSLError as error:
-        if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"):
+        if error.reason in _MISMATCHES:
             raise TlsFilesError(
                 f"{options[1]}: the key in {files[1]} is not that of the certificate in {files[0]} ({options[0]}); "
                 "give the two that were made together"
@@ -139,6 +139,10 @@ def read_pair(certificate_path: str | Path, key_path: str | Path, options: tuple
     if (_read(files[0], options[0]), _read(files[1], options[1])) != (chain, key):
         raise TlsFilesError(f"{options[0]}: {files[0]} and its key were written while they were read; try again")
     return key, chain
+
+
+_MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
+"""What OpenSSL says of a key that is another one's, the latter two of one of another kind."""
 
 
 class _Passphrase(Exception):

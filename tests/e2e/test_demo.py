@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from patience import START_S
+from patience import PULL_TIMEOUT_S, SILENCE_S, START_S
 
 from bench.real_fleet import free_ports
 
@@ -16,12 +16,13 @@ pytestmark = pytest.mark.real
 
 
 def config_file(folder: Path, model_path: Path) -> Path:
-    """deploy/baton.toml in small: Ray, one prefill and one decode worker, ports of its own."""
+    """deploy/baton.toml in small: Ray, one prefill and one decode worker, ports of its own; and patient."""
     listen, admin, metrics = free_ports(3)
     file = folder / "baton.toml"
     file.write_text(f"""
         [cluster]
         state_dir = "{folder / "state"}"
+        start_deadline_s = {START_S}
         [model]
         name = "smollm2-135m-instruct"
         path = "{model_path}"
@@ -29,9 +30,13 @@ def config_file(folder: Path, model_path: Path) -> Path:
         listen_address = "127.0.0.1:{listen}"
         admin_address = "127.0.0.1:{admin}"
         metrics_address = "127.0.0.1:{metrics}"
+        worker_silence_s = {SILENCE_S}
+        gap_timeout_s = {START_S}
         [prefill.engine]
+        pull_timeout_s = {PULL_TIMEOUT_S}
         kv_cache_bytes = 268435456
         [decode.engine]
+        pull_timeout_s = {PULL_TIMEOUT_S}
         kv_cache_bytes = 268435456
         max_batched_token_count = 512
     """)

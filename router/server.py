@@ -67,6 +67,10 @@ HEALTH_SERVICE_NAME = "grpc.health.v1.Health"
 
 GOODBYE_S = 1.0
 """How long calls that are still running after draining may take to notice that they were cancelled."""
+FAREWELL_S = 0.25
+"""How long connections on which nothing runs may take to hear that they are over (one round trip; then this is over,
+too). Cut without it, gRPC tells them of an error, and a Python client prints that to its user's terminal. Who watches
+only (status, health) is cut after it."""
 
 OPEN_CALLS_PER_RUNNING = 4
 """gRPC counts a call until its caller has read its end or is gone, we until our part is over. So gRPC's own limit is
@@ -335,7 +339,7 @@ class RouterServer:
         """Ends everything. Idempotent."""
         self.resumables.give_up()  # BEFORE calls are cancelled: their callers hear that they can go on elsewhere
         servers, self._servers = self._servers, []
-        await asyncio.gather(*(server.stop(GOODBYE_S if self._call_count else 0) for server in servers))
+        await asyncio.gather(*(server.stop(GOODBYE_S if self._call_count else FAREWELL_S) for server in servers))
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()

@@ -10,6 +10,7 @@ from baton.client import Chunk, Event, Finished, PhaseTimings, Started
 from baton.errors import (
     BatonError,
     DeadlineExceeded,
+    HandshakeFailed,
     Interrupted,
     Reason,
     ResumeFailed,
@@ -45,6 +46,12 @@ TIME = 1000.0
 
 def lost() -> BatonError:
     return BatonError(Reason.ENGINE_FAILED, StatusName.UNAVAILABLE, "lost", metadata={"transport": "UNAVAILABLE"})
+
+
+def no_tls() -> BatonError:
+    return HandshakeFailed(
+        Reason.ENGINE_FAILED, StatusName.UNAVAILABLE, "no TLS", metadata={"transport": "UNAVAILABLE"}
+    )
 
 
 def chunk(first: int, *ids: int, sample: int = 0) -> Chunk:
@@ -191,6 +198,17 @@ def test_what_may_go_on_elsewhere_is_gone_on_with(error: BatonError) -> None:
 def test_a_connection_torn_in_the_middle_of_a_message_is_a_cut(where: str) -> None:
     torn = BatonError(Reason.INTERNAL, StatusName.INTERNAL, "torn", metadata={"transport": where})
     assert state_of(STARTED, chunk(0, 7)).after(torn, remaining_s=TIME) == NextTry(0.0, 0)
+
+
+def test_a_failed_handshake_does_not_keep_a_cut_stream_from_the_other_addresses() -> None:
+    state = state_of(STARTED, chunk(0, 7), addresses=2)
+    assert [state.after(error, remaining_s=TIME).address_index for error in (lost(), lost(), no_tls())] == [0, 1, 0]
+
+
+def test_a_failed_handshake_before_the_beginning_is_tried_at_each_other_address_and_not_again() -> None:
+    made, given = tries(state_of(addresses=3), no_tls())
+    assert [each.address_index for each in made] == [1, 2]
+    assert isinstance(given, HandshakeFailed)
 
 
 def test_a_bug_is_no_cut() -> None:

@@ -37,6 +37,7 @@ EVERY_ERROR = [
     errors.too_many_resumable(10, 10, 1.5),
     errors.stalled("prefill", 60, 0),
     errors.stalled("decode", 60, 4),
+    errors.reader_too_slow(1000, 900, 12),
     errors.internal("unreachable", "gen-1"),
 ]
 

@@ -25,11 +25,12 @@ import math
 import os
 import random
 import resource
+import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ import numpy as np
 
 from bench.fleet_under_test import FleetUnderTest, running_fleet
 from bench.machine import MachineClock, machine_facts
-from bench.open_streams_router import FIELD_COUNT, RECORDS_VARIABLE
+from bench.open_streams_router import FIELD_COUNT, MEMORY_VARIABLE, RECORDS_VARIABLE
 from bench.real_fleet import free_ports
 from bench.results.statistics import Drawn, Percentile, Ratio, Values, draw_pairs, percentile
 from bench.soaking import say
@@ -55,6 +56,7 @@ MOST_RUNNING = 4096
 """Of one engine, as its configuration has it."""
 WORKER_SILENCE_S = 10.0
 """Of the router, whose default is 1 s: every process of this has to share the machine's few cores with all others."""
+MEMORY_FILE = "memory"
 ROUTER_MODULE = "bench.open_streams_router"
 FULL_TIMEOUT_S = 30.0
 """Until the windows of all that stall are full, and until they have caught up."""
@@ -186,6 +188,17 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
+class Memory:
+    """Of the router. What is resident and not in use waits to be used again."""
+
+    rss_bytes: int
+    malloc_bytes: int
+    """In use of glibc's malloc: gRPC's, and Python's larger objects."""
+    python_block_count: int
+    """In use of Python's own allocator of small objects."""
+
+
+@dataclass(frozen=True, slots=True)
 class Wave:
     """So many streams from the first to be opened to the last to end."""
 
@@ -194,16 +207,17 @@ class Wave:
     wrong: tuple[str, ...]
     token_count: int
     message_count: int
-    open_rss_bytes: int
+    at_open: Memory
     """With all of them open."""
-    end_rss_bytes: int
+    at_end: Memory
     """When all were over."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     plan: Plan
-    base_rss_bytes: int
+    base: Memory
+    """Without streams."""
     waves: tuple[Wave, ...]
     spans: tuple[Span, ...]
     staller_count: int
@@ -214,7 +228,7 @@ class Report:
 
     @property
     def rss_per_stream_bytes(self) -> float:
-        return (self.waves[0].open_rss_bytes - self.base_rss_bytes) / self.plan.stream_count
+        return (self.waves[0].at_open.rss_bytes - self.base.rss_bytes) / self.plan.stream_count
 
     @property
     def has_stalled(self) -> bool:
@@ -306,10 +320,10 @@ class OpenStreams:
 
     async def run(self, writes_path: Path) -> Report:
         plan, began_at = self._plan, time.monotonic()
-        base_rss = self._router_rss()
+        base = await self._memory()
         await self._open(plan.token_count)
         await asyncio.sleep(plan.settle_s)
-        open_rss = self._router_rss()
+        at_open = await self._memory()
         spans: list[Span] = []
         is_stalling = False
         for name in plan.span_names:
@@ -323,17 +337,17 @@ class OpenStreams:
         at_end = await self._readers.tell("stats")
         if at_end["finished"]:
             raise RuntimeError(f"{at_end['finished']} streams were over before the last span was: open them faster")
-        waves = [await self._finish(plan.token_count, open_rss)]
+        waves = [await self._finish(plan.token_count, at_open)]
         if plan.has_second_wave:
             await self._open(plan.second_token_count)
-            waves.append(await self._finish(plan.second_token_count, self._router_rss()))
+            waves.append(await self._finish(plan.second_token_count, await self._memory()))
         add_writes(spans, np.fromfile(writes_path))
         pairs = pairs_of(spans)
         alike = [(first, later) for first, later in itertools.pairwise(spans) if first.name == later.name]
         say("resampling")
         return Report(
             plan,
-            base_rss,
+            base,
             tuple(waves),
             tuple(spans),
             self._staller_count,
@@ -370,20 +384,20 @@ class OpenStreams:
             raise RuntimeError(f"{told['wrong_count']} streams failed to begin: {told['wrong']}")
         self._staller_count = told["stallers"]
 
-    async def _finish(self, token_count: int, open_rss: int) -> Wave:
+    async def _finish(self, token_count: int, at_open: Memory) -> Wave:
         say("waiting for every stream's end")
         over = await self._readers.tell("finish", self._timeout_s(token_count))
         await asyncio.sleep(self._plan.settle_s)
-        end_rss = self._router_rss()
-        say(f"over: {over}; router {end_rss / 2**20:.0f} MiB")
+        at_end = await self._memory()
+        say(f"over: {over}; router {at_end}")
         return Wave(
             over["begun"],
             over["finished"],
             tuple(over["wrong"]),
             over["tokens"],
             over["messages"],
-            open_rss,
-            end_rss,
+            at_open,
+            at_end,
         )
 
     async def _stall(self) -> None:
@@ -439,6 +453,15 @@ class OpenStreams:
 
     def _timeout_s(self, token_count: int) -> float:
         return token_count * self._plan.step_s * 2 + 120
+
+    async def _memory(self) -> Memory:
+        path = self._folder / MEMORY_FILE
+        path.unlink(missing_ok=True)
+        os.kill(self._pids["router"], signal.SIGUSR1)
+        async with asyncio.timeout(FULL_TIMEOUT_S):
+            while not path.exists():  # noqa: ASYNC110  # another process makes it; five times a run
+                await asyncio.sleep(0.05)
+        return Memory(self._router_rss(), **json.loads(path.read_text()))
 
     def _router_rss(self) -> int:
         return rss_bytes(self._pids["router"])
@@ -589,9 +612,8 @@ async def run(plan: Plan) -> Report:
         folder = Path(temporary)
         writes_path = folder / "writes"
         config = fleet_config(plan, folder)
-        async with running_fleet(
-            config, start_timeout_s=90.0, router_module=ROUTER_MODULE, router_env={RECORDS_VARIABLE: str(writes_path)}
-        ) as fleet:
+        env = {RECORDS_VARIABLE: str(writes_path), MEMORY_VARIABLE: str(folder / MEMORY_FILE)}
+        async with running_fleet(config, start_timeout_s=90.0, router_module=ROUTER_MODULE, router_env=env) as fleet:
             readers = await Part.start()
             try:
                 return await OpenStreams(plan, fleet, readers, folder).run(writes_path)
@@ -632,12 +654,13 @@ def page_of(report: Report) -> str:
         f"they had at least {kept_back} tokens less than as many others",
         f"- p99 between two messages, of the readers that never stall: **{_move(report.gaps.move)}** while those "
         f"stalled. Goal: at most {100 * MOVE_LIMIT:+.0f} %: **{report.itl_verdict}**",
-        f"- memory of the router: {_mib(report.base_rss_bytes)} without streams, {_mib(first.open_rss_bytes)} with "
-        f"all of them open: **{report.rss_per_stream_bytes / 1024:.1f} KiB a stream**; "
-        f"{_mib(first.end_rss_bytes)} when all were over",
+        f"- memory of the router: {_mib(report.base)} without streams, {_mib(first.at_open)} with all of them open: "
+        f"**{report.rss_per_stream_bytes / 1024:.1f} KiB a stream**; {_mib(first.at_end)} when all were over",
         *(
-            f"- as many streams once more: {_mib(wave.open_rss_bytes)} with all of them open, "
-            f"{_mib(wave.end_rss_bytes)} when all were over"
+            f"- as many streams once more: {_mib(wave.at_open)} with all of them open, {_mib(wave.at_end)} when all "
+            f"were over: {(wave.at_open.rss_bytes - first.at_open.rss_bytes) / 2**20:+.0f} and "
+            f"{(wave.at_end.rss_bytes - first.at_end.rss_bytes) / 2**20:+.0f} MiB against the first ones. What is "
+            "resident then and not in use (below) is Python's and malloc's, kept to be used again"
             for wave in report.waves[1:]
         ),
         f"- tokens a message: {first.token_count / max(1, first.message_count):.3f}; the run took "
@@ -661,6 +684,13 @@ def page_of(report: Report) -> str:
         f"Of {writes} writes, {indirect} were begun by another task than the one that had read the worker's message, "
         "and are in the first two rows only.",
         "",
+        "| memory of the router | resident, MiB | in use of malloc, MiB | in use of Python's small blocks |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {when} | {each.rss_bytes / 2**20:.1f} | {each.malloc_bytes / 2**20:.1f} | {each.python_block_count} |"
+            for when, each in _memories(report)
+        ),
+        "",
         "| span | gaps | p50, s | p99, s | longest, s | in the router: p99, ms | windows full | router, MiB "
         "| CPU of router | workers | reader | others on the machine |",
         "| --- |" + " --- |" * 11,
@@ -678,8 +708,15 @@ def page_of(report: Report) -> str:
     return "\n".join([*lines, ""])
 
 
-def _mib(byte_count: int) -> str:
-    return f"{byte_count / 2**20:.0f} MiB"
+def _memories(report: Report) -> Iterator[tuple[str, Memory]]:
+    yield "without streams", report.base
+    for number, wave in enumerate(report.waves, start=1):
+        yield f"all open, wave {number}", wave.at_open
+        yield f"all over, wave {number}", wave.at_end
+
+
+def _mib(memory: Memory) -> str:
+    return f"{memory.rss_bytes / 2**20:.0f} MiB"
 
 
 def _ms(seconds: Sequence[float]) -> str:

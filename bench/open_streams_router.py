@@ -7,12 +7,17 @@ read, and where a call's context is given a message; what lies between them is w
 Records go to the file that an environment variable names, three doubles each: when the write began (CLOCK_MONOTONIC),
 seconds since the worker's message (-1: begun by another task than the one that read it), seconds since the write
 before of the same call. Calls that a header marks as stallers are left out.
+
+On SIGUSR1 it tells, as JSON in the file of another variable, what of its memory is in use.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import json
 import os
+import signal
 import sys
 import time
 from array import array
@@ -26,6 +31,7 @@ from fleet import router_process
 from router.service import GenerationService
 
 RECORDS_VARIABLE = "BATON_BENCH_WRITES"
+MEMORY_VARIABLE = "BATON_BENCH_MEMORY"
 FIELD_COUNT = 3
 FLUSH_COUNT = 3 * 4096
 """Values kept in memory before they are written."""
@@ -88,6 +94,36 @@ def put_clocks_in(records: Records) -> None:
     GenerationService.Generate = timed_generate  # type: ignore[assignment, method-assign]
 
 
+_MALLOC_FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd") + (
+    "usmblks",
+    "fsmblks",
+    "uordblks",
+    "fordblks",
+    "keepcost",
+)
+
+
+class _MallocInfo(ctypes.Structure):
+    """glibc's ``struct mallinfo2``."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _MALLOC_FIELDS)
+
+
+def memory_in_use() -> dict[str, int]:
+    """What is in use by glibc's malloc (Python's larger objects and gRPC), and by Python's own of small objects."""
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = _MallocInfo
+    info = libc.mallinfo2()
+    return {"malloc_bytes": info.uordblks + info.hblkhd, "python_block_count": sys.getallocatedblocks()}
+
+
+def tell_memory(path: str) -> None:
+    with open(f"{path}.new", "w") as file:
+        json.dump(memory_in_use(), file)
+    os.replace(f"{path}.new", path)  # whole, once it is there
+
+
 if __name__ == "__main__":
     put_clocks_in(Records(os.environ[RECORDS_VARIABLE]))
+    signal.signal(signal.SIGUSR1, lambda *_: tell_memory(os.environ[MEMORY_VARIABLE]))
     sys.exit(router_process.main())

@@ -94,12 +94,17 @@ def put_clocks_in(records: Records) -> None:
     GenerationService.Generate = timed_generate  # type: ignore[assignment, method-assign]
 
 
-_MALLOC_FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd") + (
+_MALLOC_FIELDS = (
+    "arena",
+    "ordblks",
+    "smblks",
+    "hblks",
+    "hblkhd",
     "usmblks",
     "fsmblks",
     "uordblks",
     "fordblks",
-    "keepcost",
+    "keep",
 )
 
 

@@ -35,8 +35,8 @@ def structure_problem(structure: Structure) -> str | None:
         return "of any JSON object has no text" if structure.text else None
     if not structure.text.strip():
         return "is empty"
-    if len(structure.text.encode()) > MAX_STRUCTURE_BYTES:
-        return f"has more than {MAX_STRUCTURE_BYTES} bytes"
+    if (size := len(structure.text.encode())) > MAX_STRUCTURE_BYTES:
+        return f"has {size} bytes"
     if "\0" in structure.text:
         return "has a NUL character"
     if structure.kind is StructureKind.JSON_SCHEMA:
@@ -48,11 +48,11 @@ def _choice_problem(structure: Structure) -> str | None:
     if structure.text:
         return "of choices has no text"
     if not 1 <= len(structure.choices) <= MAX_CHOICE_COUNT:
-        return f"must have 1 to {MAX_CHOICE_COUNT} choices"
+        return f"has {len(structure.choices)} choices"
     if not all(structure.choices):
         return "has an empty choice"
-    if sum(len(choice.encode()) for choice in structure.choices) > MAX_STRUCTURE_BYTES:
-        return f"has more than {MAX_STRUCTURE_BYTES} bytes"
+    if (size := sum(len(choice.encode()) for choice in structure.choices)) > MAX_STRUCTURE_BYTES:
+        return f"has {size} bytes"
     return None
 
 

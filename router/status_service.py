@@ -100,7 +100,7 @@ def _interval_s(request: pb.WatchStatusRequest) -> float:
     interval_s = request.interval.seconds + request.interval.nanos / 1e9
     if not MIN_INTERVAL_S <= interval_s <= MAX_INTERVAL_S:
         bound = f"{MIN_INTERVAL_S:g} to {MAX_INTERVAL_S:g} s, or absent for {DEFAULT_INTERVAL_S:g} s"
-        raise invalid_request([FieldViolation("interval", f"is {interval_s:g} s; must be {bound}")])
+        raise invalid_request([FieldViolation("interval", f"is {interval_s!r} s; must be {bound}")])
     return interval_s
 
 

@@ -305,7 +305,11 @@ def _rest(request: GenerateRequest) -> Iterator[FieldViolation]:
         if (size := len(value.encode())) > MAX_ID_BYTES:
             yield FieldViolation(name, f"has {size} bytes; at most {MAX_ID_BYTES}")
     if request.tenant and not _TENANT.fullmatch(request.tenant):
-        yield FieldViolation("tenant", f"must be 1 to {MAX_TENANT_LENGTH} letters, digits or any of _ . -, or absent")
+        yield FieldViolation(
+            "tenant",
+            f"has {len(request.tenant)} characters; must be 1 to {MAX_TENANT_LENGTH} letters, digits or any of _ . -, "
+            "or absent",
+        )
 
 
 def _resume(request: GenerateRequest) -> Iterator[FieldViolation]:

@@ -145,7 +145,8 @@ def _rest(request: GenerateRequest) -> Iterator[FieldViolation]:
         if (size := len(value.encode())) > 128:
             yield FieldViolation(name, f"has {size} bytes; at most 128")
     if request.tenant and not _TENANT.fullmatch(request.tenant):
-        yield FieldViolation("tenant", "must be 1 to 64 letters, digits or any of _ . -, or absent")
+        said = f"has {len(request.tenant)} characters; must be 1 to 64 letters, digits or any of _ . -, or absent"
+        yield FieldViolation("tenant", said)
     if not 1 <= request.sample_count <= MAX_SAMPLE_COUNT:
         yield FieldViolation("sample_count", f"is {request.sample_count}; must be 1 to {MAX_SAMPLE_COUNT}")
     elif request.sample_count > 1 and request.sampling.is_greedy:

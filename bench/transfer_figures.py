@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,13 +33,16 @@ from baton.request import Role
 from bench import raw_file
 from bench.comparison.blocks import block_order
 from bench.cores import CLOCK_VARIABLE
+from bench.generator.baton_target import BatonTarget
+from bench.generator.openai_target import OpenAiTarget
+from bench.generator.target import ServerFacts, Target, TargetError, Tokens
 from bench.kv_pair import BLOCK_BYTES, LAYER_COUNT, PAGE_BYTES, PATHS, WITHOUT_DIGESTS
 from bench.machine import MachineClock, machine_facts, wait_until_quiet
 from bench.oracle import model_limits
 from bench.peers import SYSTEMS, RunningSystem, SystemSpec, role_cores, start_system
 from bench.real_fleet import free_ports
-from bench.targets import BatonTarget, OpenAiTarget, ServerNotes, Target, TargetError, TokenEvent
 from bench.tcp_pairs import tcp_records
+from bench.traffic.plan import PlannedRequest
 from bench.transfer_pairs import BLOCK_COUNTS, pair_records
 from bench.transfer_report import render
 from fleet.config import FleetConfig, check_model_directory, parse_config
@@ -267,16 +270,17 @@ class _Closing:
 
 async def _request(target: Target, prompt: Sequence[int]) -> dict[str, Any]:
     """Times in seconds of CLOCK_MONOTONIC, as the step clock's."""
+    request = PlannedRequest(index=0, at_s=0.0, prompt_token_ids=tuple(prompt), output_token_count=OUTPUT_TOKEN_COUNT)
     record: dict[str, Any] = {"prompt_token_count": len(prompt), "sent_at": round(time.monotonic(), 6)}
     arrivals: list[float] = []
     try:
-        async with aclosing(target.generate(prompt, OUTPUT_TOKEN_COUNT, timeout_s=REQUEST_TIMEOUT_S)) as events:
+        async with aclosing(target.generate(request, timeout_s=REQUEST_TIMEOUT_S)) as events:
             async for event in events:
                 match event:
-                    case TokenEvent():
+                    case Tokens():
                         arrivals += [round(time.monotonic(), 6)] * event.token_count
-                    case ServerNotes():
-                        record["notes"] = event.facts
+                    case ServerFacts():
+                        record["notes"] = {name: each for name, each in asdict(event).items() if each is not None}
     except TargetError as error:
         record["error"] = str(error)
     return {**record, "token_at": arrivals, "ended_at": round(time.monotonic(), 6)}

@@ -14,9 +14,15 @@ import pytest
 import uvicorn
 
 from bench.comparison.naive_server import CompletionRequest, application
-from bench.targets import OpenAiTarget, TargetError, TokenEvent
+from bench.generator.openai_target import OpenAiTarget
+from bench.generator.target import TargetError, Tokens
+from bench.traffic.plan import PlannedRequest
 
 DEADLINE_S = 60.0
+
+
+def request(output_token_count: int) -> PlannedRequest:
+    return PlannedRequest(index=0, at_s=0.0, prompt_token_ids=(1, 2, 3), output_token_count=output_token_count)
 
 
 class Echo:
@@ -82,8 +88,8 @@ async def serving(echo: Echo) -> AsyncIterator[str]:
 async def test_every_token_is_counted_also_those_whose_text_comes_later(echo: Echo) -> None:
     async with serving(echo) as url:
         target = OpenAiTarget(url, "tiny")
-        async with aclosing(target.generate([1, 2, 3], 5, timeout_s=DEADLINE_S)) as events:
-            counts = [event.token_count async for event in events if isinstance(event, TokenEvent)]
+        async with aclosing(target.generate(request(5), timeout_s=DEADLINE_S)) as events:
+            counts = [event.token_count async for event in events if isinstance(event, Tokens)]
         await target.close()
     assert counts == [1, 1, 1, 1, 1]
 
@@ -128,7 +134,7 @@ async def test_a_broken_model_ends_the_stream_without_its_end(echo: Echo) -> Non
     async with serving(echo) as url:
         target = OpenAiTarget(url, "tiny")
         with pytest.raises(TargetError):
-            async for _ in target.generate([1], 5, timeout_s=DEADLINE_S):
+            async for _ in target.generate(request(5), timeout_s=DEADLINE_S):
                 pass
         await target.close()
 
@@ -137,7 +143,7 @@ async def test_what_nobody_reads_any_more_is_not_computed_to_its_end(echo: Echo)
     echo.gate.clear()
     async with serving(echo) as url:
         target = OpenAiTarget(url, "tiny")
-        async with aclosing(target.generate([1], 20, timeout_s=DEADLINE_S)) as events:
+        async with aclosing(target.generate(request(20), timeout_s=DEADLINE_S)) as events:
             async for _ in events:
                 break  # the caller leaves after the first token
         await target.close()

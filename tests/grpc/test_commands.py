@@ -165,7 +165,7 @@ async def test_an_interrupt_ends_generate_with_130_and_frees_everything(tmp_path
 
 async def test_an_interrupt_in_a_chat_cancels_the_answer_and_not_the_program(tmp_path: Path) -> None:
     async with sim_cluster(tmp_path, sim={"cost": SLOW}) as cluster:
-        async with command("chat", *at(cluster), "--max-tokens", "40") as process, asyncio.timeout(60):
+        async with command("chat", *at(cluster), "--max-tokens", "400") as process, asyncio.timeout(60):
             assert process.stdin is not None
             assert process.stdout is not None
             assert process.stderr is not None
@@ -178,6 +178,7 @@ async def test_an_interrupt_in_a_chat_cancels_the_answer_and_not_the_program(tmp
             process.stdin.write(b"second\n")
             await process.stdin.drain()
             await cluster.until(lambda: cluster.server.generation.call_count == 1, "a second answer")
+            cluster.set_cost(FAST)
             process.stdin.close()  # Ctrl-D
             await process.stdout.read()
             assert await process.wait() == 0

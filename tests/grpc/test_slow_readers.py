@@ -46,7 +46,7 @@ async def test_a_caller_who_never_reads_is_let_go_at_the_deadline_the_router_gav
 
 async def test_callers_who_never_read_keep_no_place_of_those_who_do(tmp_path: Path) -> None:
     """To gRPC a call is open until its caller has read its end, and to us until our part of it is over."""
-    limits: dict[str, Any] = {"max_deadline_s": 1.0, "default_deadline_s": 1.0, "max_concurrent_call_count": 2}
+    limits: dict[str, Any] = {"max_deadline_s": 2.5, "default_deadline_s": 2.5, "max_concurrent_call_count": 2}
     async with (
         sim_cluster(tmp_path, **limits) as cluster,
         grpc.aio.insecure_channel(cluster.endpoint.address, options=SMALL_WINDOW) as deaf,

@@ -165,7 +165,8 @@ class DecodeWorker:
                 self._metrics.no_room.inc()
                 raise no_room(refusal.wanted_block_count, refusal.free_block_count, RETRY_AFTER_S)
             case NeverFits() as refusal:
-                raise cache_too_small(prompt_token_count, refusal.wanted_block_count, refusal.block_count)
+                asked_count = prompt_token_count - order.output_token_count  # what the caller knows as its prompt
+                raise cache_too_small(asked_count, refusal.wanted_block_count, refusal.block_count)
             case reservation:
                 return reservation
 

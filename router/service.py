@@ -13,13 +13,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from baton.errors import BatonError, draining, internal, too_many_calls
+from baton.errors import BatonError, Reason, draining, internal, too_many_calls
 from baton.metrics import RouterMetrics, outcome_of
 from baton.status import PUSHBACK_KEY, to_rpc_status
 from baton.v1 import generation_pb2 as pb
@@ -46,6 +47,9 @@ _ROOM_S = 1.0
 """When a caller may ask again who came while as many calls ran as may."""
 
 logger = logging.getLogger("baton.router")
+
+_generation_id: ContextVar[str] = ContextVar("generation_id", default="")
+"""Of the call that this task serves, once it has one: what a caller quotes to us when something broke."""
 
 
 class GenerationService(pb_grpc.GenerationServiceServicer):
@@ -132,6 +136,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             return False
         self.call_count += 1
         self._idle.clear()
+        _generation_id.set("")
         failure: BatonError | None = None
         is_ok = False
         try:
@@ -142,7 +147,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         except Exception as error:
             # A write to a caller who is gone raises whatever gRPC pleases; that is no bug of ours.
             if not context.done() and not isinstance(error, grpc.aio.BaseError):
-                logger.exception("a bug in Baton")
+                logger.exception("a bug in Baton, met by %s", _generation_id.get() or "a call without a generation")
             failure = internal(type(error).__name__)
         finally:
             self.call_count -= 1
@@ -151,7 +156,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             if self.call_count == 0:
                 self._idle.set()
         if failure is not None:
-            await refuse(context, failure)
+            await refuse(context, _named(failure))
         return failure is None
 
     async def _generate(self, message: pb.GenerateRequest, context: Any, received_at: float) -> None:
@@ -170,6 +175,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         if caller.tenant != request.tenant:
             request = replace(request, tenant=caller.tenant)
         prepared = await self._intake.prepare(request, violations, deadline_at=deadline_at, received_at=received_at)
+        _generation_id.set(prepared.routed.generation_id)
         if request.resume is not None:
             resumable = self._open(prepared, caller, message)
             events = resumable.read([0] * request.sample_count)
@@ -217,6 +223,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
                 is_draining=self._is_draining,
             )
         about = resumable.about
+        _generation_id.set(about.generation_id)
         writer = StreamWriter(
             context,
             response=pb.ResumeGenerateResponse,
@@ -257,6 +264,14 @@ def _started(about: About, time_allowed_s: float, response: Any) -> Any:
         resume_grace_s=about.grace_s,
         response=response,
     )
+
+
+def _named(error: BatonError) -> BatonError:
+    """INTERNAL with the id of this call's generation, if it has one, by which we find it in our log."""
+    generation_id = _generation_id.get()
+    if error.reason is Reason.INTERNAL and generation_id:
+        error.metadata.setdefault("generation_id", generation_id)
+    return error
 
 
 async def refuse(context: Any, error: BatonError) -> None:

@@ -94,7 +94,7 @@ async def test_our_client_says_invalid_request_of_a_message_too_large(channel: g
 async def test_more_calls_at_once_than_may_run_are_refused_with_a_reason_and_far_more_by_grpc_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = {"extra_delay_s": PhaseDelays(prefill=0.5)}
+    slow = {"extra_delay_s": PhaseDelays(prefill=2.0)}
     async with (
         sim_cluster(tmp_path, sim=slow, max_concurrent_call_count=2) as cluster,
         grpc.aio.insecure_channel(cluster.endpoint.address) as channel,
@@ -109,7 +109,7 @@ async def test_more_calls_at_once_than_may_run_are_refused_with_a_reason_and_far
         assert cluster.server.generation.call_count == 0
 
         async def stuck(*_: Any) -> bool:
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(2.0)
             return False
 
         monkeypatch.setattr(cluster.server.generation, "_counted", stuck)  # as calls are to gRPC that nobody reads

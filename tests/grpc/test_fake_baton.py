@@ -356,7 +356,7 @@ async def test_a_failure_that_a_resume_can_heal_is_healed(fake: FakeBaton, clien
 async def test_a_stall_ends_with_the_callers_time(fake: FakeBaton, client: Any) -> None:
     fake.will_stall(after_tokens=2)
     with pytest.raises(DeadlineExceeded):
-        await client.complete("x", timeout=0.3)
+        await client.complete("x", timeout=1.0)
     await asyncio.to_thread(fake.wait_until, lambda fake: fake.calls[0].was_left)
 
 

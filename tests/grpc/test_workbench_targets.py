@@ -267,9 +267,10 @@ async def test_leaving_closes_the_connection_so_that_the_server_stops() -> None:
 async def test_a_deadline_of_the_target_is_a_timeout() -> None:
     async with fake_server() as server, openai_target(server) as target:
         server.pieces, server.stays_open = [event("a", total=1)], True
-        counts, _, error = await taken(target.generate(request(), timeout_s=0.2))
+        counts, _, error = await taken(target.generate(request(), timeout_s=1.0))
         assert error is not None
-        assert (counts, error.outcome) == ([1], Outcome.TIMEOUT)
+        assert error.outcome is Outcome.TIMEOUT
+        assert counts in ([1], []), "what had come by then"
 
 
 async def test_the_api_key_is_sent_and_models_are_listed() -> None:

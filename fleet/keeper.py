@@ -259,12 +259,15 @@ class Keeper:
         while True:
             await self._is_roster_due.wait()
             self._is_roster_due.clear()
+            roster = self._roster
             try:
-                await self._publish(self._roster)
+                await self._publish(roster)
             except Exception as error:
-                if is_reachable:
+                # While it was told, the roster changed: a router that was asked to stop is in it no more, and that it
+                # does not answer is no news. What is wrong with the new roster, telling that one will show.
+                if is_reachable and roster == self._roster:
                     log.warning("the roster could not be published, trying on: %s", error)
-                is_reachable = False
+                is_reachable = is_reachable and roster != self._roster
                 await asyncio.sleep(PUBLISH_RETRY_S)
                 self._is_roster_due.set()
             else:

@@ -13,10 +13,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import grpc.aio
 from patience import START_S, WITHIN_S
 
 from baton.admin_client import AdminClient
+from baton.errors import BatonError
 from baton.secret import SECRET_VARIABLE
 from bench.fleet_under_test import FleetUnderTest
 from bench.real_fleet import free_ports
@@ -60,7 +60,7 @@ async def _introduce(fleet: FleetUnderTest, admin_address: str) -> None:
     ]
     try:
         while True:
-            with suppress(grpc.aio.AioRpcError):  # not within its two seconds
+            with suppress(BatonError):  # not within its two seconds
                 await roster.publish(workers)
                 break
     finally:

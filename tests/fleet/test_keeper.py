@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pytest
+
 from baton.testing import in_virtual_time
 from fleet.child_process import Listener
 from fleet.keeper import Keeper
@@ -140,6 +142,37 @@ async def test_a_router_that_cannot_be_told_is_told_later_and_the_newest() -> No
     assert stage.published
     assert all(roster == ["a"] for _, roster in stage.published)
     await stage.end()
+
+
+@pytest.mark.parametrize("is_stopping", [False, True])
+def test_a_router_that_does_not_answer_is_news_unless_it_was_asked_to_stop_meanwhile(
+    is_stopping: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    @in_virtual_time
+    async def scenario() -> None:
+        told, may_fail = asyncio.Event(), asyncio.Event()
+
+        async def publish(roster: Sequence[Mapping[str, Any]]) -> None:
+            if not roster:
+                return
+            told.set()
+            await may_fail.wait()
+            raise OSError("router is not there")
+
+        stage = Stage("w")
+        stage.keeper._publish = publish
+        await asyncio.sleep(0.1)
+        stage.ready("w", "a")
+        await told.wait()
+        if is_stopping:
+            stage.keeper.stop()
+        await asyncio.sleep(0.1)
+        may_fail.set()
+        await asyncio.sleep(0.1)
+        assert bool(caplog.records) is not is_stopping
+        await stage.end()
+
+    scenario()
 
 
 @in_virtual_time

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -22,6 +22,10 @@ from router.answering import Answer, Completed, Piece, RelayEvent, RoutedRequest
 from router.chats.chat_abilities import ChatAbilities
 from router.chats.tool_words import call_names, openai_tools
 from router.chats.validation_chat import template_arguments
+
+PUSH_TOKEN_COUNT = 64
+"""Tokens that parsers read at a stretch. Each stretch has the deadline of one step, and between two of them others
+get their turn: some parsers take longer for each token the longer the answer is, and a beginning may be a context."""
 
 _STRUCTURE = "sampling.structure"
 
@@ -143,11 +147,12 @@ def text_wanted(output: OutputOptions) -> OutputOptions:
 
 
 class AnswerParsing:
-    """The stage, as the pipeline puts it in. One per process; stateless."""
+    """The stage, as the pipeline puts it in. One per process: of all long pieces one stretch is at the parsers."""
 
     def __init__(self, parsers: Parsers, abilities: ChatAbilities) -> None:
         self._parsers = parsers
         self._abilities = abilities
+        self._long_piece = asyncio.Lock()
 
     def plan(self, prompt: Prompt) -> AnswerPlan | None:
         """See ``plan_of``."""
@@ -201,7 +206,8 @@ class AnswerParsing:
                         case Piece():
                             assert stream is not None
                             next_index = event.first_token_index + event.token_count
-                            parsed = await stream.push(answer.take(event.token_count), event.token_ids)
+                            texts = answer.take(event.token_count)
+                            parsed = await self._pushed(stream, event, texts, deadline_at)
                             yield _piece(event, parsed, names)
                         case Completed():
                             assert stream is not None
@@ -219,6 +225,32 @@ class AnswerParsing:
             if stream is not None:
                 stream.close()
 
+    async def _pushed(self, stream: Stream, piece: Piece, texts: Sequence[str], deadline_at: float) -> Parsed:
+        """What parsers make of one piece, however long: a beginning may be a whole context."""
+        token_ids = piece.token_ids
+        if len(token_ids) <= PUSH_TOKEN_COUNT:  # nearly always
+            return await stream.push(texts, token_ids)
+        parts = []
+        for first in range(0, len(token_ids), PUSH_TOKEN_COUNT):
+            last = first + PUSH_TOKEN_COUNT
+            async with self._turn(deadline_at, piece.first_token_index):
+                parts.append(await stream.push(texts[first:last], token_ids[first:last]))
+        return _joined(parts)
+
+    @asynccontextmanager
+    async def _turn(self, deadline_at: float, emitted_token_count: int) -> AsyncIterator[None]:
+        """Long pieces take turns among themselves, so that whoever gets a token waits for one stretch of one of them
+        and not of each. BEFORE a step's deadline begins: to wait here is no silence. Raises DEADLINE_EXCEEDED."""
+        try:
+            async with asyncio.timeout_at(deadline_at):
+                await self._long_piece.acquire()
+        except TimeoutError:
+            raise deadline_exceeded(Phase.DECODE.value, emitted_token_count) from None
+        try:
+            yield
+        finally:
+            self._long_piece.release()
+
     async def _ready_by(self, deadline_at: float) -> None:
         """For an answer of which nothing was passed on yet, though its tokens come. Raises DEADLINE_EXCEEDED, too."""
         try:
@@ -226,6 +258,23 @@ class AnswerParsing:
                 await self._parsers.ready()
         except TimeoutError:
             raise deadline_exceeded(Phase.DECODE.value, 0) from None
+
+
+def _joined(parts: Sequence[Parsed]) -> Parsed:
+    """What parsers said of stretches that follow one another, as if they had been one."""
+    calls: list[ToolCallDelta] = []
+    arguments: list[list[str]] = []
+    for call in (call for part in parts for call in part.calls):
+        if calls and calls[-1].index == call.index and not call.name:
+            arguments[-1].append(call.arguments_json)
+        else:
+            calls.append(call)
+            arguments.append([call.arguments_json])
+    return Parsed(
+        text="".join(part.text for part in parts),
+        reasoning_text="".join(part.reasoning_text for part in parts),
+        calls=tuple(replace(call, arguments_json="".join(each)) for call, each in zip(calls, arguments, strict=True)),
+    )
 
 
 def _of_the_tools(error: BatonError) -> BatonError:

@@ -29,7 +29,15 @@ from baton.timeline import Timeline
 from baton.transfer_report import TransferReport
 from router.answer import TextAnswer
 from router.answering import Admitted, Completed, PhaseReport, Piece, RelayEvent, RoutedRequest
-from router.chats.answer_parsing import AnswerParsing, AnswerPlan, Parsed, ParsedAnswer, WholeCall, plan_of
+from router.chats.answer_parsing import (
+    PUSH_TOKEN_COUNT,
+    AnswerParsing,
+    AnswerPlan,
+    Parsed,
+    ParsedAnswer,
+    WholeCall,
+    plan_of,
+)
 from router.chats.chat_abilities import ChatAbilities
 from router.tiny_model import tiny_tokenizer
 from router.tokenizer import Tokenizer
@@ -291,6 +299,107 @@ async def test_random_chunkings_lose_nothing() -> None:
         events, _ = await run(text, [rng.randint(1, 5) for _ in range(10)])
         assert "".join(p.text for p in pieces_of(events)) == "".join(p.text for p in pieces_of(whole))
         assert end_of(events).tool_calls == end_of(whole).tool_calls
+
+
+LONG = "Time: [clock] and [the weather] now, as it was before and will be. " * 20
+
+
+async def test_a_long_beginning_reaches_the_parser_in_stretches_and_comes_out_as_one_piece() -> None:
+    count = len(TINY.encode(LONG, add_special_tokens=False))
+    assert count > 5 * PUSH_TOKEN_COUNT
+    events, stream = await run(LONG, [count])
+    assert max(len(ids) for _, ids in stream.pushed) == PUSH_TOKEN_COUNT
+    assert sum(len(ids) for _, ids in stream.pushed) == count
+    single, _ = await run(LONG)
+    assert [(piece.first_token_index, piece.token_count) for piece in pieces_of(events)] == [(0, count)]
+    assert pieces_of(events)[0].text == "".join(piece.text for piece in pieces_of(single))
+    named = [
+        [(call.index, call.id, call.name) for piece in pieces_of(each) for call in piece.tool_calls if call.name]
+        for each in (events, single)
+    ]
+    assert named[0] == named[1]
+    assert end_of(events).tool_calls == end_of(single).tool_calls
+
+
+class ArgumentStream(ScriptedStream):
+    """Two calls; each push adds one letter to the arguments of the first, and from the third on of the second."""
+
+    async def push(self, texts: Sequence[str], token_ids: Sequence[int]) -> Parsed:
+        self.pushed.append((list(texts), list(token_ids)))
+        place = len(self.pushed)
+        index, is_first = int(place > 2), place in (1, 3)
+        return Parsed("", "t", (ToolCallDelta(index, "", f"f{index}" if is_first else "", "abcdef"[place - 1]),))
+
+
+async def test_a_call_that_spans_stretches_is_one_delta_of_the_piece() -> None:
+    ids = [20] * (4 * PUSH_TOKEN_COUNT)
+    answer, stream = new_answer(), ArgumentStream()
+    stage = AnswerParsing(ScriptedParsers(stream), BOTH)
+    async with aclosing(stage.run(events_of(answer, [ids]), PLAN, answer, ROUTED, deadline_at=1e9)) as events:
+        piece = pieces_of([event async for event in events])[0]
+    assert [(call.index, call.name, call.arguments_json) for call in piece.tool_calls] == [
+        (0, "f0", "ab"),
+        (1, "f1", "cd"),
+    ]
+    assert [bool(call.id) for call in piece.tool_calls] == [True, True]
+    assert piece.reasoning_text == "tttt"
+
+
+class OneProcess:
+    """What is asked of it is answered in the order it came, and each token takes it ``token_s``."""
+
+    def __init__(self, token_s: float) -> None:
+        self.token_s = token_s
+        self.longest_wait_s = 0.0
+        self._busy = asyncio.Lock()
+
+    async def ready(self) -> None: ...
+
+    def keeps_special_tokens(self, plan: AnswerPlan) -> bool:
+        return True
+
+    def open(
+        self, plan: AnswerPlan, prompt_token_ids: Sequence[int], *, keeps_special_tokens: bool, deadline_at: float
+    ) -> OneProcessStream:
+        return OneProcessStream(self)
+
+    async def serve(self, count: int) -> None:
+        asked_at = asyncio.get_running_loop().time()
+        async with self._busy:
+            await asyncio.sleep(count * self.token_s)
+        self.longest_wait_s = max(self.longest_wait_s, asyncio.get_running_loop().time() - asked_at)
+
+
+class OneProcessStream(ScriptedStream):
+    def __init__(self, process: OneProcess) -> None:
+        super().__init__()
+        self.process = process
+
+    async def push(self, texts: Sequence[str], token_ids: Sequence[int]) -> Parsed:
+        await self.process.serve(len(token_ids))
+        return await super().push(texts, token_ids)
+
+
+@in_virtual_time
+async def test_many_long_beginnings_keep_a_token_of_others_for_one_stretch_and_no_longer() -> None:
+    process = OneProcess(token_s=0.01)
+    stage = AnswerParsing(process, BOTH)
+
+    async def read(chunks: Sequence[Sequence[int]], deadline_at: float = 1e9) -> list[RelayEvent]:
+        answer = new_answer()
+        stream = stage.run(events_of(answer, chunks), PLAN, answer, ROUTED, deadline_at=deadline_at)
+        async with aclosing(stream) as events:
+            return [event async for event in events]
+
+    long = [asyncio.create_task(read([[20] * (20 * PUSH_TOKEN_COUNT)])) for _ in range(10)]
+    late = asyncio.create_task(read([[20] * (20 * PUSH_TOKEN_COUNT)], deadline_at=5.0))
+    await read([[20]] * 100)
+    assert process.longest_wait_s <= (2 * PUSH_TOKEN_COUNT + 1) * process.token_s
+    for each in await asyncio.gather(*long):
+        assert pieces_of(each)[0].token_count == 20 * PUSH_TOKEN_COUNT
+    with pytest.raises(BatonError) as told:
+        await late
+    assert told.value.reason is Reason.DEADLINE_EXCEEDED
 
 
 def test_only_answers_that_need_it_are_parsed() -> None:

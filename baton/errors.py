@@ -330,6 +330,11 @@ def attempts_exhausted(attempt_count: int, emitted_token_count: int, phase: str,
     )
 
 
+def told_of_a_leg(error: BatonError) -> str:
+    """What a caller may hear of an error inside: of a broken connection no addresses, which are the operator's."""
+    return "the connection to a worker was lost" if "transport" in error.metadata else error.message
+
+
 def deadline_exceeded(phase: str, emitted_token_count: int) -> BatonError:
     return BatonError(
         Reason.DEADLINE_EXCEEDED,

@@ -38,7 +38,16 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-from baton.errors import BatonError, Reason, attempts_exhausted, deadline_exceeded, engine_failed, internal, stalled
+from baton.errors import (
+    BatonError,
+    Reason,
+    attempts_exhausted,
+    deadline_exceeded,
+    engine_failed,
+    internal,
+    stalled,
+    told_of_a_leg,
+)
 from baton.leg import DecodeOrder, KvAdopted, PrefillOrder, PrefillReply
 from baton.request import EngineStop, FinishReason, Handover, LegFinish, PlacementMode, TokenLogprobs
 from baton.timeline import Phase
@@ -446,7 +455,7 @@ class Handoff:
         if self._stall is not None:
             stalled_in, gap_s = self._stall
             return stalled(stalled_in.value, gap_s, self.sent_token_count)
-        return attempts_exhausted(attempt_count, self.sent_token_count, phase.value, last.message)
+        return attempts_exhausted(attempt_count, self.sent_token_count, phase.value, told_of_a_leg(last))
 
     # Ending
 

@@ -58,6 +58,12 @@ class _Generation(jinja2.ext.Extension):
         return jinja2.nodes.Scope(body).set_lineno(line)
 
 
+def _words_of(environment: ImmutableSandboxedEnvironment, source: str) -> frozenset[str]:
+    """The string constants of a template, such as what it says when it refuses a conversation."""
+    constants = environment.parse(source).find_all(jinja2.nodes.Const)
+    return frozenset(each.value for each in constants if isinstance(each.value, str))
+
+
 class ChatTemplate:
     """A compiled template and the special tokens it may name. Immutable; one per process."""
 
@@ -86,6 +92,7 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise TokenizerError(f"the model's chat template does not compile: {error}") from error
         self.source = source
+        self._own_words = _words_of(environment, source) | _words_of(environment, tools_source or "")
         self._special_tokens = dict(special_tokens or {})
         self.knows_tools = self._finds(_TOOL_PROBES)
         """Whether tools show in what it writes."""
@@ -173,19 +180,9 @@ class ChatTemplate:
         self, messages: Sequence[ChatMessage], context: Mapping[str, Any], max_chars: int, error: Exception
     ) -> BatonError:
         index = self._first_refused(messages, context, max_chars)
-        said = str(error)[:_MAX_REASON_CHARS]
-        # A template may quote the conversation, and prompts never reach error texts.
-        quoted = [text for each in messages for text in (each.content, each.reasoning, each.name) if text]
-        quoted += [text for each in messages for call in each.tool_calls for text in (call.name, call.arguments_json)]
-        is_quoting = any(text and text in str(error) for text in quoted)
-        if (
-            not isinstance(error, jinja2.TemplateError)
-            or isinstance(error, jinja2.UndefinedError)
-            or is_quoting
-            or context["tools"]
-            or any(message.tool_calls for message in messages)  # quoted in whatever form the template likes
-        ):
-            said = "it cannot render this message"
+        # A template may quote the conversation in whatever form it likes, and prompts never reach error texts: it is
+        # repeated only where it says no more than what is written in it.
+        said = str(error)[:_MAX_REASON_CHARS] if str(error) in self._own_words else "it cannot render this message"
         return invalid_request(
             [
                 FieldViolation(

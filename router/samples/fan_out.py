@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 
-from baton.errors import BatonError, Reason, StatusName, attempts_exhausted
+from baton.errors import BatonError, Reason, StatusName, attempts_exhausted, told_of_a_leg
 from baton.request import Usage
 from baton.timeline import Phase, PhaseDurations
 from router.answering import (
@@ -182,7 +182,7 @@ def _of_the_call(error: BatonError, emitted_count: int) -> BatonError:
     if emitted_count == 0:
         return error
     if error.is_retryable and error.reason not in _OURS_TO_TELL:
-        return attempts_exhausted(1, emitted_count, Phase.QUEUE.value, error.message)
+        return attempts_exhausted(1, emitted_count, Phase.QUEUE.value, told_of_a_leg(error))
     if not error.is_retryable and _EMITTED not in error.metadata:
         return error
     return BatonError(

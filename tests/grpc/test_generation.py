@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
-from sim_cluster import CONTEXT, FAST, MODEL, RULE, TOKENIZER, SimCluster, sim_cluster
+from sim_cluster import CONTEXT, FAST, MODEL, RULE, SECRET, TOKENIZER, SimCluster, sim_cluster
 
 from baton.client import BatonClient, Chunk, Event, Finished, Started
 from baton.errors import BatonError, Reason, StatusName
@@ -33,6 +33,7 @@ from baton.v1 import generation_pb2_grpc as pb_grpc
 from engine.cost import CostModel, DecodeCost
 from engine.sim_config import PhaseDelays
 from engine.sim_tokens import TokenRule, simulated_answer
+from router.grpc_worker_client import GrpcWorkerClient
 
 PROMPT = "Once upon a time there was a small model"
 BOTH = OutputOptions(wants_token_ids=True)
@@ -383,6 +384,20 @@ async def test_without_a_worker_a_call_is_unavailable_before_its_deadline(tmp_pa
         assert refused.value.reason is Reason.NO_WORKER
         cluster.set_workers(*cluster.workers)
         assert said(await collect(client, PROMPT, stop=at_most(3), output=BOTH))[1] == answer_to(PROMPT, 3)
+
+
+async def test_the_address_of_a_worker_that_cannot_be_reached_is_not_the_callers_to_know(tmp_path: Path) -> None:
+    async with sim_cluster(tmp_path, max_attempt_count=1) as cluster, BatonClient(cluster.endpoint.address) as client:
+        nobody = GrpcWorkerClient("127.0.0.1:1", SECRET)
+        cluster.server.roster._entries["prefill-0"].client.prefill = nobody.prefill  # type: ignore[method-assign]
+        try:
+            with pytest.raises(BatonError) as failed:
+                await client.complete("hi", timeout=60)
+        finally:
+            await nobody.close()
+    assert failed.value.reason is Reason.ATTEMPTS_EXHAUSTED
+    assert "the connection to a worker was lost" in failed.value.message
+    assert "127.0.0.1:1" not in failed.value.message + str(failed.value.metadata)
 
 
 async def test_a_worker_that_dies_in_mid_stream_is_not_seen_by_the_client(tmp_path: Path) -> None:

@@ -100,6 +100,17 @@ def test_a_template_that_quotes_the_conversation_does_not_leak_it_into_the_error
     assert "my secret" not in str(refused.value) + refused.value.violations[0].description
 
 
+def test_a_template_is_repeated_only_in_its_own_words() -> None:
+    template = ChatTemplate("{{ raise_exception('unexpected: ' ~ (messages[0].content | trim | upper)) }}")
+    with pytest.raises(BatonError) as refused:
+        template.render(messages(("user", " my secret ")), max_chars=1000)
+    assert "SECRET" not in refused.value.violations[0].description
+    template = ChatTemplate("{{ raise_exception('It\\'s not its turn') }}")
+    with pytest.raises(BatonError) as refused:
+        template.render(messages(("user", "x")), max_chars=1000)
+    assert "It's not its turn" in refused.value.violations[0].description
+
+
 def test_a_template_cannot_reach_python() -> None:
     template = ChatTemplate("{{ messages.__class__.__mro__ }}")
     with pytest.raises(BatonError):

@@ -286,10 +286,11 @@ class BatonClient:
         is_enough: Callable[[Any], bool] = lambda _: True,
     ) -> Any:
         """At the address that answered last, then at the others: all of these calls may be repeated. ``is_enough``:
-        of a reply, whether the others need not be asked; the last one is returned."""
+        of a reply, whether the others need not be asked; without one, what could not be reached is raised: it might
+        have said otherwise."""
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + checked_timeout(timeout)
-        first, found = self._index, None  # other calls move the index meanwhile
+        first, found, failure = self._index, None, None  # other calls move the index meanwhile
         for place in range(len(self._peers)):
             index = (first + place) % len(self._peers)
             peer = self._peers[index]
@@ -306,7 +307,7 @@ class BatonClient:
                     self._index = index
                     return reply
                 found = reply
-        if found is None:
+        if failure is not None:
             raise failure
         return found
 

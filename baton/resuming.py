@@ -10,7 +10,7 @@ import dataclasses
 import random
 from dataclasses import dataclass
 
-from baton.errors import BatonError, HandshakeFailed, Reason, StatusName, deadline_exceeded
+from baton.errors import BatonError, HandshakeFailed, Reason, StatusName
 from baton.events import Chunk, Event, Finished, Started
 from baton.stream_grammar import StreamGrammar
 
@@ -164,7 +164,7 @@ class Continuity:
         return next_try
 
     def _next_try(self, error: BatonError, remaining_s: float) -> NextTry | None:
-        """None: enough was tried. Raises DEADLINE_EXCEEDED."""
+        """None: enough was tried, or the time left is less than what is to be waited."""
         round_index, place = divmod(self._try_count, self._address_count)
         if round_index >= self._policy.max_round_count:
             return None
@@ -172,7 +172,7 @@ class Continuity:
         if error.status is StatusName.RESOURCE_EXHAUSTED:
             delay_s = max(delay_s, error.retry_after_s or 0.0)
         if delay_s >= remaining_s:
-            raise deadline_exceeded("unknown", self._grammar.token_count) from error
+            return None
         self._try_count += 1
         self.address_index = (self._first_index + place) % self._address_count
         return NextTry(delay_s, self.address_index)

@@ -212,9 +212,10 @@ class BatonClientSync:
         is_enough: Callable[[Any], bool] = lambda _: True,
     ) -> Any:
         """At the address that answered last, then at the others: all of these calls may be repeated. ``is_enough``:
-        of a reply, whether the others need not be asked; the last one is returned."""
+        of a reply, whether the others need not be asked; without one, what could not be reached is raised: it might
+        have said otherwise."""
         give_up_at = self._clock() + checked_timeout(timeout)
-        first, found = self._index, None  # other threads move the index meanwhile
+        first, found, failure = self._index, None, None  # other threads move the index meanwhile
         for place in range(len(self._peers)):
             index = (first + place) % len(self._peers)
             peer = self._peers[index]
@@ -229,7 +230,7 @@ class BatonClientSync:
                     self._index = index
                     return reply
                 found = reply
-        if found is None:
+        if failure is not None:
             raise failure
         return found
 

@@ -13,9 +13,10 @@ from sim_cluster import FAST, SimCluster, sim_cluster
 from test_resume import keys_file, second_router
 
 from baton.client import Answer, BatonClient, Chunk, Finished, Started
-from baton.errors import BatonError, Interrupted, Reason, ResumeFailed
+from baton.errors import BatonError, Interrupted, Reason, ResumeFailed, StatusName
 from baton.request import OutputOptions, ResumeOptions, Sampling, StopConditions
 from baton.sync_client import BatonClientSync
+from baton.testing import FakeBaton
 from bench.tcp_cutter import tcp_cutter
 from engine.cost import CostModel, DecodeCost
 
@@ -195,6 +196,22 @@ async def test_a_generation_can_be_cancelled_by_its_token(tmp_path: Path) -> Non
                 [event async for event in stream]
         assert not await client.cancel_generation(started.resume_token, timeout=60)
         await cluster.until_balanced()
+
+
+async def test_a_cancel_that_could_not_be_asked_everywhere_does_not_say_that_nothing_ran() -> None:
+    home, other = FakeBaton(), FakeBaton()
+    home.start()
+    other.start()
+    home.stop()  # out of reach; what it ran may be running
+    try:
+        async with BatonClient([home.address, other.address]) as client:
+            with pytest.raises(BatonError) as failed:
+                await client.cancel_generation("fake-resume-0", timeout=60)
+            assert failed.value.status is StatusName.UNAVAILABLE
+        with BatonClientSync([home.address, other.address]) as blocking, pytest.raises(BatonError):
+            await asyncio.to_thread(blocking.cancel_generation, "fake-resume-0", timeout=60)
+    finally:
+        other.stop()
 
 
 async def test_the_key_is_sent_with_every_call_and_shown_by_none(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 from baton.client import Chunk, Event, Finished, PhaseTimings, Started
 from baton.errors import (
     BatonError,
-    DeadlineExceeded,
     HandshakeFailed,
     Interrupted,
     Reason,
@@ -194,6 +193,21 @@ def test_what_may_go_on_elsewhere_is_gone_on_with(error: BatonError) -> None:
     assert state_of(STARTED, chunk(0, 7)).after(error, remaining_s=TIME) == NextTry(0.0, 0)
 
 
+def test_a_wait_longer_than_the_time_left_is_not_begun_and_what_cut_the_stream_is_told() -> None:
+    state = state_of(STARTED, chunk(0, 7))
+    state.after(lost(), remaining_s=20.0)
+    with pytest.raises(BatonError) as given:
+        state.after(queue_full(9, 9, 30.0), remaining_s=20.0)
+    assert given.value.metadata["transport"] == lost().metadata["transport"]
+    assert given.value.metadata["emitted_token_count"] == "1"
+
+
+def test_who_is_told_before_the_beginning_to_wait_longer_than_there_is_time_hears_just_that() -> None:
+    with pytest.raises(BatonError) as given:
+        state_of().after(queue_full(9, 9, 30.0), remaining_s=20.0)
+    assert given.value.reason is Reason.QUEUE_FULL
+
+
 @pytest.mark.parametrize("where", ["INTERNAL", "UNKNOWN"])
 def test_a_connection_torn_in_the_middle_of_a_message_is_a_cut(where: str) -> None:
     torn = BatonError(Reason.INTERNAL, StatusName.INTERNAL, "torn", metadata={"transport": where})
@@ -281,7 +295,7 @@ def test_a_generation_runs_where_it_was_last_attached_whatever_is_tried_since() 
 def test_there_is_no_try_after_the_callers_time() -> None:
     state = state_of(STARTED, chunk(0, 7))
     state.after(lost(), remaining_s=TIME)
-    with pytest.raises(DeadlineExceeded):
+    with pytest.raises(Interrupted):
         state.after(lost(), remaining_s=0.01)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,10 @@ _EXIT_CODES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that knows fewer characters than a model must not end an answer.
+            stream.reconfigure(errors="backslashreplace")
     has_fleet = _is_installed("fleet.cli")
     if not has_fleet and arguments and arguments[0] in (*_FLEET_VERBS, "bench"):
         print(f"baton: `baton {arguments[0]}` needs baton-serve: pip install baton-serve", file=sys.stderr)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,7 +20,9 @@ from baton.timeline import PHASES
 
 
 def json_line(value: dict[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    """Readable where the output can carry every character, and escaped where it cannot."""
+    can_carry_all = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "").startswith("utf")
+    return json.dumps(value, ensure_ascii=not can_carry_all, allow_nan=False)
 
 
 def event_as_json(event: Event) -> dict[str, Any]:

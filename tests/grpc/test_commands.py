@@ -13,8 +13,10 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
+import pytest
 from sim_cluster import FAST, TOKENIZER, SimCluster, sim_cluster
 
+from baton.testing import FakeBaton
 from engine.cost import CostModel, DecodeCost
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
@@ -65,6 +67,25 @@ async def test_generate_prints_the_text_and_the_phases(tmp_path: Path) -> None:
         assert (code, out.count("\n")) == (0, 1)
         for words in ("KV transfer", "sum", "time to first token", "prefill-0 → decode-0", "12 out"):
             assert words in err
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+async def test_a_character_that_the_output_cannot_carry_does_not_end_the_answer(
+    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    with FakeBaton() as fake:
+        fake.will_answer("Gr", "\u00fc\u00df", " \U0001f600", " end")
+        code, out, err = await run("generate", "hi", *flags, "--address", fake.address)
+    assert (code, err) == (0, "")
+    if flags:
+        events = [json.loads(line) for line in out.splitlines()]
+        assert (
+            "".join(event.get("text", "") for event in events if event["event"] == "chunk")
+            == "Gr\u00fc\u00df \U0001f600 end"
+        )
+    else:
+        assert out == "Gr\\xfc\\xdf \\U0001f600 end\n"
 
 
 async def test_the_python_example_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:

@@ -53,6 +53,9 @@ class Batch:
             except InvalidRequest as error:
                 written = {"error": {"reason": error.reason.value, "message": error.message}}
                 self.refused_count += 1
+            except ValueError as error:  # what no message can carry, such as half a surrogate pair
+                written = {"error": {"reason": "INVALID_REQUEST", "message": str(error)}}
+                self.refused_count += 1
             except BatonError as error:
                 self.left_count += 1
                 print(f"{item['id']}: {error.reason.value}, left for the next run", file=sys.stderr)

@@ -126,7 +126,7 @@ class Baton {
     const deadline = Date.now() + timeoutMs;
     if (request.resume) request = { ...request, output: { ...request.output, content: withTokenIds(request.output) } };
     const samples = Array.from({ length: Math.min(request.sample_count || 1, MAX_SAMPLES) }, newSample);
-    const sofar = { token: "", samples, isFinished: false, isTaken: false, resumeCount: 0 };
+    const sofar = { token: "", samples, isFinished: false, isTaken: false, isAttached: false, resumeCount: 0 };
     let call = this.generation.Generate(request, this.headers, { deadline });
     try {
       for (;;) {
@@ -138,7 +138,9 @@ class Baton {
           sofar.isTaken = error.reason === "ATTACHED_ELSEWHERE";
           delayMs = Math.max(delayMs, error.retryAfterMs ?? 0);
           const mayWait = Date.now() + delayMs < deadline && !signal?.aborted;
-          if (!(sofar.token && isCut(error) && mayWait)) throw error;
+          // Read too slowly, the window moved on: the tokens are here, so a continuation serves.
+          const isTooSlow = sofar.isAttached && error.reason === "RESUME_TOO_LATE";
+          if (!(sofar.token && (isCut(error) || isTooSlow) && mayWait)) throw error;
         }
         await sleep(delayMs);
         sofar.resumeCount += 1;
@@ -180,11 +182,13 @@ async function* events(call, sofar, signal) {
   signal?.addEventListener("abort", abort);
   if (signal?.aborted) abort();
   const isFirst = sofar.resumeCount === 0;
+  sofar.isAttached = false;
   try {
     for await (const response of call) {
       const name = response.event;
       if (name === "started") {
         sofar.token = response.started.resume_token;
+        sofar.isAttached = true;
         if (!isFirst) continue; // the caller was told
       } else if (name === "chunk") {
         take(response.chunk, sofar);

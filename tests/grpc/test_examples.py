@@ -132,6 +132,7 @@ async def test_a_batch_answers_what_is_missing_and_waits_when_it_is_told_to(tmp_
     prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     items = [{"id": str(number), "prompt": f"question {number}"} for number in range(12)]
     items[5]["prompt"] = "long " * 4000
+    items[7]["prompt"] = "half a pair: \ud800"
     prompts.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
     answers.write_text('{"id": "3", "text": "there before"}\n{"id": "4", "te', encoding="utf-8")
     # Two may run and none may wait: of eight at once most are refused with RetryInfo, and come back.
@@ -139,12 +140,13 @@ async def test_a_batch_answers_what_is_missing_and_waits_when_it_is_told_to(tmp_
         command = (sys.executable, EXAMPLES / "batch.py", prompts, answers, "--address", cluster.endpoint.address)
         code, out, err = await run(*command, "--concurrency", "8", "--max-tokens", "8", "--attempts", "40")
         assert (code, out) == (0, ""), err
-        assert "10 answered, 1 refused for good, 0 left, 1 there before" in err
+        assert "9 answered, 2 refused for good, 0 left, 1 there before" in err
         written = {line["id"]: line for line in map(json.loads, answers.read_text(encoding="utf-8").splitlines())}
         assert written.keys() == {item["id"] for item in items}
         assert written["3"]["text"] == "there before"
         assert written["5"]["error"]["reason"] == "PROMPT_TOO_LONG"
-        assert all(line["output_token_count"] >= 1 for key, line in written.items() if key not in ("3", "5"))
+        assert written["7"]["error"]["reason"] == "INVALID_REQUEST"
+        assert all(line["output_token_count"] >= 1 for key, line in written.items() if key not in ("3", "5", "7"))
         assert cluster.server.generation.failed_count > 1, "nothing was ever refused: the test shows nothing"
         before = answers.read_bytes()
         assert (await run(*command))[0] == 0

@@ -135,15 +135,27 @@ async def test_it_comes_back_for_every_reason_of_the_page(tmp_path: Path, node: 
         (Reason.QUEUE_FULL, StatusName.RESOURCE_EXHAUSTED),
         (Reason.ATTEMPTS_EXHAUSTED, StatusName.ABORTED),
         (Reason.STALLED, StatusName.ABORTED),
+        (Reason.RESUME_TOO_LATE, StatusName.OUT_OF_RANGE),
     ]
     script: list[list[Step]] = [
         [STARTED, chunk(at, "x", at), BatonError(reason, status, "cut", retry_after_s=0.01)]
         for at, (reason, status) in enumerate(cuts)
     ]
     heard, service = await read(node, [*script, [STARTED, FINISHED]], tmp_path)
-    assert heard == {"texts": {"0": "xxxxx"}, "error": None}
-    assert [each.next_token_index for each in service.resumes] == [1, 2, 3, 4, 5]
+    assert heard == {"texts": {"0": "xxxxxx"}, "error": None}
+    assert [each.next_token_index for each in service.resumes] == [1, 2, 3, 4, 5, 6]
     assert service.cancel_count == 0
+
+
+async def test_who_is_too_late_from_the_beginning_of_a_call_does_not_ask_for_ever(
+    tmp_path: Path,
+    node: str,  # noqa: F811
+) -> None:
+    cut = BatonError(Reason.STALLED, StatusName.ABORTED, "cut")
+    late = BatonError(Reason.RESUME_TOO_LATE, StatusName.OUT_OF_RANGE, "late")
+    heard, service = await read(node, [[STARTED, chunk(0, "x", 7), cut], [late]], tmp_path)
+    assert heard == {"texts": {"0": "x"}, "error": "RESUME_TOO_LATE"}
+    assert len(service.resumes) == 1
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ class StreamWriter:
                 try:
                     async for event in events:
                         if isinstance(event, Piece):
-                            if event.token_ids or event.text or event.reasoning_text or event.tool_calls:
+                            if event.token_ids or event.tool_calls or self._tells_text(event):
                                 await self._write(self._chunk(event, loop.time()))
                                 self._written_token_count += len(event.token_ids)
                         else:
@@ -85,6 +85,10 @@ class StreamWriter:
         finally:
             timer.cancel()
             self._write_under_way.close()
+
+    def _tells_text(self, piece: Piece) -> bool:
+        """Text that was held back to the answer's end is of no use to who asked for token ids alone."""
+        return bool(piece.text or piece.reasoning_text) and self._output.wants_text
 
     async def _write(self, message: Any) -> None:
         if self._is_grace_over:

@@ -165,6 +165,10 @@ class Resumable:
                 piece = self.window.take(cursor)
                 if piece is not None:
                     yield piece
+                    if self.window.is_behind(cursor):
+                        await asyncio.sleep(0)  # others' turn, whatever a write waits for: a window may be long
+                elif self.window.is_behind(cursor):
+                    await asyncio.sleep(0)
                 elif isinstance(self.window.last, BatonError):
                     raise self.window.last
                 elif self.window.last is not None:
@@ -352,7 +356,7 @@ class Resumables:
         resumable = self._by_id.get(generation_id)
         if resumable is None:
             return False
-        was_running = resumable.is_running
+        was_running = resumable.window.last is None  # its task may still be on its way out after that
         resumable.forget()
         return was_running
 

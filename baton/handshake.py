@@ -7,6 +7,7 @@ gRPC has one status for all of it (UNAVAILABLE) and puts what TLS said into the 
 from __future__ import annotations
 
 import enum
+import ipaddress
 
 from baton.errors import BatonError, HandshakeFailed, Reason, StatusName
 
@@ -77,14 +78,28 @@ def tls_failure(text: str, peer: str, security: Security | None) -> BatonError |
                 f"no TLS with the server{at}: {advice} ({cause})",
                 metadata={**metadata, TLS_KEY: kind},
             )
-    if security is not None and _BEFORE_ANY_CALL in text and any(words in text for words in _HANGS_UP):
-        return BatonError(
-            Reason.ENGINE_FAILED,
-            StatusName.UNAVAILABLE,
-            f"the server{at} hung up before any call; {_HINTS[security]} ({cause})",
-            metadata={**metadata, TLS_KEY: UNSURE},
+    if security is None or _BEFORE_ANY_CALL not in text:
+        return None
+    if any(words in text for words in _HANGS_UP):
+        hint = f"the server{at} hung up before any call; {_HINTS[security]}"
+    elif security is not Security.PLAINTEXT and _is_name(peer):
+        hint = (
+            f"no server answers at {peer}, or TLS with it fails: of a name's several addresses gRPC tells what one "
+            "said; ask by IP address, with server_name (--tls-server-name), to hear the others"
         )
-    return None
+    else:
+        return None
+    return BatonError(
+        Reason.ENGINE_FAILED, StatusName.UNAVAILABLE, f"{hint} ({cause})", metadata={**metadata, TLS_KEY: UNSURE}
+    )
+
+
+def _is_name(address: str) -> bool:
+    try:
+        ipaddress.ip_address(address.rpartition(":")[0].strip("[]"))
+    except ValueError:
+        return True
+    return False
 
 
 def _cause(text: str) -> str:

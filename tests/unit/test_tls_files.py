@@ -280,6 +280,17 @@ def test_what_may_have_another_cause_is_a_lost_connection_with_a_hint(cause: str
     assert tls_failure(f"{TO}UNAVAILABLE: x: {cause}", FAR, None) is None, "nobody knows what is spoken"
 
 
+def test_that_grpc_tells_of_one_of_a_names_addresses_alone_is_said_to_who_speaks_tls() -> None:
+    text = f"{TO}UNKNOWN: ipv6:%5B::1%5D:1: Failed to connect to remote host: Connection refused"
+    for security in (Security.TLS, Security.MUTUAL_TLS):
+        error = tls_failure(text, "localhost:1", security)
+        assert error is not None
+        assert (type(error), error.metadata["tls"]) == (Unavailable, "unsure")
+        assert all(words in error.message for words in ("localhost:1", "IP address", "Connection refused"))
+    assert tls_failure(text, "localhost:1", Security.PLAINTEXT) is None, "most often there is no server"
+    assert tls_failure(text, "[::1]:1", Security.TLS) is None
+
+
 @pytest.mark.parametrize("text", ["Socket closed", f"{TO}UNKNOWN: x: Connection refused", "", "GOAWAY received"])
 def test_what_tls_has_nothing_to_do_with_is_left_alone(text: str) -> None:
     for security in (*Security, None):

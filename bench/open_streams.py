@@ -41,7 +41,7 @@ from bench.fleet_under_test import FleetUnderTest, running_fleet
 from bench.machine import MachineClock, machine_facts
 from bench.open_streams_router import FIELD_COUNT, MEMORY_VARIABLE, RECORDS_VARIABLE
 from bench.real_fleet import free_ports
-from bench.results.statistics import Drawn, Percentile, Ratio, Values, draw_pairs, percentile
+from bench.results.statistics import Drawn, Interval, Percentile, Ratio, Values, draw_pairs, percentile
 from bench.soaking import say
 from engine.sim_tokens import TokenRule
 from fleet.config import FleetConfig, parse_config
@@ -168,6 +168,8 @@ class Comparison:
     stalled_s: tuple[float, float]
     move: Ratio
     """Of p99."""
+    moved_s: Interval
+    """By how much, seconds."""
     apart: tuple[float, ...]
     """How far the p99 of two spans in a row of the same kind were apart, of the first."""
 
@@ -183,6 +185,7 @@ class Comparison:
             (drawn.a[P50], drawn.a[P99]),
             (drawn.b[P50], drawn.b[P99]),
             drawn.ratio(P99),
+            drawn.difference(P99),
             tuple(percentile(later.seconds, 99) / percentile(first.seconds, 99) - 1 for first, later in alike),
         )
 
@@ -643,7 +646,10 @@ def page_of(report: Report) -> str:
         f"{plan.micro_batch_count} micro-batches that take turns; {plan.per_s:g} streams opened a second; "
         f"{plan.token_count} tokens a stream; "
         f"{plan.pair_count} pairs of spans of {plan.span_s:g} s, one with all reading, one with a tenth stalled, "
-        "each kind first in every other pair.",
+        f"each kind first in every other pair. {_priority()}",
+        "",
+        "Micro-batches, since with one batch an engine (`--micro-batches 1`) all tokens of a second come at once: a "
+        "reader's gap then tells its place in the burst, which changes with whatever else runs on these cores.",
         "",
         f"- streams opened {plan.stream_count}"
         + (", and as many again when those were over" if len(report.waves) > 1 else "")
@@ -666,13 +672,14 @@ def page_of(report: Report) -> str:
         f"- tokens a message: {first.token_count / max(1, first.message_count):.3f}; the run took "
         f"{report.took_s:.0f} s",
         "",
-        "Of the readers that never stall, over all spans of a kind; the 95 % interval is of the ratio of p99, from "
+        "Of the readers that never stall, over all spans of a kind; the 95 % intervals of p99's move come from "
         "resampling pairs and slices of time within them:",
         "",
-        "| ms | all read: p50 | p99 | a tenth stalled: p50 | p99 | p99 moves by | two alike in a row are apart |",
-        "| --- |" + " --- |" * 6,
+        "| ms | all read: p50 | p99 | a tenth stalled: p50 | p99 | p99 moves by | p99 moves by, ms "
+        "| two alike in a row are apart |",
+        "| --- |" + " --- |" * 7,
         *(
-            f"| {name} | {_ms(each.all_read_s)} | {_ms(each.stalled_s)} | {_move(each.move)} | "
+            f"| {name} | {_ms(each.all_read_s)} | {_ms(each.stalled_s)} | {_move(each.move)} | {_moved(each)} | "
             f"{100 * statistics.median(map(abs, each.apart)) if each.apart else math.nan:.1f} % |"
             for name, each in (
                 ("between two messages, at the reader", report.gaps),
@@ -715,12 +722,25 @@ def _memories(report: Report) -> Iterator[tuple[str, Memory]]:
         yield f"all over, wave {number}", wave.at_end
 
 
+def _priority() -> str:
+    policy = os.sched_getscheduler(0)
+    if policy in (os.SCHED_RR, os.SCHED_FIFO):
+        return "All of it ran at real-time priority, for the machine was shared with other work."
+    return "All of it ran at usual priority."
+
+
 def _mib(memory: Memory) -> str:
     return f"{memory.rss_bytes / 2**20:.0f} MiB"
 
 
 def _ms(seconds: Sequence[float]) -> str:
     return " | ".join(f"{1000 * each:.2f}" for each in seconds)
+
+
+def _moved(each: Comparison) -> str:
+    value = each.stalled_s[P99] - each.all_read_s[P99]
+    low, high = (math.nan if bound is None else 1000 * bound for bound in (each.moved_s.low, each.moved_s.high))
+    return f"{1000 * value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def _move(move: Ratio) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -32,6 +33,9 @@ class FakeGeneration:
     script: Scripted
     samples: tuple[FakeSample, ...]
     is_running: bool = True
+    is_cancelled: bool = False
+    readers: set[threading.Event] = field(default_factory=set)
+    """One of each call that streams it, set when that call is over."""
 
 
 def started_to_proto(generation: FakeGeneration, model: str, timeout_s: float | None) -> pb.GenerateResponse:
@@ -74,10 +78,10 @@ def chunk_to_proto(
     if output.wants_text:
         chunk.text = "".join(token.text for token in tokens)
         chunk.reasoning_text = "".join(token.reasoning_text for token in tokens)
-        chunk.tool_call_deltas.extend(
-            pb.ToolCallDelta(index=each.index, id=each.id, name=each.name, arguments_json=each.arguments_json)
-            for each in _joined(tokens)
-        )
+    chunk.tool_call_deltas.extend(  # calls are no text: whoever asked for ids alone gets them, too
+        pb.ToolCallDelta(index=each.index, id=each.id, name=each.name, arguments_json=each.arguments_json)
+        for each in _joined(tokens)
+    )
     if output.wants_token_ids:
         chunk.token_ids.extend(token.token_id for token in tokens)
     if output.top_logprob_count is not None:

@@ -99,12 +99,12 @@ class _Serving:
         timeout_s = None if remaining_s is None or remaining_s > 1e8 else float(remaining_s)
         return self._state.note(FakeCall(method, timeout_s=timeout_s, **facts))
 
-    def _admit(self, context: Any) -> None:
-        """Raises UNAUTHENTICATED or DRAINING."""
+    def _admit(self, context: Any, *, while_draining: bool = False) -> None:
+        """Raises UNAUTHENTICATED or, unless ``while_draining``, DRAINING."""
         expected = self._state.api_key
         if expected is not None and dict(context.invocation_metadata()).get("authorization") != f"Bearer {expected}":
             raise no_api_key()
-        if not self._state.is_serving:
+        if not self._state.is_serving and not while_draining:
             raise draining()
 
     def _next_fault(self, method: str = "") -> Fault | None:
@@ -169,11 +169,21 @@ class FakeGenerationService(_Serving, generation_pb2_grpc.GenerationServiceServi
     def CancelGeneration(self, message: pb.CancelGenerationRequest, context: Any) -> pb.CancelGenerationResponse:
         call = self._begin("CancelGeneration", context, resume_token=message.resume_token)
         try:
-            self._admit(context)
+            self._admit(context, while_draining=True)  # ending what runs is what a drain waits for
             self._next_fault("CancelGeneration")
+            if not message.resume_token.startswith(TOKEN_PREFIX):
+                raise resume_denied()
             with self._state.changed:
+                asked, _ = self._state.told.get(message.resume_token, (None, None))
+                if asked is not None and asked.tenant != message.tenant:
+                    raise resume_denied()
                 generation = self._state.generations.pop(message.resume_token, None)
-            return pb.CancelGenerationResponse(was_running=generation is not None and generation.is_running)
+                if generation is None:
+                    return pb.CancelGenerationResponse()
+                generation.is_cancelled = True
+                for reader in generation.readers:
+                    reader.set()
+                return pb.CancelGenerationResponse(was_running=generation.is_running)
         except BatonError as error:
             _refuse(context, error)
         finally:
@@ -249,6 +259,10 @@ class FakeGenerationService(_Serving, generation_pb2_grpc.GenerationServiceServi
         ended = threading.Event()
         if not context.add_callback(ended.set):
             ended.set()
+        with self._state.changed:
+            generation.readers.add(ended)
+            if generation.is_cancelled:
+                ended.set()
         limit = None if fault is None else fault.after_token_count or 0
         script, request = generation.script, generation.request
         try:
@@ -280,8 +294,13 @@ class FakeGenerationService(_Serving, generation_pb2_grpc.GenerationServiceServi
             call.was_left = True
             raise
         except _CallerLeft:
+            if generation.is_cancelled and context.is_active():
+                raise resume_unknown() from None
             call.was_left = True
             return
+        finally:
+            with self._state.changed:
+                generation.readers.discard(ended)
 
 
 class FakeModelService(_Serving, model_pb2_grpc.ModelServiceServicer):
@@ -340,8 +359,8 @@ class FakeModelService(_Serving, model_pb2_grpc.ModelServiceServicer):
         check_request(
             GenerateRequest(prompt),
             model=self._state.model,
-            max_context_token_count=VOCAB_SIZE,  # a prompt too long to generate from may be counted
-            prompt_length=1,
+            max_context_token_count=self._state.max_context_token_count,
+            prompt_length=len(rendered(prompt)),
         )
         if violations:
             raise invalid_request(violations)

@@ -549,6 +549,41 @@ async def test_a_generation_is_cancelled_wherever_it_runs(kind: str) -> None:
             await stream.aclose()
 
 
+async def test_whoever_reads_a_generation_that_is_cancelled_is_told(fake: FakeBaton) -> None:
+    fake.will_stall(after_tokens=4)
+    async with BatonClient(fake.address) as reader, BatonClient(fake.address) as other:
+        stream = reader.generate("hello", resume=True, tenant="us", **QUICK)
+        started = await anext(stream)
+        assert isinstance(started, Started)
+        for token, tenant in ((started.resume_token, "them"), ("made-up", "us")):
+            with pytest.raises(ResumeFailed) as refused:
+                await other.cancel_generation(token, tenant=tenant, timeout=60)
+            assert refused.value.reason is Reason.RESUME_DENIED
+        fake.set_serving(False)  # a drain waits for what runs: ending it is welcome
+        assert await other.cancel_generation(started.resume_token, tenant="us", timeout=60)
+        with pytest.raises(ResumeFailed) as ended:
+            [event async for event in stream]
+        assert ended.value.reason is Reason.RESUME_UNKNOWN
+
+
+async def test_a_prompt_too_long_is_not_counted_but_refused_as_a_generation_would_be() -> None:
+    async with FakeBaton(max_context_token_count=20) as fake, BatonClient(fake.address) as client:
+        assert (await client.count_tokens("x" * 19, **QUICK)).token_count == 19
+        for ask in (client.count_tokens, client.tokenize):
+            with pytest.raises(PromptTooLong):
+                await ask("x" * 20, **QUICK)
+
+
+async def test_who_asks_for_ids_alone_gets_the_calls_of_tools_too(fake: FakeBaton) -> None:
+    fake.will_answer("", tool_calls=[ToolCall("call_1", "weather", '{"city":"Ulm"}')])
+    ids = OutputOptions(wants_text=False, wants_token_ids=True)
+    async with BatonClient(fake.address) as client:
+        stream = client.chat([("user", "hi")], tools=[{"name": "weather"}], output=ids, **QUICK)
+        chunks = [event async for event in stream if isinstance(event, Chunk)]
+    assert {chunk.text for chunk in chunks} == {""}
+    assert "".join(delta.arguments_json for chunk in chunks for delta in chunk.tool_call_deltas) == '{"city":"Ulm"}'
+
+
 async def test_a_call_asks_every_address_though_others_move_the_first_meanwhile() -> None:
     async with FakeBaton() as first, FakeBaton() as second, BatonClient([first.address, second.address]) as client:
         first.set_serving(False)

@@ -77,8 +77,8 @@ class Plan:
 
     stream_count: int
     step_s: float = 1.0
-    span_s: float = 5.0
-    settle_s: float = 3.0
+    span_s: float = 4.0
+    settle_s: float = 2.0
     """Between two spans: what changed has changed by then."""
     per_s: float = 150.0
     """Streams opened a second."""
@@ -108,7 +108,7 @@ class Plan:
     @property
     def second_token_count(self) -> int:
         """Of the second wave, whose streams need only be open all at once."""
-        return math.ceil(1.15 * self.ramp_s / self.step_s) + 20
+        return math.ceil(1.15 * self.ramp_s / self.step_s) + 10
 
     @property
     def span_names(self) -> list[str]:
@@ -752,8 +752,8 @@ def plan_of(words: Sequence[str] | None = None) -> tuple[Plan, argparse.Namespac
     parser = argparse.ArgumentParser(prog="python -m bench.open_streams", description=__doc__)
     parser.add_argument("--streams", type=int, default=10_000)
     parser.add_argument("--step-s", type=float, default=1.0, help="between two tokens of a stream")
-    parser.add_argument("--span-s", type=float, default=5.0, help="length of each measured span")
-    parser.add_argument("--settle-s", type=float, default=3.0, help="between two spans")
+    parser.add_argument("--span-s", type=float, default=4.0, help="length of each measured span")
+    parser.add_argument("--settle-s", type=float, default=2.0, help="between two spans")
     parser.add_argument("--pairs", type=int, default=10, help="of spans")
     parser.add_argument("--per-s", type=float, default=150.0, help="streams opened a second")
     parser.add_argument("--stalled-share", type=float, default=0.1)

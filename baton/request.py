@@ -11,6 +11,7 @@ import enum
 from dataclasses import dataclass, field
 
 MAX_TOP_LOGPROB_COUNT = 20
+MAX_CHUNK_TOKEN_COUNT = 1024
 MAX_BIAS_COUNT = 1024
 MAX_BIAS = 100.0
 MAX_PENALTY = 2.0
@@ -222,6 +223,7 @@ class OutputOptions:
     wants_text: bool = True
     wants_token_ids: bool = False
     max_chunk_token_count: int = 64
+    """At most ``MAX_CHUNK_TOKEN_COUNT``."""
     top_logprob_count: int | None = None
     """None: no logprobs. 0: of the tokens drawn. More: also of so many likeliest."""
     echo_prompt: bool = False

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 
 from baton.errors import BatonError, reader_too_slow
 from baton.leg import PromptLogprobs
@@ -33,6 +34,10 @@ class Outbox:
         self.is_given_up = False
         """Its reader is too slow: nothing more is kept, and whoever computes for it should stop."""
         self._items: deque[Admitted | PromptLogprobs | Piece] = deque()
+        self._rest: list[Piece] = []
+        """What goes along with the last item: joined when that is taken or another follows, so that each token is
+        copied once however many wait."""
+        self._rest_token_count = 0
         self._end: Finish | BatonError | None = None
         self._reader: asyncio.Future[None] | None = None
         self.line: Callable[[Piece], bool] | None = None
@@ -43,7 +48,8 @@ class Outbox:
             last = self._items[-1]
             if isinstance(item, Piece) and isinstance(last, Piece) and self._fits(last, item):
                 if self._has_room(item, size := content_bytes(item)):
-                    self._items[-1] = _merged(last, item)
+                    self._rest.append(item)
+                    self._rest_token_count += item.token_count
                     self._sizes[-1] += size
                 return
         reader = self._reader
@@ -58,6 +64,7 @@ class Outbox:
     def _keep(self, item: Admitted | PromptLogprobs | Piece) -> None:
         size = size_bytes(item) if isinstance(item, Piece) else 0  # what is told of the prompt is as long as that
         if not isinstance(item, Piece) or self._has_room(item, size):
+            self._join()
             self._items.append(item)
             self._sizes.append(size)
 
@@ -87,6 +94,8 @@ class Outbox:
             finally:
                 self._reader = None
         if self._items:
+            if len(self._items) == 1:
+                self._join()
             self._used_bytes -= self._sizes.popleft()
             return self._items.popleft()
         assert self._end is not None
@@ -100,15 +109,25 @@ class Outbox:
 
     def _fits(self, last: Piece, item: Piece) -> bool:
         # Text without tokens stays by itself: a caller who was cut off says by its index whether it has it.
-        is_open = last.matched_stop_sequence is None and bool(item.token_ids)
-        return is_open and last.token_count + item.token_count <= self._max_chunk_token_count
+        newest = self._rest[-1] if self._rest else last
+        is_open = newest.matched_stop_sequence is None and bool(item.token_ids)
+        count = last.token_count + self._rest_token_count + item.token_count
+        return is_open and count <= self._max_chunk_token_count
+
+    def _join(self) -> None:
+        if self._rest:
+            last = self._items[-1]
+            assert isinstance(last, Piece), "something goes along with it"
+            self._items[-1] = _joined([last, *self._rest])
+            self._rest.clear()
+            self._rest_token_count = 0
 
 
-def _merged(first: Piece, second: Piece) -> Piece:
+def _joined(parts: Sequence[Piece]) -> Piece:
     return Piece(
-        first.first_token_index,
-        first.token_ids + second.token_ids,
-        first.text + second.text,
-        second.matched_stop_sequence,
-        first.logprobs + second.logprobs,
+        parts[0].first_token_index,
+        tuple(chain.from_iterable(part.token_ids for part in parts)),
+        "".join(part.text for part in parts),
+        parts[-1].matched_stop_sequence,
+        tuple(chain.from_iterable(part.logprobs for part in parts)),
     )

@@ -19,6 +19,7 @@ from baton.request import (
     MAX_BIAS,
     MAX_BIAS_COUNT,
     MAX_CHOICE_COUNT,
+    MAX_CHUNK_TOKEN_COUNT,
     MAX_PENALTY,
     MAX_REPETITION_PENALTY,
     MAX_STRUCTURE_BYTES,
@@ -286,10 +287,10 @@ def _stop(stop: StopConditions, limits: ModelLimits) -> Iterator[FieldViolation]
 
 
 def _output(output: OutputOptions) -> Iterator[FieldViolation]:
-    if output.max_chunk_token_count < 1:
+    if not 1 <= output.max_chunk_token_count <= MAX_CHUNK_TOKEN_COUNT:
         yield FieldViolation(
             "output.max_chunk_token_count",
-            f"is {output.max_chunk_token_count}; must be at least 1, or absent for the default",
+            f"is {output.max_chunk_token_count}; must be 1 to {MAX_CHUNK_TOKEN_COUNT}, or absent for the default",
         )
     if output.top_logprob_count is not None and not 0 <= output.top_logprob_count <= MAX_TOP_LOGPROB_COUNT:
         yield FieldViolation(
@@ -307,8 +308,8 @@ def _rest(request: GenerateRequest) -> Iterator[FieldViolation]:
     if request.tenant and not _TENANT.fullmatch(request.tenant):
         yield FieldViolation(
             "tenant",
-            f"has {len(request.tenant)} characters; must be 1 to {MAX_TENANT_LENGTH} letters, digits or any of _ . -, "
-            "or absent",
+            f"has {len(request.tenant)} characters; must be 1 to {MAX_TENANT_LENGTH} letters, digits or any of _ . -"
+            ", or absent",
         )
 
 

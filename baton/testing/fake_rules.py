@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from baton.errors import FieldViolation, invalid_request, model_not_found, prompt_too_long
 from baton.request import (
     MAX_BIAS,
+    MAX_CHUNK_TOKEN_COUNT,
     MAX_PENALTY,
     MAX_REPETITION_PENALTY,
     MAX_SAMPLE_COUNT,
@@ -130,8 +131,11 @@ def _stop(request: GenerateRequest) -> Iterator[FieldViolation]:
 
 def _output(request: GenerateRequest) -> Iterator[FieldViolation]:
     output = request.output
-    if output.max_chunk_token_count < 1:
-        yield FieldViolation("output.max_chunk_token_count", f"is {output.max_chunk_token_count}; must be at least 1")
+    if not 1 <= output.max_chunk_token_count <= MAX_CHUNK_TOKEN_COUNT:
+        yield FieldViolation(
+            "output.max_chunk_token_count",
+            f"is {output.max_chunk_token_count}; must be 1 to {MAX_CHUNK_TOKEN_COUNT}, or absent",
+        )
     for name in ("top_logprob_count", "prompt_logprob_count"):
         value = getattr(output, name)
         if value is not None and not 0 <= value <= MAX_TOP_LOGPROB_COUNT:

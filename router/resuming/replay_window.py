@@ -21,10 +21,14 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from baton.errors import BatonError, FieldViolation, invalid_request, resume_too_late
 from router.answering import Completed, Piece
 from router.piece_size import size_bytes
+
+MAX_LOOK_COUNT = 4096
+"""Pieces that one ``take`` looks at: a millisecond, for everybody else waits."""
 
 GUARANTEED_TOKEN_COUNT = 64
 """The newest of each window, which are its own however full the house is: a reader who keeps up is never too late."""
@@ -106,7 +110,7 @@ class ReplayWindow:
         if piece.first_token_index != sample.next_index:
             raise ValueError(f"a piece begins at {piece.first_token_index}, {sample.next_index} is next")
         if sample.held is not None:
-            piece, sample.held = merged(sample.held, piece), None
+            piece, sample.held = joined((sample.held, piece)), None
         if not piece.token_ids:
             if piece.text or piece.reasoning_text or piece.tool_calls or piece.matched_stop_sequence:
                 sample.held = piece
@@ -159,24 +163,29 @@ class ReplayWindow:
         return Cursor(self._dropped_count, list(next_indices))
 
     def take(self, cursor: Cursor) -> Piece | None:
-        """What is next for this reader: pieces of one sample that were waiting, together. None: nothing now. Raises
-        RESUME_TOO_LATE for a reader that is too slow."""
+        """What is next for this reader: pieces of one sample that were waiting, together. None: nothing now, or
+        nothing so far while it ``is_behind``. Raises RESUME_TOO_LATE for a reader that is too slow."""
         if cursor.position < self._dropped_count:
             self._check_not_too_late(cursor)
             cursor.position = self._dropped_count
-        taken: Piece | None = None
-        while (place := cursor.position - self._dropped_count) < len(self._pieces):
-            piece = self._pieces[place][0]
+        parts: list[Piece] = []
+        token_count = 0
+        last_look = cursor.position + MAX_LOOK_COUNT
+        while self.is_behind(cursor) and cursor.position < last_look:
+            piece = self._pieces[cursor.position - self._dropped_count][0]
             if not _has(cursor, piece):
-                if taken is None:
-                    taken = piece
-                elif self._fits(taken, piece):
-                    taken = merged(taken, piece)
-                else:
+                token_count += piece.token_count
+                if parts and not self._fits(parts[-1], piece, token_count):
                     break
+                parts.append(piece)
                 cursor.next_indices[piece.sample_index] += piece.token_count or 1
             cursor.position += 1
-        return taken
+        return joined(parts) if parts else None
+
+    def is_behind(self, cursor: Cursor) -> bool:
+        """Whether there are pieces that this reader has not been at: after ``take`` said None, too, since that looks
+        at so many only."""
+        return cursor.position - self._dropped_count < len(self._pieces)
 
     @property
     def has_more_than_guaranteed(self) -> bool:
@@ -221,12 +230,12 @@ class ReplayWindow:
             if index < sample.first_index:
                 raise resume_too_late(index, sample.first_index)
 
-    def _fits(self, taken: Piece, piece: Piece) -> bool:
+    def _fits(self, newest: Piece, piece: Piece, token_count: int) -> bool:
         return (
-            taken.sample_index == piece.sample_index
+            newest.sample_index == piece.sample_index
             and bool(piece.token_ids)  # the tail stays by itself: its place is after all tokens
-            and taken.matched_stop_sequence is None
-            and taken.token_count + piece.token_count <= self.max_chunk_token_count
+            and newest.matched_stop_sequence is None
+            and token_count <= self.max_chunk_token_count
         )
 
 
@@ -242,16 +251,20 @@ def trim_largest(windows: Iterable[ReplayWindow], shared: SharedBytes, target_by
             heapq.heappush(largest, (-window.used_bytes, number, window))
 
 
-def merged(first: Piece, second: Piece) -> Piece:
-    """Two pieces of a sample that follow one another, as one."""
+def joined(parts: Sequence[Piece]) -> Piece:
+    """Pieces of a sample that follow one another, as one: in a time that is linear in what they say."""
+    if len(parts) == 1:
+        return parts[0]
     return replace(
-        first,
-        token_ids=first.token_ids + second.token_ids,
-        text=first.text + second.text,
-        matched_stop_sequence=second.matched_stop_sequence or first.matched_stop_sequence,
-        logprobs=first.logprobs + second.logprobs,
-        reasoning_text=first.reasoning_text + second.reasoning_text,
-        tool_calls=first.tool_calls + second.tool_calls,
+        parts[0],
+        token_ids=tuple(chain.from_iterable(part.token_ids for part in parts)),
+        text="".join(part.text for part in parts),
+        matched_stop_sequence=next(
+            (part.matched_stop_sequence for part in parts if part.matched_stop_sequence), None
+        ),
+        logprobs=tuple(chain.from_iterable(part.logprobs for part in parts)),
+        reasoning_text="".join(part.reasoning_text for part in parts),
+        tool_calls=tuple(chain.from_iterable(part.tool_calls for part in parts)),
     )
 
 

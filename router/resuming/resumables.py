@@ -164,11 +164,9 @@ class Resumable:
                 self._check_right(me, cursor, until)
                 piece = self.window.take(cursor)
                 if piece is not None:
-                    yield piece
-                    if self.window.is_behind(cursor):
-                        await asyncio.sleep(0)  # others' turn, whatever a write waits for: a window may be long
+                    yield piece  # whoever writes it gives others their turn
                 elif self.window.is_behind(cursor):
-                    await asyncio.sleep(0)
+                    await asyncio.sleep(0)  # others' turn: it has been at many pieces that this reader has
                 elif isinstance(self.window.last, BatonError):
                     raise self.window.last
                 elif self.window.last is not None:

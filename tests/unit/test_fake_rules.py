@@ -68,6 +68,7 @@ BAD = [
         replace(PLAIN, output=OutputOptions(**{name: value}))  # type: ignore[arg-type]
         for name, value in {"max_chunk_token_count": 0, "top_logprob_count": 21, "prompt_logprob_count": -1}.items()
     ),
+    replace(PLAIN, output=OutputOptions(max_chunk_token_count=1025)),
     replace(PLAIN, priority=101),
     replace(PLAIN, session_id="s" * 129),
     replace(PLAIN, correlation_id="c" * 129),

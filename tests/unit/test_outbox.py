@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
+import router.outbox
 from baton.errors import BatonError, Reason, StatusName
 from baton.request import FinishReason, TokenLogprobs
 from router.answering import Admitted, Piece
@@ -32,6 +34,44 @@ def test_tokens_that_wait_are_merged_up_to_the_largest_chunk() -> None:
         outbox.put(Piece(index, (index,), text, None))
     outbox.end(END)
     assert taken(outbox) == [Piece(0, (0, 1), "ab", None), Piece(2, (2,), "c", None)]
+
+
+def test_however_many_tokens_wait_each_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    joins: list[int] = []
+    join = router.outbox._joined
+
+    def counted(parts: Sequence[Piece]) -> Piece:
+        joins.append(len(parts))
+        return join(parts)
+
+    monkeypatch.setattr(router.outbox, "_joined", counted)
+    outbox = Outbox(1000)
+    for index in range(2500):
+        outbox.put(Piece(index, (index,), "a", None))
+    assert joins == [1000, 1000], "what cannot grow any more takes no more room than it must"
+    outbox.end(END)
+    heard = taken(outbox)
+    assert joins == [1000, 1000, 500]
+    assert heard == [
+        Piece(first, tuple(range(first, first + count)), "a" * count, None)
+        for first, count in ((0, 1000), (1000, 1000), (2000, 500))
+    ]
+
+
+def test_a_piece_taken_and_one_put_meanwhile_stay_in_order() -> None:
+    outbox = Outbox(3)
+    heard: list[object] = []
+    for index in range(5):
+        outbox.put(Piece(index, (index,), "a", "s" if index == 1 else None))
+    heard.append(asyncio.run(outbox.take()))
+    outbox.put(Piece(5, (5,), "b", None))
+    outbox.end(END)
+    heard += taken(outbox)
+    assert [(each.first_token_index, each.text) for each in heard if isinstance(each, Piece)] == [
+        (0, "aa"),
+        (2, "aaa"),
+        (5, "b"),
+    ]
 
 
 def test_text_held_back_to_the_end_is_never_merged_into_a_token() -> None:

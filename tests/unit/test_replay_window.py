@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,13 +14,15 @@ from baton.errors import BatonError, Reason, draining
 from baton.request import TokenLogprobs, ToolCallDelta
 from router.answering import Completed, Piece
 from router.piece_size import size_bytes
+from router.resuming import replay_window
 from router.resuming.replay_window import (
     GUARANTEED_TOKEN_COUNT,
+    MAX_LOOK_COUNT,
     Cursor,
     ReplayWindow,
     SharedBytes,
     WindowLimits,
-    merged,
+    joined,
     trim_largest,
 )
 
@@ -263,11 +266,41 @@ def test_however_often_a_reader_is_cut_off_it_hears_every_token_once(seed: int) 
     assert heard_ids == list(range(first))
 
 
+def test_a_full_window_is_read_in_parts_of_bounded_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look at each piece and a copy of each token, once; and of no more pieces at a stretch than may be."""
+    joins: list[int] = []
+    join = replay_window.joined
+
+    def counted(parts: Sequence[Piece]) -> Piece:
+        joins.append(len(parts))
+        return join(parts)
+
+    monkeypatch.setattr(replay_window, "joined", counted)
+    count = 3 * MAX_LOOK_COUNT
+    replay = window(max_tokens=count, max_bytes=1 << 26, chunk=1024)
+    for index in range(count):
+        replay.put(piece(index, 1))
+    everything = replay.cursor([0])
+    sizes = []
+    while (got := replay.take(everything)) is not None:
+        sizes.append(got.token_count)
+    assert sizes == [1024] * (count // 1024)
+    assert joins == sizes, "each token was copied once"
+    newest = replay.cursor([count - 1])
+    stretches = 0
+    while (got := replay.take(newest)) is None:
+        assert replay.is_behind(newest)
+        stretches += 1
+    assert (stretches, got.first_token_index) == (2, count - 1)
+    assert replay.take(newest) is None
+    assert not replay.is_behind(newest)
+
+
 def test_merged_pieces_say_all_that_both_said() -> None:
     logprobs = TokenLogprobs(-0.5, 1)
     first = piece(0, 1, "a", logprobs=(logprobs,), reasoning_text="r", tool_calls=(ToolCallDelta(0),))
     second = Piece(1, (1,), "b", "stop", (logprobs,), reasoning_text="s", tool_calls=(ToolCallDelta(1),))
-    both = merged(first, second)
+    both = joined((first, second))
     assert (both.token_ids, both.text, both.matched_stop_sequence) == ((0, 1), "ab", "stop")
     assert (len(both.logprobs), both.reasoning_text, len(both.tool_calls)) == (2, "rs", 2)
 

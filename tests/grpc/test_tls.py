@@ -366,12 +366,14 @@ async def test_every_verb_speaks_tls_and_says_what_to_give_it(tmp_path: Path, au
     async with sim_cluster(tmp_path / "m", **config) as cluster:
         code, out, err = await run(*baton(cluster, "health", "--tls-ca", authority.path, *ours))
         assert (code, out, err) == (0, "serving\n", "")
-        for verb in (("generate", "hi", "--max-tokens", "2"), ("models",), ("top", "--once")):
-            code, out, err = await run(*baton(cluster, *verb), BATON_TLS_CA=str(authority.path), **variables)
-            assert (code, bool(out), err) == (0, True, ""), verb
-        for verb in (("generate", "hi"), ("top", "--once"), ("health",)):
-            code, out, err = await run(*baton(cluster, *verb, "--tls"), **variables)
-            assert (code, out, err.count("\n"), "--tls-ca" in err) == (3, "", 1, True), (verb, err)
+        verbs: list[tuple[str, ...]] = [("generate", "hi", "--max-tokens", "2"), ("models",), ("top", "--once")]
+        good = (run(*baton(cluster, *verb), BATON_TLS_CA=str(authority.path), **variables) for verb in verbs)
+        for code, out, err in await asyncio.gather(*good):
+            assert (code, bool(out), err) == (0, True, "")
+        verbs = [("generate", "hi"), ("top", "--once"), ("health",)]
+        bad = (run(*baton(cluster, *verb, "--tls"), **variables) for verb in verbs)
+        for code, out, err in await asyncio.gather(*bad):
+            assert (code, out, err.count("\n"), "--tls-ca" in err) == (3, "", 1, True), err
         code, _, err = await run(*baton(cluster, "models"))
         assert (code, err.count("\n"), "--tls" in err) == (3, 1, True), err
         code, _, err = await run(*baton(cluster, "generate", "hi", "--tls-ca", "/nowhere.pem"))

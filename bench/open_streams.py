@@ -76,7 +76,8 @@ class Plan:
     """What is run. How many tokens each stream has follows: enough for all of it, and then some."""
 
     stream_count: int
-    step_s: float = 1.0
+    step_s: float = 0.93
+    """What an engine's model takes for a token of each stream. Its process takes some more: about a second in all."""
     span_s: float = 4.0
     settle_s: float = 2.0
     """Between two spans: what changed has changed by then."""
@@ -641,8 +642,9 @@ def page_of(report: Report) -> str:
         f"{facts['python']}, grpcio {facts['packages']['grpcio']}; commit {facts['commit']}.",
         "",
         f"`python -m bench.open_streams --streams {plan.stream_count}`: one router process, one prefill and "
-        f"{plan.worker_count} decode workers on simulated engines, one process that reads, all on these cores. One "
-        f"token every {plan.step_s:g} s and stream, the streams of an engine in "
+        f"{plan.worker_count} decode workers on simulated engines, one process that reads, all on these cores. An "
+        f"engine's model takes {plan.step_s:g} s for a token of each stream, its process some more: one comes every "
+        f"{report.gaps.all_read_s[P50]:.2f} s (p50). The streams of an engine are in "
         f"{plan.micro_batch_count} micro-batches that take turns; {plan.per_s:g} streams opened a second; "
         f"{plan.token_count} tokens a stream; "
         f"{plan.pair_count} pairs of spans of {plan.span_s:g} s, one with all reading, one with a tenth stalled, "
@@ -751,7 +753,7 @@ def _move(move: Ratio) -> str:
 def plan_of(words: Sequence[str] | None = None) -> tuple[Plan, argparse.Namespace]:
     parser = argparse.ArgumentParser(prog="python -m bench.open_streams", description=__doc__)
     parser.add_argument("--streams", type=int, default=10_000)
-    parser.add_argument("--step-s", type=float, default=1.0, help="between two tokens of a stream")
+    parser.add_argument("--step-s", type=float, default=0.93, help="an engine's model for a token of each stream")
     parser.add_argument("--span-s", type=float, default=4.0, help="length of each measured span")
     parser.add_argument("--settle-s", type=float, default=2.0, help="between two spans")
     parser.add_argument("--pairs", type=int, default=10, help="of spans")

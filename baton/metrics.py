@@ -228,12 +228,11 @@ class RouterMetrics:
             self.resumes.labels(kind)
         for result in ("met", "failed"):
             self.introductions.labels(result)
-        for outcome in Outcome:
-            self.requests.labels(outcome.value)
-        for phase in PHASES:
-            self.phase.labels(phase.value)
-        for part in ("post", "wire", "verify"):
-            self.kv_part.labels(part)
+        # Looked up once: with every request it would cost more than to count it.
+        self._request_counts = {outcome: self.requests.labels(outcome.value) for outcome in Outcome}
+        self._phase_times = [(phase, self.phase.labels(phase.value)) for phase in PHASES]
+        self._kv_part_times = tuple(self.kv_part.labels(part) for part in ("post", "wire", "verify"))
+        self._placement_counts: dict[tuple[PlacementMode, str], Counter] = {}
         for reason in RecomputeReason:
             self.recomputes.labels(reason.value)
 
@@ -252,11 +251,11 @@ class RouterMetrics:
     ) -> None:
         """Counts one ended request. ``durations`` and ``usage`` are observed for outcome OK only: a
         cancelled request's partial phases would make the distributions lie."""
-        self.requests.labels(outcome.value).inc()
+        self._request_counts[outcome].inc()
         if outcome is not Outcome.OK or durations is None:
             return
-        for phase in PHASES:
-            self.phase.labels(phase.value).observe(durations[phase])
+        for phase, times in self._phase_times:
+            times.observe(durations[phase])
         self.e2e.observe(durations.total_s)
         if durations.time_to_first_token_s is not None:
             self.ttft.observe(durations.time_to_first_token_s)
@@ -270,7 +269,11 @@ class RouterMetrics:
         if transfer is not None:
             self._pulled(transfer)
         if mode is not None:
-            self.placements.labels(mode.value, placement_reason).inc()
+            count = self._placement_counts.get((mode, placement_reason))
+            if count is None:  # both are of small closed sets
+                count = self.placements.labels(mode.value, placement_reason)
+                self._placement_counts[mode, placement_reason] = count
+            count.inc()
 
     def _pulled(self, transfer: TransferReport) -> None:
         self.kv_bytes.inc(transfer.kv_bytes)
@@ -280,9 +283,10 @@ class RouterMetrics:
         if transfer.recompute_reason is not None:
             self.recomputes.labels(transfer.recompute_reason.value).inc()
         if transfer.pull_count:
-            self.kv_part.labels("post").observe(transfer.post_s)
-            self.kv_part.labels("wire").observe(transfer.wire_s)
-            self.kv_part.labels("verify").observe(transfer.verify_s)
+            post, wire, verify = self._kv_part_times
+            post.observe(transfer.post_s)
+            wire.observe(transfer.wire_s)
+            verify.observe(transfer.verify_s)
 
     def tokens_sent(self, token_count: int, gap_s: float | None) -> None:
         """Counts a message of tokens; ``gap_s`` since the previous one, None for the first."""

@@ -23,6 +23,8 @@ class Phase(enum.Enum):
     DECODE_WAIT = "decode_wait"
     DECODE = "decode"
 
+    __hash__ = object.__hash__  # by identity, as they compare: the enumeration's own is a call for each look-up
+
 
 PHASES: tuple[Phase, ...] = tuple(Phase)
 

@@ -101,11 +101,13 @@ def said(is_met: bool) -> str:
 def verdict(streams: Turns, requests: Turns) -> list[str]:
     """What the run says of each goal, in words that are made anew with each run."""
     lines = ["**Verdict of this run.**", ""]
-    for count, pace, _, _, router, ratio, _, rate, goal in stream_rows(streams):
-        lines.append(f"- {count} streams, {pace}: {router} us a token, {ratio} the sending floor, {rate}/s. {goal}.")
+    for count, pace, _, _, router, ratio, _, _, goal in stream_rows(streams):
+        lines.append(f"- {count} streams, {pace}: {router} us a token, {ratio} the sending floor. Goal: {goal}.")
     for tokens, at_once, bare, router, ratio, _, ttft, _, _, goal in request_rows(requests):
         what = f"{router} us against {bare} of the bare calls, {ratio}; TTFT {ttft} ms"
-        lines.append(f"- Requests of {tokens} tokens, {at_once} at once: {what}. {goal}.")
+        lines.append(
+            f"- Requests of {tokens} token{'' if tokens == '1' else 's'}, {at_once} at once: {what}. Goal: {goal}."
+        )
     shares = [turn["others_share"] for turn in streams]
     shared = f"Others took {100 * min(shares):.0f} to {100 * max(shares):.0f} % of the machine while streams ran"
     is_quiet = max(shares) <= QUIET_SHARE
@@ -122,8 +124,8 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
-def measured(streams: Turns, requests: Turns) -> str:
-    facts = machine_facts()
+def measured(streams: Turns, requests: Turns, facts: dict[str, Any]) -> str:
+    """``facts``: of the machine, when it was measured."""
     what = f"{facts['cpu_model']}, {facts['core_count']} cores, grpcio {facts['packages']['grpcio']}"
     lines = [f"{facts['at']}, {what}, commit {facts['commit']}.", "", *verdict(streams, requests)]
     lines += ["CPU microseconds per streamed token:", ""]
@@ -152,7 +154,8 @@ def write_page(streams: Turns, requests: Turns, *, docs: Path = DOCS) -> list[Pa
     text = page.read_text() if page.is_file() else f"# The router's cost\n\n{BEGIN}{END}"
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{measured(streams, requests)}\n{END}{after}")
-    turns = {"machine": machine_facts(), "streams": list(streams), "requests": list(requests)}
+    facts = machine_facts()
+    page.write_text(f"{before}{BEGIN}\n{measured(streams, requests, facts)}\n{END}{after}")
+    turns = {"machine": facts, "streams": list(streams), "requests": list(requests)}
     twin.write_text(json.dumps(turns, indent=1) + "\n")
     return [page, twin]

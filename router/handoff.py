@@ -106,6 +106,9 @@ _WANTED = "wanted_block_count"
 _GAP = "gap_s"
 """In the metadata of STALLED."""
 
+_DECODING = State.DECODING
+"""Asked with every token: looked up in its class, it would be a call."""
+
 
 class Handoff:
     """One request's. ``start`` once, then ``on`` each fact. Not reusable."""
@@ -216,7 +219,7 @@ class Handoff:
 
     def on(self, fact: Fact) -> list[Action]:
         """What to do now. Late, repeated and foreign facts give nothing to do but the release of late KV."""
-        if type(fact) is TokensArrived and self.state is State.DECODING and fact.leg == self._leg:
+        if type(fact) is TokensArrived and self.state is _DECODING and fact.leg == self._leg:
             return self._stepped(fact)  # nearly every fact there is: ahead of the others
         match self.state, fact:
             case _, PrefillDone() if fact.leg != self._leg or self.state is not State.PREFILLING:

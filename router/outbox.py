@@ -79,6 +79,10 @@ class Outbox:
         self._used_bytes += size
         return True
 
+    @property
+    def has_end(self) -> bool:
+        return self._end is not None
+
     def end(self, end: Finish | BatonError) -> None:
         """After what is there. Only the first end counts."""
         if self._end is None:

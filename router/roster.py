@@ -31,6 +31,8 @@ __all__ = ["Roster", "RosterLimits"]
 
 logger = logging.getLogger(__name__)
 
+NOTHING = Assigned()
+
 
 @dataclass(frozen=True, slots=True)
 class RosterLimits:
@@ -69,10 +71,12 @@ class Known:
     info: WorkerInfo | None = None
     load: WorkerLoad | None = None
     is_drain_wanted: bool = False
+    identity: WorkerIdentity = field(init=False, compare=False, repr=False)
+    """Of ``spec`` and ``info``; made once, since every request asks for it many times."""
 
-    @property
-    def identity(self) -> WorkerIdentity:
-        return WorkerIdentity(self.spec.worker_id, self.spec.epoch if self.info is None else self.info.epoch)
+    def __post_init__(self) -> None:
+        epoch = self.spec.epoch if self.info is None else self.info.epoch
+        object.__setattr__(self, "identity", WorkerIdentity(self.spec.worker_id, epoch))
 
 
 def named_again(known: Known, spec: WorkerSpec) -> Known:
@@ -119,10 +123,30 @@ class _Entry:
     assigned: dict[WorkerIdentity, Assigned] = field(default_factory=dict)
     is_named: bool = True
     """In the fleet's last set."""
+    seen: WorkerView | None = None
+    """The last view of it, and of what: it holds as long as both are the same objects."""
+    seen_of: tuple[Known, Assigned] | None = None
 
     @property
     def is_idle(self) -> bool:
         return not self.assigned
+
+    def view(self) -> WorkerView:
+        known = self.known
+        assigned = self.assigned.get(known.identity, NOTHING)
+        seen, seen_of = self.seen, self.seen_of
+        if seen is None or seen_of is None or seen_of[0] is not known or seen_of[1] is not assigned:
+            self.seen_of = (known, assigned)
+            seen = self.seen = WorkerView(
+                identity=known.identity,
+                address=known.spec.address,
+                role=known.role,
+                health=known.health,
+                info=known.info,
+                load=known.load,
+                assigned=assigned,
+            )
+        return seen
 
 
 class Roster:
@@ -136,6 +160,7 @@ class Roster:
         self._leaving: set[_Entry] = set()
         self._closing: set[asyncio.Task[None]] = set()
         self._on_change: list[Callable[[], None]] = []
+        self._on_readiness: list[Callable[[], None]] = []
         self._on_connected: list[Callable[[WorkerIdentity, WorkerInfo], None]] = []
         self._on_lost: list[Callable[[WorkerIdentity], None]] = []
         self._on_forgotten: list[Callable[[WorkerIdentity], None]] = []
@@ -153,8 +178,7 @@ class Roster:
 
     def view(self) -> ClusterView:
         """The workers of the fleet's last set, by id."""
-        entries = (entry for _, entry in sorted(self._entries.items()))
-        return ClusterView(tuple(_view_of(entry) for entry in entries))
+        return ClusterView(tuple([self._entries[worker_id].view() for worker_id in sorted(self._entries)]))
 
     def client(self, worker: WorkerIdentity) -> WorkerClient:
         """Raises ENGINE_FAILED when this process is not, or no longer, known."""
@@ -174,8 +198,13 @@ class Roster:
     # Effects
 
     def on_change(self, call: Callable[[], None]) -> None:
-        """``call`` after every change that placement could care about."""
+        """``call`` after every change that placement could care about: of workers, their health, role and load, and
+        of what is on them, where that became less."""
         self._on_change.append(call)
+
+    def on_readiness(self, call: Callable[[], None]) -> None:
+        """``call`` after every change of workers, their health or role: of those alone, which are rare."""
+        self._on_readiness.append(call)
 
     def on_connected(self, call: Callable[[WorkerIdentity, WorkerInfo], None]) -> None:
         """``call`` each time a process said who it is: on the first connection and on every further one."""
@@ -238,7 +267,7 @@ class Roster:
         if entry is None:
             assert sign < 0, "placed on a worker that is not known"
             return
-        had = entry.assigned.get(worker, Assigned())
+        had = entry.assigned.get(worker, NOTHING)
         has = Assigned(
             had.prefill_count + sign * more.prefill_count,
             had.prefill_token_count + sign * more.prefill_token_count,
@@ -246,14 +275,14 @@ class Roster:
             had.decode_token_count + sign * more.decode_token_count,
             had.held_count + sign * more.held_count,
         )
-        if has == Assigned():
+        if has == NOTHING:
             entry.assigned.pop(worker, None)
         else:
             entry.assigned[worker] = has
         if sign < 0:
             if not entry.is_named and entry.is_idle:
                 self._close_entry(entry)
-            self._changed()
+            self._tell(self._on_change)  # there is room: of who is ready nothing changed
 
     async def close(self) -> None:
         """Ends every watch and every connection. Idempotent."""
@@ -307,6 +336,9 @@ class Roster:
         """The entry that has work of this very process, or else that is connected to it: the present one of that id,
         or a leaving one."""
         entry = self._entries.get(worker.worker_id)
+        if not self._leaving:  # nearly always
+            has_it = entry is not None and (entry.known.identity == worker or worker in entry.assigned)
+            return entry if has_it else None
         candidates = [*([entry] if entry is not None else []), *self._leaving]
         having_work = (each for each in candidates if worker in each.assigned)
         return next(having_work, next((each for each in candidates if each.known.identity == worker), None))
@@ -373,12 +405,20 @@ class Roster:
         was, entry.known = entry.known, known
         if was.health is not known.health:
             logger.info("worker %s is %s", known.spec.worker_id, known.health.value)
-        self._changed()
+        if was.health is not known.health or was.info is not known.info:
+            self._changed()
+        else:
+            self._tell(self._on_change)  # its load alone
 
     # Telling
 
     def _changed(self) -> None:
-        for call in self._on_change:
+        self._tell(self._on_readiness)
+        self._tell(self._on_change)
+
+    @staticmethod
+    def _tell(calls: list[Callable[[], None]]) -> None:
+        for call in calls:
             call()
 
     def _tell_lost(self, worker: WorkerIdentity) -> None:
@@ -394,19 +434,6 @@ def _is_other_process(known: Known, spec: WorkerSpec) -> bool:
     """Whether the fleet means another process than before. It may lag behind what the worker itself said."""
     is_new_epoch = spec.epoch not in (known.spec.epoch, known.identity.epoch)
     return spec.address != known.spec.address or is_new_epoch
-
-
-def _view_of(entry: _Entry) -> WorkerView:
-    known = entry.known
-    return WorkerView(
-        identity=known.identity,
-        address=known.spec.address,
-        role=known.role,
-        health=known.health,
-        info=known.info,
-        load=known.load,
-        assigned=entry.assigned.get(known.identity, Assigned()),
-    )
 
 
 async def _shut(entry: _Entry) -> None:

@@ -178,6 +178,13 @@ def _phases_to_proto(report: PhaseReport) -> pb.PhaseTimings:
     return timings
 
 
+_ZERO = Duration()
+
+
 def _duration(seconds: float) -> Duration:
-    nanos = max(0, round(seconds * 1e9))
+    if seconds <= 0.0:
+        return _ZERO  # copied into the message, as any other
+    nanos = round(seconds * 1e9)
+    if nanos < 1_000_000_000:
+        return Duration(nanos=nanos)
     return Duration(seconds=nanos // 1_000_000_000, nanos=nanos % 1_000_000_000)

@@ -66,6 +66,9 @@ from router.worker_client import WorkerClient
 
 logger = logging.getLogger(__name__)
 
+_DECODING, _ENDED = State.DECODING, State.ENDED
+"""Looked at with every token; of an enumeration's class that is a call."""
+
 _WORKERS_FAULT = frozenset({Reason.ENGINE_FAILED, Reason.STALLED})
 """What makes a worker doubtful for requests that come next."""
 
@@ -172,7 +175,8 @@ class Flight:
             self.outbox.end(internal(f"the relay raised {type(error).__name__}", self.request.generation_id))
             self._perform_all(self.handoff.on(ClientGone()))  # lets go of whatever is held
         finally:
-            self.outbox.end(self._stopped())  # the first end counts: this one only if there was none
+            if not self.outbox.has_end:
+                self.outbox.end(self._stopped())
             deadline.cancel()
             await self._clean_up()
 
@@ -180,17 +184,18 @@ class Flight:
         """A fact of a leg: acted on here and now, unless others wait before it. Raises nothing: whoever says it reads
         a worker's connection, and other requests are on that."""
         handoff = self.handoff
-        if self._facts.waiting or self._is_acting or handoff.state is State.ENDED:
+        state = handoff.state
+        if self._facts.waiting or self._is_acting or state is _ENDED:
             self._facts.put_now(fact)
             return
         try:
-            if type(fact) is TokensArrived and handoff.state is State.DECODING:
+            if type(fact) is TokensArrived and state is _DECODING:
                 self._pass_on(fact)
             else:
                 self._act(self._decided(fact))
         except Exception as bug:
             self._bug = bug
-        if self._bug is not None or handoff.is_ended:
+        if handoff.state is _ENDED or self._bug is not None:
             self._facts.nudge()
 
     def _pass_on(self, fact: TokensArrived) -> None:
@@ -453,9 +458,10 @@ class Flight:
 
     async def _clean_up(self) -> None:
         """Nothing of the request is left when this returns; KV that came too late to be used is let go."""
-        running = [*self._legs.values(), *self._lease_keepers.values()]
+        tasks = [*self._legs.values(), *self._lease_keepers.values()]
         if self._wait is not None:
-            running.append(self._wait)
+            tasks.append(self._wait)
+        running = [task for task in tasks if not task.done()]
         for task in running:
             task.cancel()
         if running:

@@ -73,7 +73,7 @@ class Relay:
         self._releases: set[asyncio.Task[None]] = set()
         self._is_closed = False
         roster.on_lost(self._worker_lost)
-        roster.on_change(self._count_ready)
+        roster.on_readiness(self._count_ready)
         self._metrics.queued.set_function(lambda: self.queued_count)
         self._metrics.in_flight.set_function(lambda: self.in_flight_count)
 
@@ -209,6 +209,9 @@ class Relay:
         """Waits until nothing of the flight is left. Cancelled meanwhile, the flight still ends by itself."""
         task = self._flights.get(flight)
         if task is None:
+            return
+        if task.done():
+            del self._flights[flight]
             return
         task.add_done_callback(lambda _: self._flights.pop(flight, None))
         flight.client_gone()

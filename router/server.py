@@ -216,7 +216,7 @@ class RouterServer:
         )
         names = [*PUBLIC_SERVICE_NAMES, admin_service.SERVICE_NAME]
         self.health = RouterHealth(names, lambda: self.relay.could_serve)
-        self.roster.on_change(self.health.changed)
+        self.roster.on_readiness(self.health.changed)
         self._admin = AdminService(roster=self.roster, window=self.window, counts=self.counts, secret=secret)
         self.status = StatusService(
             roster=self.roster,

@@ -344,8 +344,16 @@ def deadline_exceeded(phase: str, emitted_token_count: int) -> BatonError:
     )
 
 
-def draining() -> BatonError:
-    return BatonError(Reason.DRAINING, StatusName.UNAVAILABLE, "this server is shutting down; retry elsewhere")
+def draining(emitted_token_count: int = 0, *, advice: str = "start over") -> BatonError:
+    """``advice``: what the caller of an answer that was cut off after these tokens is to do."""
+    if emitted_token_count == 0:
+        return BatonError(Reason.DRAINING, StatusName.UNAVAILABLE, "this server is shutting down; retry elsewhere")
+    return BatonError(
+        Reason.DRAINING,
+        StatusName.ABORTED,
+        f"the router is shutting down, after {emitted_token_count} tokens; {advice}",
+        metadata={"emitted_token_count": str(emitted_token_count)},
+    )
 
 
 def ticket_refused(check: str, detail: str = "") -> BatonError:

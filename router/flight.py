@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from baton.errors import BatonError, Reason, StatusName, deadline_exceeded, draining, engine_failed, internal, stalled
+from baton.errors import BatonError, Reason, deadline_exceeded, draining, engine_failed, internal, stalled
 from baton.leg import KvAdopted
 from baton.request import FinishReason, LegFinish, TokenLogprobs, Usage
 from baton.timeline import Phase
@@ -483,11 +483,7 @@ class Flight:
 
     def _stopped(self) -> BatonError:
         """What a caller that is still there is told when the router stops."""
-        sent = self.handoff.emitted_token_count
-        if sent == 0:
-            return draining()
-        message = f"the router is shutting down, after {sent} tokens; start over"
-        return BatonError(Reason.DRAINING, StatusName.ABORTED, message, metadata={"emitted_token_count": str(sent)})
+        return draining(self.handoff.emitted_token_count)
 
     def _check_in_time(self, budget: Budget) -> None:
         if budget.left_s <= 0:

@@ -177,12 +177,17 @@ class Relay:
                 self._ended(flight, outcome, None, failure)
             await self._land(flight)
 
-    async def close(self) -> None:
-        """Takes nothing new, ends every request (DRAINING to callers that still listen) and waits. Idempotent."""
+    def give_up(self) -> None:
+        """Takes nothing new and ends every request: callers that still listen hear DRAINING, after the tokens that
+        are there. Idempotent."""
         self._is_closed = True
         self.admission.close()
         for flight in self._flights:
             flight.client_gone()
+
+    async def close(self) -> None:
+        """Ends everything and waits. Idempotent."""
+        self.give_up()
         while running := [task for task in (*self._flights.values(), *self._releases) if not task.done()]:
             await asyncio.wait(running)
 

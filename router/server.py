@@ -320,7 +320,8 @@ class RouterServer:
         self.generation.begin_drain()
         self.models.begin_drain()
         if self._public is not None:
-            goodbye = self._public.stop(config.drain_grace_s)
+            # LATER than what is left is ended here, so that its callers hear why.
+            goodbye = self._public.stop(config.drain_grace_s + GOODBYE_S)
             self._tasks.append(asyncio.create_task(goodbye, name="clients are told to go"))
         await self._until_idle(hurry, ends_at - asyncio.get_running_loop().time())
         if count := self._call_count:
@@ -337,7 +338,9 @@ class RouterServer:
 
     async def close(self) -> None:
         """Ends everything. Idempotent."""
-        self.resumables.give_up()  # BEFORE calls are cancelled: their callers hear that they can go on elsewhere
+        # BEFORE calls are cancelled, which tells their callers nothing; who can go on elsewhere hears that first.
+        self.resumables.give_up()
+        self.relay.give_up()
         servers, self._servers = self._servers, []
         await asyncio.gather(*(server.stop(GOODBYE_S if self._call_count else FAREWELL_S) for server in servers))
         tasks, self._tasks = self._tasks, []

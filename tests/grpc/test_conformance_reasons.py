@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -171,6 +172,20 @@ async def draining(directory: Path) -> Outcome:
             request = getattr(models, f"{path}Request")()
             assert (await ask(channel, f"/{MODELS}/{path}", request)).reason == "DRAINING"
         return await generate(channel, HELLO)
+
+
+async def draining_after_a_token(directory: Path) -> Outcome:
+    async with served(directory, sim=SLOW_STEPS, drain_notice_s=0.0, drain_grace_s=0.0) as (cluster, channel):
+        running = Stream(channel, HELLO)
+        await running.started()
+        await running.chunk()
+        await cluster.server.drain(asyncio.Event())
+        closing = asyncio.create_task(cluster.server.close())
+        outcome = await running.rest()
+        await closing
+        assert outcome.code is grpc.StatusCode.ABORTED
+        assert int(outcome.metadata["emitted_token_count"]) == running.token_count
+        return outcome
 
 
 async def attempts_exhausted_before_a_token(directory: Path) -> Outcome:
@@ -396,7 +411,7 @@ PRODUCERS: dict[str, list[Callable[[Path], Awaitable[Outcome]]]] = {
     "PERMISSION_DENIED": [permission_denied],
     "QUEUE_FULL": [queue_full],
     "NO_WORKER": [no_worker],
-    "DRAINING": [draining],
+    "DRAINING": [draining, draining_after_a_token],
     "ATTEMPTS_EXHAUSTED": [attempts_exhausted_before_a_token, attempts_exhausted_after_a_token],
     "STALLED": [stalled_before_a_token, stalled_after_a_token],
     "DEADLINE_EXCEEDED": [deadline_exceeded],
@@ -430,6 +445,7 @@ METADATA: dict[Callable[[Path], Awaitable[Outcome]], dict[str, Value]] = {
     queue_full: {"queued_count": "0", "queue_limit": "0"},
     no_worker: {"role": "decode", "worker_count": "0"},
     draining: {},
+    draining_after_a_token: {"emitted_token_count": at_least(1)},
     attempts_exhausted_before_a_token: {"attempt_count": "1", "emitted_token_count": "0", "phase": "prefill"},
     attempts_exhausted_after_a_token: {"attempt_count": "1", "emitted_token_count": at_least(2), "phase": "decode"},
     stalled_before_a_token: {"phase": "prefill", "gap_s": "0.3", "emitted_token_count": "0"},

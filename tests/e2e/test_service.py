@@ -172,9 +172,9 @@ async def killed_in_time(service: Service, name: str, role: Role, *, after_token
             service.fleet, case, role=role, after_token_count=after_token_count
         )
         assert_uncut(service, case, heard)
-        if victim and heard.finished is not None and heard.finished.phases.attempt_count == 2:
-            return heard, victim  # its next process starts beside the next test
         await service.fleet.until_ready(START_S)
+        if victim and heard.finished is not None and heard.finished.phases.attempt_count == 2:
+            return heard, victim
     raise AssertionError(f"{KILL_COUNT} kills met no work: they cut nothing, or nobody found out that they did")
 
 

@@ -15,6 +15,7 @@ import grpc
 import grpc.aio
 import pytest
 import pytest_asyncio
+from drawn_apart import drawn_apart
 from field_register import Register
 from raw_calls import GENERATION, MODELS, Outcome, ask, generate
 from sim_cluster import RULE, TOKENIZER, SimCluster, sim_cluster
@@ -28,6 +29,7 @@ from router.tiny_model import END_ID
 TEMPLATE = Path(__file__).resolve().parents[2] / "deploy" / "templates" / "chatml-tools.jinja"
 SCHEMA = '{"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}'
 WEATHER = pb.Tool(name="weather", description="Says the weather", parameters_json_schema=SCHEMA)
+OTHER = pb.Tool(name="other")
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 THOUGHT = "I should ask"
 SAID = f"<think>\n{THOUGHT}\n</think>\n\nLet me see. {CALL}"
@@ -122,16 +124,94 @@ async def test_thinking_text_and_a_call_come_each_as_what_it_is(channel: grpc.ai
     assert call.id
     assert not any(delta.id or delta.name for delta in deltas[1:])
     assert json.loads("".join(delta.arguments_json for delta in deltas)) == {"city": "Oslo"}
-    assert "".join(chunk.reasoning_text for chunk in outcome.chunks).strip() == THOUGHT
-    assert outcome.said.strip() == "Let me see."
+    assert "".join(chunk.reasoning_text for chunk in outcome.chunks) == f"\n{THOUGHT}\n"
+    assert outcome.said == "\n\nLet me see. "
+    plain = await told(channel, request(chat()))
+    assert (plain.finished.reason, list(plain.finished.tool_calls)) == (pb.FINISH_REASON_STOP, [])
+    assert plain.said == f"\n\nLet me see. {CALL}", "without tools a call is text"
     assert sum(chunk.token_count for chunk in outcome.chunks) == outcome.finished.usage.output_token_count
 
 
-@register.shows("SampleResult.tool_calls")
-async def test_each_sample_has_its_calls(channel: grpc.aio.Channel) -> None:
-    drawn = pb.Sampling(temperature=1, seed=1)
-    outcome = await told(channel, request(chat(tools=[WEATHER]), sample_count=2, sampling=drawn))
-    assert [[call.name for call in each.tool_calls] for each in outcome.finished.samples] == [["weather"]] * 2
+@register.shows("SampleResult.tool_calls", "Finished.tool_calls", "Chunk.tool_call_deltas", "Chunk.reasoning_text")
+async def test_samples_have_thoughts_texts_and_calls_of_their_own_and_a_resumed_stream_has_them_all(
+    channel: grpc.aio.Channel, cluster: SimCluster
+) -> None:
+    cities = ("Oslo", "Troms\u00f8 \U0001f525", "\u05e9\u05dc\u05d5\u05dd\\u0000")
+    calls = [CALL.replace("Oslo", city) for city in cities]
+    says = {
+        7 + index: (*TOKENIZER.encode(f"<think>\nthought {index} \u00e9\n</think>\n\nAnd {index}. {call}"), END_ID)
+        for index, call in enumerate((calls[0], calls[1] + calls[0], calls[2]))
+    }
+    asked = request(
+        chat(tools=[WEATHER]),
+        sample_count=3,
+        sampling=pb.Sampling(temperature=1, seed=7),
+        resume=pb.ResumeOptions(),
+        output=pb.OutputOptions(content=pb.OutputOptions.CONTENT_BOTH, top_logprob_count=1),
+        stop=pb.StopConditions(max_output_token_count=400, stop_sequences=["never said"]),
+        tenant="blue",
+        session_id="s",
+        priority=5,
+    )
+    with drawn_apart(cluster, says):
+        whole = await generate(channel, asked)
+    assert whole.code is grpc.StatusCode.OK, whole
+    message = pb.ResumeGenerateRequest(
+        resume_token=whole.started.resume_token, tenant="blue", next_token_indices=[0, 0, 0]
+    )
+    again = await ask(channel, f"/{GENERATION}/ResumeGenerate", message)
+    wanted = [[cities[0]], [cities[1], cities[0]], [cities[2]]]
+    for outcome in (whole, again):
+        ends = outcome.finished.samples
+        told_cities = [[json.loads(call.arguments_json)["city"] for call in end.tool_calls] for end in ends]
+        assert told_cities == [[json.loads(f'"{city}"') for city in of_one] for of_one in wanted]
+        assert {end.reason for end in ends} == {pb.FINISH_REASON_TOOL_CALLS}
+        assert outcome.finished.tool_calls == ends[0].tool_calls
+        for index, end in enumerate(ends):
+            chunks = [chunk for chunk in outcome.chunks if chunk.sample_index == index]
+            assert "".join(chunk.text for chunk in chunks) == f"\n\nAnd {index}. "
+            assert "".join(chunk.reasoning_text for chunk in chunks) == f"\nthought {index} \u00e9\n"
+            assert tuple(token_id for chunk in chunks for token_id in chunk.token_ids) == says[7 + index]
+            assert sum(len(chunk.logprobs) for chunk in chunks) == end.output_token_count == len(says[7 + index])
+            deltas = [delta for chunk in chunks for delta in chunk.tool_call_deltas]
+            for number, call in enumerate(end.tool_calls):
+                of_call = [delta for delta in deltas if delta.index == number]
+                assert (of_call[0].id, of_call[0].name) == (call.id, call.name)
+                assert "".join(delta.arguments_json for delta in of_call) == call.arguments_json
+        assert outcome.finished.usage.output_token_count == sum(map(len, says.values()))
+    assert again.finished.samples == whole.finished.samples
+    cancel = pb.CancelGenerationRequest(resume_token=again.started.resume_token, tenant="blue")
+    await ask(channel, f"/{GENERATION}/CancelGeneration", cancel)
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "thought", "reason", "matched"),
+    [
+        ({"stop_sequences": ["should"]}, "", "\nI ", pb.FINISH_REASON_STOP, "should"),
+        ({"stop_sequences": ["</think>"]}, "", "\nI should ask\n", pb.FINISH_REASON_STOP, "</think>"),
+        ({"stop_sequences": ["<tool_call>"]}, "\n\nLet me see. ", None, pb.FINISH_REASON_STOP, "<tool_call>"),
+        ({"max_output_token_count": 9}, "", "\nI", pb.FINISH_REASON_MAX_OUTPUT_TOKENS, ""),
+    ],
+)
+async def test_stop_sequences_are_found_before_anything_is_parsed(
+    channel: grpc.aio.Channel, stop: dict[str, Any], text: str, thought: str | None, reason: int, matched: str
+) -> None:
+    conditions = pb.StopConditions(**{"max_output_token_count": 300, **stop})
+    outcome = await told(channel, request(chat(tools=[WEATHER]), stop=conditions))
+    finished = outcome.finished
+    assert (finished.reason, finished.matched_stop_sequence, list(finished.tool_calls)) == (reason, matched, [])
+    assert outcome.said == text
+    reasoning = "".join(chunk.reasoning_text for chunk in outcome.chunks)
+    assert reasoning == (f"\n{THOUGHT}\n" if thought is None else thought)
+    assert sum(chunk.token_count for chunk in outcome.chunks) == finished.usage.output_token_count
+
+
+async def test_token_ids_alone_still_bring_calls(channel: grpc.aio.Channel) -> None:
+    ids = pb.OutputOptions(content=pb.OutputOptions.CONTENT_TOKEN_IDS)
+    outcome = await told(channel, request(chat(tools=[WEATHER]), output=ids))
+    assert [call.arguments_json for call in outcome.finished.tool_calls] == ['{"city": "Oslo"}']
+    assert (outcome.said, "".join(chunk.reasoning_text for chunk in outcome.chunks)) == ("", "")
+    assert TOKENIZER.decode(outcome.token_ids) == SAID
 
 
 @register.shows("Chat.tools", "Tool.name", "Tool.description", "Tool.parameters_json_schema")
@@ -166,21 +246,104 @@ async def test_a_choice_holds_the_answer_to_the_tools_or_leaves_calls_as_text(
     assert CALL in outcome.said
     jobs: list[Job] = []
     overhear(cluster, jobs)
-    for choice in (pb.ToolChoice(mode=pb.ToolChoice.MODE_REQUIRED), pb.ToolChoice(mode=3, tool_name="weather")):  # type: ignore[arg-type]
+    auto = await told(channel, request(chat(tools=[WEATHER, OTHER])))
+    assert [call.name for call in auto.finished.tool_calls] == ["weather"]
+    assert all(job.sampling.structure is None for job in jobs)
+    both = '[{"name": "weather", "parameters": {"city": "Oslo"}}, {"name": "other", "parameters": {}}]'
+    for choice, said, names in (
+        (pb.ToolChoice(mode=pb.ToolChoice.MODE_REQUIRED), both, ["weather", "other"]),
+        (pb.ToolChoice(mode=pb.ToolChoice.MODE_REQUIRED, tool_name="weather"), '{"city": "Oslo"}', ["weather"]),
+    ):
         jobs.clear()
-        said = request(chat(tools=[WEATHER], tool_choice=choice, keep_reasoning_in_text=False))
-        outcome = await told(channel, said, CALL if choice.tool_name else SAID)
-        assert outcome.code is grpc.StatusCode.OK, outcome
+        outcome = await told(channel, request(chat(tools=[WEATHER, OTHER], tool_choice=choice)), said)
+        assert outcome.finished.reason == pb.FINISH_REASON_TOOL_CALLS
+        assert [call.name for call in outcome.finished.tool_calls] == names
+        assert json.loads(outcome.finished.tool_calls[0].arguments_json) == {"city": "Oslo"}
+        assert outcome.said == ""
+        [text] = {job.sampling.structure.text for job in jobs if job.sampling.structure is not None}
+        if choice.tool_name:
+            assert json.loads(text) == json.loads(SCHEMA)
+        else:
+            schema = json.loads(text)
+            kinds = [each["properties"]["name"]["enum"] for each in schema["items"]["anyOf"]]
+            assert (schema["minItems"], kinds) == (1, [["weather"], ["other"]])
         assert all(job.sampling.structure is not None for job in jobs)
-        assert jobs
-    for choice, tools, field in (
-        (pb.ToolChoice(mode=pb.ToolChoice.MODE_REQUIRED), [], "chat.tool_choice.mode"),
-        (pb.ToolChoice(mode=99), [WEATHER], "chat.tool_choice.mode"),  # type: ignore[arg-type]
-        (pb.ToolChoice(tool_name="weather"), [WEATHER], "chat.tool_choice.tool_name"),
-        (pb.ToolChoice(mode=3, tool_name="other"), [WEATHER], "chat.tool_choice.tool_name"),  # type: ignore[arg-type]
+    for choice, tools, field, says in (
+        (pb.ToolChoice(mode=pb.ToolChoice.MODE_REQUIRED), [], "chat.tool_choice.mode", "is REQUIRED without tools"),
+        (pb.ToolChoice(mode=99), [WEATHER], "chat.tool_choice.mode", "is 99"),  # type: ignore[arg-type]
+        (pb.ToolChoice(tool_name="weather"), [WEATHER], "chat.tool_choice.tool_name", "is set without REQUIRED"),
+        (
+            pb.ToolChoice(mode=pb.ToolChoice.MODE_REQUIRED, tool_name="other"),
+            [WEATHER],
+            "chat.tool_choice.tool_name",
+            "is none of the 1 tools",
+        ),
     ):
         outcome = await generate(channel, request(chat(tools=tools, tool_choice=choice)))
-        assert_refused(outcome, field, "")
+        assert_refused(outcome, field, says)
+        assert list(outcome.violations) == [field]
+
+
+@register.shows(
+    "Chat.tools", "Tool.description", "Tool.parameters_json_schema", "ToolCall.id", "ToolCall.arguments_json"
+)
+async def test_the_longest_that_is_taken_is_read_and_only_then_too_long_for_the_context(
+    channel: grpc.aio.Channel,
+) -> None:
+    schema = '{"type": "object", "description": "%s"}'
+    wide = '{"a": "%s"}'
+
+    def filled(text: str, size: int) -> str:
+        return text % ("x" * (size - len(text) + 2))
+
+    def a_call(**changes: Any) -> pb.ToolCall:
+        return pb.ToolCall(**{"id": "call-1", "name": "weather", **changes})
+
+    for most, beyond, field, says in (
+        (
+            chat(tools=[pb.Tool(name="a", description="d" * 4096)]),
+            chat(tools=[pb.Tool(name="a", description="d" * 4097)]),
+            "chat.tools[0].description",
+            "has 4097 bytes; at most 4096",
+        ),
+        (
+            chat(tools=[pb.Tool(name="a", parameters_json_schema=filled(schema, 65_536))]),
+            chat(tools=[pb.Tool(name="a", parameters_json_schema=filled(schema, 65_537))]),
+            "chat.tools[0].parameters_json_schema",
+            "has 65537 bytes",
+        ),
+        (
+            chat(tools=[pb.Tool(name=f"t{index}") for index in range(128)]),
+            chat(tools=[pb.Tool(name=f"t{index}") for index in range(129)]),
+            "chat.tools",
+            "has 129 ",
+        ),
+        (
+            turns(tool_calls=[a_call(arguments_json=filled(wide, 65_536))]),
+            turns(tool_calls=[a_call(arguments_json=filled(wide, 65_537))]),
+            "chat.messages[1].tool_calls[0].arguments_json",
+            "has 65537 bytes",
+        ),
+        (
+            turns(tool_calls=[a_call(), *(a_call(id=f"i{index}") for index in range(127))]),
+            turns(tool_calls=[a_call(), *(a_call(id=f"i{index}") for index in range(128))]),
+            "chat.messages[1].tool_calls",
+            "has 129 ",
+        ),
+    ):
+        outcome = await generate(channel, request(most))
+        assert outcome.reason == "PROMPT_TOO_LONG", outcome.violations
+        assert_refused(await generate(channel, request(beyond)), field, says)
+    for size, reason in ((4096, ""), (4097, "INVALID_REQUEST")):
+        text = '{"enable_thinking": true' + " " * (size - 25) + "}"
+        assert (await told_or_refused(channel, chat(template_arguments_json=text))).reason == reason
+    for size, reason in ((128, ""), (129, "INVALID_REQUEST")):
+        named = turns(tool_calls=[a_call(), a_call(id="i" * size)])
+        assert (await told_or_refused(channel, named)).reason == reason
+
+
+async def told_or_refused(channel: grpc.aio.Channel, of: pb.Chat) -> Outcome:
+    return await generate(channel, request(of, stop=pb.StopConditions(max_output_token_count=2)))
 
 
 @register.shows("Chat.template_arguments_json")

@@ -407,7 +407,7 @@ LENGTHS: dict[str, Length] = {
         (0, 257),
         "sampling.structure.choice",
         "has {} choices; give 1 to 256 texts, none empty, of 65536 bytes at most",
-        lambda job: len(job.sampling.structure.choices),
+        lambda job: 0 if job.sampling.structure is None else len(job.sampling.structure.choices),
     ),
 }  # fmt: skip
 
@@ -1021,7 +1021,9 @@ async def test_special_tokens_are_added_unless_they_are_asked_to_be_left_out(tmp
         grpc.aio.insecure_channel(cluster.endpoint.address) as channel,
     ):
         for added, ids in ((None, (START_ID, *IDS)), (True, (START_ID, *IDS)), (False, IDS)):
-            message = models.TokenizeRequest(text=TEXT, add_special_tokens=added)
+            message = models.TokenizeRequest(text=TEXT)
+            if added is not None:
+                message.add_special_tokens = added
             assert tuple((await ask(channel, f"/{MODELS}/Tokenize", message)).messages[0].token_ids) == ids
         counted = await ask(channel, f"/{MODELS}/CountTokens", models.CountTokensRequest(text=TEXT))
         assert counted.messages[0].token_count == len(IDS) + 1

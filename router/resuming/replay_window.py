@@ -77,6 +77,7 @@ class _Sample:
     """The oldest that is kept, or the next to come."""
     next_index: int
     """The next to come; one more once the tail came."""
+    has_tail: bool = False
     held: Piece | None = None
     """Without tokens, so it waits for some, or for the end."""
 
@@ -126,6 +127,7 @@ class ReplayWindow:
             held, sample.held = sample.held, None
             if held is not None and isinstance(last, Completed):
                 sample.next_index += 1
+                sample.has_tail = True
                 self._add(held)
         self.last = last
 
@@ -190,6 +192,13 @@ class ReplayWindow:
     @property
     def has_more_than_guaranteed(self) -> bool:
         return len(self._pieces) > 1 and self.token_count - self._pieces[0][0].token_count >= GUARANTEED_TOKEN_COUNT
+
+    def token_count_before(self, cursor: Cursor) -> int:
+        """What this reader has, of all samples: a tail has an index, and is no token."""
+        return sum(
+            index - (sample.has_tail and index >= sample.next_index)
+            for index, sample in zip(cursor.next_indices, self._samples, strict=True)
+        )
 
     def has_all(self, cursor: Cursor) -> bool:
         return all(

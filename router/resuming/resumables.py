@@ -88,7 +88,7 @@ class Resumable:
         self._is_delivered = False
         self._is_forgotten = False
         self._is_abandoned = False
-        self._given_up: BatonError | None = None
+        self._is_given_up = False
         self._grace: asyncio.TimerHandle | None = None
         self._waiting: list[asyncio.Future[None]] = []
         self._task: asyncio.Task[None] | None = None
@@ -124,6 +124,13 @@ class Resumable:
         return self._is_delivered and not self._is_read
 
     @property
+    def _has_its_own_end(self) -> bool:
+        """One that is not the router's: that is worth to be read to it, while the router drains."""
+        last = self.window.last
+        is_the_routers = isinstance(last, BatonError) and last.reason is Reason.DRAINING
+        return self._is_admitted and last is not None and not is_the_routers
+
+    @property
     def could_continue(self) -> bool:
         """Whether it failed in a way that need not befall a continuation."""
         last = self.window.last
@@ -143,27 +150,29 @@ class Resumable:
         reads. ``until``: the loop's time; after it this call ends, and not the generation.
 
         Raises what ended the generation, and INVALID_REQUEST and RESUME_TOO_LATE of the window, ATTACHED_ELSEWHERE,
-        DRAINING, RESUME_UNKNOWN when it is cancelled meanwhile. Closing it leaves the generation without a reader.
+        DRAINING (ABORTED once it gave tokens), RESUME_UNKNOWN when it is cancelled meanwhile. Closing it leaves the generation without a reader.
         """
         loop = asyncio.get_running_loop()
         cursor = self.window.cursor(next_indices)  # BEFORE taking over: who asks wrongly disturbs nobody
         self._reader += 1
         me = self._reader
+        has_sent_tokens = False
         self._is_read = True
         self._stop_grace()
         self._tell()
         alarm = None if until is None else loop.call_at(until, self._tell)
         try:
             while not self._is_admitted and self.window.last is None:
-                self._check_right(me, cursor, until)
+                self._check_right(me, cursor, until, has_sent_tokens)
                 await self._news()
             if self._is_admitted:
                 yield Admitted(self.about.generation_id)
                 self._has_caller_token = True
             while True:
-                self._check_right(me, cursor, until)
+                self._check_right(me, cursor, until, has_sent_tokens)
                 piece = self.window.take(cursor)
                 if piece is not None:
+                    has_sent_tokens |= bool(piece.token_ids)
                     yield piece  # whoever writes it gives others their turn
                 elif self.window.is_behind(cursor):
                     await asyncio.sleep(0)  # others' turn: it has been at many pieces that this reader has
@@ -181,9 +190,9 @@ class Resumable:
             if me == self._reader:
                 self._detached()
 
-    def give_up(self, error: BatonError) -> None:
-        """Tells whoever reads to go elsewhere; the generation goes on until it is closed."""
-        self._given_up = error
+    def give_up(self) -> None:
+        """Tells whoever reads to go on elsewhere (DRAINING); the generation goes on until it is closed."""
+        self._is_given_up = True
         self._tell()
 
     def forget(self) -> None:
@@ -235,12 +244,14 @@ class Resumable:
             if not self._is_read and not self._is_forgotten:
                 self._start_grace()  # anew: the grace of an answer's end is from its last token
 
-    def _check_right(self, me: int, cursor: Cursor, until: float | None) -> None:
+    def _check_right(self, me: int, cursor: Cursor, until: float | None, has_sent_tokens: bool) -> None:
         """That this reader may still read."""
         if me != self._reader:
             raise attached_elsewhere()
-        if self._given_up is not None and not (self.window.last is not None and self._is_admitted):
-            raise self._given_up
+        if self._is_given_up and not self._has_its_own_end:
+            # Once this call sent tokens, to send it again would repeat them.
+            sent = self.window.token_count_before(cursor) if has_sent_tokens else 0
+            raise draining(sent, advice="resume at another")
         if until is not None and asyncio.get_running_loop().time() >= until:
             raise deadline_exceeded(Phase.DECODE.value, sum(cursor.next_indices))
 
@@ -361,7 +372,7 @@ class Resumables:
     def give_up(self) -> None:
         """Tells every reader of a running one to go on elsewhere (DRAINING)."""
         for resumable in [*self._kept]:
-            resumable.give_up(draining())
+            resumable.give_up()
 
     async def close(self) -> None:
         """Ends everything and waits. Idempotent."""

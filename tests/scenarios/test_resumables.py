@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from baton.errors import BatonError, Reason, deadline_exceeded, engine_failed
+from baton.errors import BatonError, Reason, StatusName, deadline_exceeded, engine_failed
 from baton.request import OutputOptions, Role, Sampling
 from baton.testing import in_virtual_time
 from bench.virtual_cluster import TokenAnswer, VirtualCluster, virtual_cluster
@@ -321,7 +321,12 @@ async def test_giving_up_sends_readers_elsewhere_but_lets_an_answer_that_ended_b
     await read(ended, until_count=1)
     await asyncio.sleep(1.0)
     resumables.give_up()
-    assert (await reader).reason is Reason.DRAINING
+    told = await reader
+    assert (told.reason, told.status) == (Reason.DRAINING, StatusName.ABORTED), "tokens were sent"
+    assert told.metadata["emitted_token_count"] == "10", "one each 0.1 s"
+    assert "resume at another" in told.message
+    late = await failed(read(running, 10))
+    assert (late.reason, late.status) == (Reason.DRAINING, StatusName.UNAVAILABLE), "this call sent none"
     assert await read(ended, 1) == ([1], END)
     await resumables.close()
     assert resumables.kept_count == 0

@@ -137,6 +137,8 @@ async def sim_cluster(
             "metrics_address": "127.0.0.1:0",
             "load_interval_s": 0.05,
             "lease_s": 600.0,  # no timer may do what an explicit release must
+            "parser_start_deadline_s": 500.0,  # a process of its own, and it imports the engine
+            "parser_deadline_s": 120.0,
             **config,
         }
     )

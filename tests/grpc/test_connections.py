@@ -103,12 +103,12 @@ async def test_a_stream_outlives_the_age_of_its_connection_and_the_next_call_com
 ) -> None:
     config: dict[str, Any] = {
         "max_connection_age_s": 0.4,
-        "max_connection_age_grace_s": 120.0,
-        "max_deadline_s": 60.0,
-        "default_deadline_s": 60.0,
+        "max_connection_age_grace_s": 600.0,
+        "max_deadline_s": 300.0,
+        "default_deadline_s": 300.0,
     }
     async with sim_cluster(tmp_path, sim={"cost": SLOW}, **config) as cluster, wired(cluster) as (wire, stub):
-        long = stub.Generate(ask(1500), timeout=60)
+        long = stub.Generate(ask(1500), timeout=200)
         counting = asyncio.create_task(token_count(long))
         await cluster.until(lambda: cluster.server.generation.call_count == 1, "the stream runs")
         assert wire.opened_count == 1
@@ -176,12 +176,12 @@ async def test_a_draining_router_says_so_first_then_refuses_and_finishes_what_ru
 ) -> None:
     """A client that knows no health: the first address that answers is its own, until it is told to connect anew."""
     async with (
-        two_routers(tmp_path, drain_notice_s=0.1, drain_grace_s=120.0) as (first, second, target),
+        two_routers(tmp_path, drain_notice_s=0.1, drain_grace_s=300.0) as (first, second, target),
         grpc.aio.insecure_channel(target, options=channel_options("127.0.0.1:1")) as channel,
     ):
         stub = stub_of(channel)
         order: list[str] = []
-        long = asyncio.create_task(token_count(stub.Generate(ask(1500), timeout=60)))
+        long = asyncio.create_task(token_count(stub.Generate(ask(1500), timeout=200)))
         await first.until(lambda: first.server.generation.call_count == 1, "the first address is the first taken")
         _note(first, order)
         draining = asyncio.create_task(first.server.drain(asyncio.Event()))
@@ -204,13 +204,13 @@ async def test_a_client_that_watches_health_turns_away_before_anything_is_refuse
     }
     options = [("grpc.service_config", json.dumps(config)), *channel_options("127.0.0.1:1")]
     async with (
-        two_routers(tmp_path, drain_notice_s=120.0, drain_grace_s=120.0) as (first, second, target),
+        two_routers(tmp_path, drain_notice_s=300.0, drain_grace_s=300.0) as (first, second, target),
         grpc.aio.insecure_channel(target, options=options) as channel,
     ):
         stub = stub_of(channel)
         while not (first.server.generation.ended_count and second.server.generation.ended_count):
             assert await token_count(stub.Generate(ask(2), timeout=60)) == 2  # round robin, once both are known
-        long = [asyncio.create_task(token_count(stub.Generate(ask(1500), timeout=60))) for _ in range(2)]
+        long = [asyncio.create_task(token_count(stub.Generate(ask(1500), timeout=200))) for _ in range(2)]
         await first.until(lambda: first.server.generation.call_count == 1, "one of them is here")
         hurry = asyncio.Event()
         draining = asyncio.create_task(first.server.drain(hurry))
@@ -277,7 +277,7 @@ async def test_a_call_too_many_for_the_process_is_refused_and_can_be_told(tmp_pa
         sim_cluster(tmp_path, sim={"cost": SLOW}, max_concurrent_call_count=4) as cluster,
         wired(cluster, ("grpc.enable_retries", 0)) as (_, stub),
     ):
-        running = [stub.Generate(ask(1500), timeout=60) for _ in range(4)]
+        running = [stub.Generate(ask(1500), timeout=200) for _ in range(4)]
         await cluster.until(lambda: cluster.server.generation.call_count == 4, "as many as there may be")
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await token_count(stub.Generate(ask(2), timeout=60))

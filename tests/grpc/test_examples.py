@@ -253,7 +253,7 @@ async def test_node_reads_reason_violations_and_when_to_come_back(tmp_path: Path
         code, _, err = await run(node, chat, "--timeout", "60", *at, "hi")
         assert code == 3
         assert "NO_WORKER" in err
-    code, _, err = await run(node, chat, "--timeout", "3", "--address", "127.0.0.1:1", "hi")
+    code, _, err = await run(node, chat, "--timeout", "60", "--address", "127.0.0.1:1", "hi")
     assert (code, "(no reason given)" in err) == (3, True)
 
 

@@ -196,6 +196,8 @@ class Memory:
     """Of the router. What is resident and not in use waits to be used again."""
 
     rss_bytes: int
+    peak_bytes: int
+    """The most that was resident until then."""
     malloc_bytes: int
     """In use of glibc's malloc: gRPC's, and Python's larger objects."""
     python_block_count: int
@@ -465,7 +467,8 @@ class OpenStreams:
         async with asyncio.timeout(FULL_TIMEOUT_S):
             while not path.exists():  # noqa: ASYNC110  # another process makes it; five times a run
                 await asyncio.sleep(0.05)
-        return Memory(self._router_rss(), **json.loads(path.read_text()))
+        pid = self._pids["router"]
+        return Memory(rss_bytes(pid), peak_bytes(pid), **json.loads(path.read_text()))
 
     def _router_rss(self) -> int:
         return rss_bytes(self._pids["router"])
@@ -532,8 +535,16 @@ def _pid_of(module: str) -> int:
 
 
 def rss_bytes(pid: int) -> int:
+    return _status_bytes(pid, "VmRSS")
+
+
+def peak_bytes(pid: int) -> int:
+    return _status_bytes(pid, "VmHWM")
+
+
+def _status_bytes(pid: int, name: str) -> int:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"process {pid} is gone")
 
@@ -666,9 +677,9 @@ def page_of(report: Report) -> str:
         f"**{report.rss_per_stream_bytes / 1024:.1f} KiB a stream**; {_mib(first.at_end)} when all were over",
         *(
             f"- as many streams once more: {_mib(wave.at_open)} with all of them open, {_mib(wave.at_end)} when all "
-            f"were over: {(wave.at_open.rss_bytes - first.at_open.rss_bytes) / 2**20:+.0f} and "
-            f"{(wave.at_end.rss_bytes - first.at_end.rss_bytes) / 2**20:+.0f} MiB against the first ones. What is "
-            "resident then and not in use (below) is Python's and malloc's, kept to be used again"
+            f"were over; the most that ever was resident rose by "
+            f"{(wave.at_end.peak_bytes - first.at_end.peak_bytes) / 2**20:.0f} MiB. What is resident when all are "
+            "over and not in use (below) is Python's and malloc's, kept to be used again"
             for wave in report.waves[1:]
         ),
         f"- tokens a message: {first.token_count / max(1, first.message_count):.3f}; the run took "
@@ -693,10 +704,12 @@ def page_of(report: Report) -> str:
         f"Of {writes} writes, {indirect} were begun by another task than the one that had read the worker's message, "
         "and are in the first two rows only.",
         "",
-        "| memory of the router | resident, MiB | in use of malloc, MiB | in use of Python's small blocks |",
-        "| --- | --- | --- | --- |",
+        "| memory of the router | resident, MiB | most until then | in use of malloc, MiB | in use of Python's small "
+        "blocks |",
+        "| --- | --- | --- | --- | --- |",
         *(
-            f"| {when} | {each.rss_bytes / 2**20:.1f} | {each.malloc_bytes / 2**20:.1f} | {each.python_block_count} |"
+            f"| {when} | {each.rss_bytes / 2**20:.1f} | {each.peak_bytes / 2**20:.1f} | "
+            f"{each.malloc_bytes / 2**20:.1f} | {each.python_block_count} |"
             for when, each in _memories(report)
         ),
         "",

@@ -42,6 +42,7 @@ def test_a_hundred_streams_are_right_to_the_last_token_though_a_tenth_stop_readi
     for wave in report.waves:
         assert wave.at_open.python_block_count > wave.at_end.python_block_count > report.base.python_block_count
         assert wave.at_open.rss_bytes > report.base.rss_bytes > report.base.malloc_bytes > 0
+        assert wave.at_end.peak_bytes > report.base.rss_bytes
     page = page_of(report)
     assert "finished and right to the last token 100 and 100; wrong: none. Nothing dropped: kept" in page
     assert page.count("| all read |") == page.count("| a tenth stalled |") == 2

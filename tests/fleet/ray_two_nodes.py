@@ -18,20 +18,38 @@ os.environ.update(
 
 from ray.cluster_utils import Cluster
 
+TRY_COUNT = 3
+
+
+def two_nodes() -> tuple[Cluster, dict[str, str]]:
+    cluster = Cluster()
+    nodes = {}
+    try:
+        for name in ("node-a", "node-b"):
+            node = cluster.add_node(
+                node_ip_address="127.0.0.1",
+                num_cpus=1,
+                resources={name: 1},
+                include_dashboard=False,
+                object_store_memory=80 << 20,
+            )
+            nodes[name] = node.node_id
+    except BaseException:
+        cluster.shutdown()
+        raise
+    return cluster, nodes
+
 
 def main() -> None:
     Path("/tmp/ray").mkdir(exist_ok=True)
-    cluster = Cluster()
-    nodes = {}
-    for name in ("node-a", "node-b"):
-        node = cluster.add_node(
-            node_ip_address="127.0.0.1",
-            num_cpus=1,
-            resources={name: 1},
-            include_dashboard=False,
-            object_store_memory=80 << 20,
-        )
-        nodes[name] = node.node_id
+    for left_count in reversed(range(TRY_COUNT)):
+        try:
+            cluster, nodes = two_nodes()
+            break
+        except Exception as error:
+            # Ray gives a node 30 s to start, a limit that is written into it; a busy machine may need longer.
+            if not left_count or "timed out during startup" not in str(error):
+                raise
     try:
         print(json.dumps({"address": cluster.address, "nodes": nodes}), flush=True)
         sys.stdin.read()

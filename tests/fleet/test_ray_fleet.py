@@ -9,7 +9,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,13 @@ from fleet.state_dir import FleetRecord, StateDir, process_start
 
 pytest.importorskip("ray")
 
-COMMAND_S = 170.0
+COMMAND_S = 250.0
 """Ray takes three seconds to start, and many more on a machine that is busy with engines."""
 SOON_S = 120.0
 ROUTERS = ("router", "router-1")
+TOO_SLOW = "The current node timed out during startup"
+"""What Ray says when its node was not there within 30 s, a limit that is written into it."""
+TRY_COUNT = 3
 
 
 async def baton(*arguments: str, env: Mapping[str, str] | None = None) -> tuple[int, str]:
@@ -72,7 +76,10 @@ async def until_new_process(config: FleetConfig, name: str, old_pid: int) -> dic
 async def up(config: FleetConfig, env: Mapping[str, str] | None = None) -> AsyncIterator[str]:
     """Runs the fleet between ``baton up`` and ``baton down``. Yields the public address."""
     try:
-        code, output = await baton("up", "--config", config.source, "--wait-s", "150", env=env)
+        for _ in range(TRY_COUNT):
+            code, output = await baton("up", "--config", config.source, "--wait-s", "150", env=env)
+            if TOO_SLOW not in output:
+                break
         assert code == 0, output
         yield record_of(config).address
     finally:
@@ -81,7 +88,7 @@ async def up(config: FleetConfig, env: Mapping[str, str] | None = None) -> Async
     assert "no process of it is left" in output
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 async def test_on_our_own_ray_everything_that_can_die_comes_back_and_down_leaves_nothing(tmp_path: Path) -> None:
     config = simulated_config(tmp_path, cluster='runner = "ray"', decode="count = 2", step_s=0.02)
     async with up(config) as address:
@@ -137,13 +144,9 @@ async def test_on_our_own_ray_everything_that_can_die_comes_back_and_down_leaves
     assert _own_lines(log)[-1] == "stopping"
 
 
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-async def test_a_fleet_in_the_foreground_ends_clean_on_a_signal(tmp_path: Path, number: signal.Signals) -> None:
-    """To the whole group, Ray included, as Ctrl-C and service managers do it; and to the one while Ray starts."""
-    config = simulated_config(tmp_path, cluster='runner = "ray"')
-    log = tmp_path / "log"
-    for is_early in (True, False) if number == signal.SIGTERM else (False,):
+async def _in_the_foreground(config: FleetConfig, log: Path, is_there: Callable[[int], bool]) -> Process:
+    """The command, once its process is where it is to be."""
+    for _ in range(TRY_COUNT):
         with log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "baton", "up", "--foreground", "--config", config.source),
@@ -152,12 +155,30 @@ async def test_a_fleet_in_the_foreground_ends_clean_on_a_signal(tmp_path: Path, 
                 env={**os.environ, "PYTHONPATH": SOURCE_ROOT},
                 start_new_session=True,
             )
-        family: frozenset[process_tree.ProcessName] = frozenset()
         try:
             async with asyncio.timeout(COMMAND_S):
-                while not (_has_head(process.pid) if is_early else _is_ready(config)):
-                    assert process.returncode is None, log.read_text()
+                while process.returncode is None and not is_there(process.pid):  # noqa: ASYNC110 - the process's own
                     await asyncio.sleep(0.05)
+        except BaseException:
+            process_tree.kill(process_tree.descendants(process.pid))
+            raise
+        if process.returncode is None:
+            return process
+        said = await asyncio.to_thread(log.read_text)
+        assert TOO_SLOW in said, said
+    raise AssertionError(f"Ray was slower than its own limit {TRY_COUNT} times")
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+async def test_a_fleet_in_the_foreground_ends_clean_on_a_signal(tmp_path: Path, number: signal.Signals) -> None:
+    """To the whole group, Ray included, as Ctrl-C and service managers do it; and to the one while Ray starts."""
+    config = simulated_config(tmp_path, cluster='runner = "ray"')
+    log = tmp_path / "log"
+    for is_early in (True, False) if number == signal.SIGTERM else (False,):
+        process = await _in_the_foreground(config, log, _has_head if is_early else lambda _: _is_ready(config))
+        family: frozenset[process_tree.ProcessName] = frozenset()
+        try:
             if not is_early:  # Ray's monitor reports its end to us before it ends: the signal to all made that a race
                 family |= process_tree.descendants(process.pid)
                 await _end(_by_name(process.pid, "autoscaler/_private/monitor.py"))
@@ -183,7 +204,7 @@ async def test_a_fleet_in_the_foreground_ends_clean_on_a_signal(tmp_path: Path, 
             await process.wait()
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 async def test_on_two_nodes_each_role_runs_where_its_resources_are(tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("0123456789abcdef" * 4)
@@ -235,7 +256,7 @@ async def test_on_two_nodes_each_role_runs_where_its_resources_are(tmp_path: Pat
             process_tree.kill(family)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 async def test_with_two_routers_a_stream_whose_router_is_killed_goes_on_at_the_other(tmp_path: Path) -> None:
     """Either way round; and the killed one comes back, kept by its actor, while nothing else is restarted."""
     cluster = 'runner = "ray"\nrouter_count = 2'

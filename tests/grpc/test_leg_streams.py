@@ -49,8 +49,8 @@ class Hosted:
 
 
 @asynccontextmanager
-async def hosted() -> AsyncIterator[Hosted]:
-    engine = SimEngine(SimConfig(engine_id="d", tokens=RULE, cost=COST), SimNetwork())
+async def hosted(**engine_limits: Any) -> AsyncIterator[Hosted]:
+    engine = SimEngine(SimConfig(engine_id="d", tokens=RULE, cost=COST, **engine_limits), SimNetwork())
     metrics = WorkerMetrics(CollectorRegistry(), "d")
     decode = DecodeWorker(engine, worker_id="d", epoch="e1", secret=SECRET, metrics=metrics)
     attach = [partial(add_decode_service, worker=decode)]
@@ -246,29 +246,26 @@ async def test_a_leg_has_its_own_time_on_the_worker_too() -> None:
 
 async def test_large_orders_go_out_in_several_messages_and_a_huge_one_in_its_own_call() -> None:
     """The worker refuses messages of 1 MiB with everything that is on their stream."""
-    async with hosted() as worker:
+    async with hosted(max_context_token_count=MAX_STARTS_BYTES // 2, block_count=65536) as worker:
 
-        def large(number: int, bad_count: int) -> DecodeOrder:
-            bad = tuple(tuple(range(100 + each, 164 + each)) for each in range(bad_count))
+        def large(number: int, token_count: int) -> DecodeOrder:
             stop = EngineStop(max_token_count=5, ignore_eos=True)
-            return DecodeOrder(f"g.{number}", prompt(number), Sampling(bad_token_sequences=bad), stop)
+            prompt_token_ids = tuple(100 + (number + each) % 1000 for each in range(token_count))
+            return DecodeOrder(f"g.{number}", prompt_token_ids, Sampling(), stop)
 
         async def ask(asked: DecodeOrder) -> Any:
             return [event async for event in told(worker.client, asked, 60)][-1]
 
-        sizes = [decode_request(large(1, count)).ByteSize() for count in (200, 256)]
-        assert sizes[0] < MAX_STARTS_BYTES
-        together = await asyncio.gather(*(ask(large(number, 200)) for number in range(1, 61)))
-        assert 60 * sizes[0] > HostConfig().max_message_bytes
+        size = decode_request(large(1, 5000)).ByteSize()
+        assert size < MAX_STARTS_BYTES
+        together = await asyncio.gather(*(ask(large(number, 5000)) for number in range(1, 61)))
+        assert 60 * size > HostConfig().max_message_bytes
         assert together == [DecodeDone(LegFinish.LENGTH)] * 60
 
         def with_ticket(byte_count: int) -> DecodeOrder:
             return order(99, 5, ticket=bytes(byte_count))
 
-        huge = tuple(range(16, 266)) * 32
-        bias = tuple((token_id, 0.5) for token_id in range(1000))
-        sampling = Sampling(bad_token_sequences=large(98, 256).sampling.bad_token_sequences, logit_bias=bias)
-        alone = DecodeOrder("g.98", huge, sampling, EngineStop(max_token_count=5, ignore_eos=True))
+        alone = large(98, MAX_STARTS_BYTES // 4)
         assert decode_request(alone).ByteSize() > MAX_STARTS_BYTES
         async with aclosing(told(worker.client, alone, 60)) as events:
             adopted, *steps, done = [event async for event in events]

@@ -22,7 +22,7 @@ from baton.errors import BatonError, deadline_exceeded, draining
 from baton.leg import PromptLogprobs
 from baton.metrics import Outcome, RouterMetrics, outcome_of
 from baton.request import Role
-from baton.timeline import PHASES
+from baton.timeline import PHASES, Phase
 from router.admission import Admission
 from router.answering import Admitted, Answer, Completed, PhaseReport, Piece, RelayEvent, RoutedRequest
 from router.cluster_view import Assigned, WorkerIdentity
@@ -99,6 +99,12 @@ class Relay:
     @property
     def releasing_count(self) -> int:
         return len(self._releases)
+
+    def phase_of(self, generation_id: str) -> Phase | None:
+        """Where a request in flight is; of one with samples, its first. None: it has no flight."""
+        return next(
+            (each.handoff.phase for each in self._flights if each.request.generation_id == generation_id), None
+        )
 
     @property
     def could_serve(self) -> bool:

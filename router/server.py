@@ -186,6 +186,7 @@ class RouterServer:
                 max_grace_s=config.max_resume_grace_s,
             ),
             on_abandoned=self.metrics.abandoned.inc,
+            phase_of=self.relay.phase_of,
         )
         self.metrics.resumable.set_function(lambda: self.resumables.kept_count)
         self.metrics.detached.set_function(lambda: self.resumables.detached_count)

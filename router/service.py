@@ -223,11 +223,13 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
                 is_draining=self._is_draining,
             )
         about = resumable.about
+        # What has ended is only read: its own deadline, which may be past, cuts nothing off.
+        ends_at = min(until, about.deadline_at) if resumable.window.last is None else until
         _generation_id.set(about.generation_id)
         writer = StreamWriter(
             context,
             response=pb.ResumeGenerateResponse,
-            started=_started(about, min(until, about.deadline_at) - received_at, pb.ResumeGenerateResponse),
+            started=_started(about, ends_at - received_at, pb.ResumeGenerateResponse),
             output=about.output,
             window=self._window,
             deadline_at=until,

@@ -76,10 +76,17 @@ class About:
 class Resumable:
     """One generation. Made by ``Resumables.open``."""
 
-    def __init__(self, about: About, window: ReplayWindow, on_forgotten: Callable[[Resumable], None]) -> None:
+    def __init__(
+        self,
+        about: About,
+        window: ReplayWindow,
+        on_forgotten: Callable[[Resumable], None],
+        phase_of: Callable[[str], Phase | None],
+    ) -> None:
         self.about = about
         self.window = window
         self._on_forgotten = on_forgotten
+        self._phase_of = phase_of
         # The mutable state: who reads, what is known of the start, and the clock of the grace.
         self._reader = 0
         self._is_read = False
@@ -150,7 +157,8 @@ class Resumable:
         reads. ``until``: the loop's time; after it this call ends, and not the generation.
 
         Raises what ended the generation, and INVALID_REQUEST and RESUME_TOO_LATE of the window, ATTACHED_ELSEWHERE,
-        DRAINING (ABORTED once it gave tokens), RESUME_UNKNOWN when it is cancelled meanwhile. Closing it leaves the generation without a reader.
+        DRAINING (ABORTED once it gave tokens), RESUME_UNKNOWN when it is cancelled meanwhile. Closing it leaves the
+        generation without a reader.
         """
         loop = asyncio.get_running_loop()
         cursor = self.window.cursor(next_indices)  # BEFORE taking over: who asks wrongly disturbs nobody
@@ -253,7 +261,13 @@ class Resumable:
             sent = self.window.token_count_before(cursor) if has_sent_tokens else 0
             raise draining(sent, advice="resume at another")
         if until is not None and asyncio.get_running_loop().time() >= until:
-            raise deadline_exceeded(Phase.DECODE.value, sum(cursor.next_indices))
+            raise deadline_exceeded(self._phase().value, self.window.token_count_before(cursor))
+
+    def _phase(self) -> Phase:
+        """Where the time of a call that reads goes now."""
+        if self.window.last is not None:
+            return Phase.DECODE  # all that is left is to be read
+        return self._phase_of(self.about.generation_id) or (Phase.DECODE if self._is_admitted else Phase.QUEUE)
 
     def _detached(self) -> None:
         self._is_read = False
@@ -296,10 +310,16 @@ class Resumables:
     """Every resumable generation of this router, by id. ``close`` ends them all."""
 
     def __init__(
-        self, limits: ResumeLimits | None = None, *, on_abandoned: Callable[[], None] = lambda: None
+        self,
+        limits: ResumeLimits | None = None,
+        *,
+        on_abandoned: Callable[[], None] = lambda: None,
+        phase_of: Callable[[str], Phase | None] = lambda generation_id: None,
     ) -> None:
+        """``phase_of``: asked, by its id, where a generation is that runs; None for one that has no flight."""
         self.limits = limits or ResumeLimits()
         self._on_abandoned = on_abandoned
+        self._phase_of = phase_of
         self._shared = SharedBytes(self.limits.total_bytes, make_room=self._make_room)
         self._by_id: dict[str, Resumable] = {}
         self._kept: dict[Resumable, None] = {}  # in order of age
@@ -353,7 +373,7 @@ class Resumables:
         window = ReplayWindow(
             self.limits.window, self._shared, about.output.max_chunk_token_count, tuple(first_indices)
         )
-        resumable = Resumable(about, window, self._forgotten)
+        resumable = Resumable(about, window, self._forgotten, self._phase_of)
         self._kept[resumable] = None
         for generation_id in _ids(about):
             self._by_id[generation_id] = resumable

@@ -8,6 +8,7 @@ import random
 import tomllib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +338,35 @@ async def test_what_left_the_window_is_too_late_without_a_continuation_and_made_
             assert same_answer(heard, whole)
             assert len(set(heard.generation_ids)) == 2, "another generation goes on with it"
             await cancel_all(cluster)
+
+
+async def test_a_resumed_call_whose_time_ends_in_the_queue_says_so(tmp_path: Path) -> None:
+    async with (
+        sim_cluster(tmp_path, sim=SLOW, default_deadline_s=0.4) as cluster,
+        channel_to(cluster.endpoint.address) as channel,
+    ):
+        stub = stub_of(channel)
+        heard, call = await begin(stub, resumable(400), until_index=3)
+        call.cancel()
+        await stub.CancelGeneration(pb.CancelGenerationRequest(resume_token=heard.token))
+        cluster.set_workers()
+        await cluster.until(lambda: not cluster.server.roster.view().ready(), "no worker is ready")
+        told = await refusal(stub.ResumeGenerate(heard.resume_request(has_continuation=True)))
+        assert told.reason is Reason.DEADLINE_EXCEEDED
+        assert told.metadata == {"phase": "queue", "emitted_token_count": str(heard.next_index)}
+
+
+async def test_whoever_reads_an_answer_after_its_deadline_has_all_the_time_of_the_call(tmp_path: Path) -> None:
+    async with sim_cluster(tmp_path) as cluster, channel_to(cluster.endpoint.address) as channel:
+        stub = stub_of(channel)
+        heard, call = await begin(stub, resumable(), until_index=3)
+        call.cancel()
+        (kept,) = cluster.server.resumables._kept
+        await cluster.until(lambda: kept.window.last is not None, "the answer's end")
+        kept.about = replace(kept.about, deadline_at=asyncio.get_running_loop().time() - 1.0)
+        again = stub.ResumeGenerate(heard.resume_request(), timeout=60)
+        assert 50 < (await again.read()).started.time_allowed.ToSeconds() <= 60
+        again.cancel()
 
 
 async def test_there_is_a_limit_to_what_is_kept(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from baton.errors import BatonError, Reason, StatusName, deadline_exceeded, engine_failed
 from baton.request import OutputOptions, Role, Sampling
 from baton.testing import in_virtual_time
+from baton.timeline import Phase
 from bench.virtual_cluster import TokenAnswer, VirtualCluster, virtual_cluster
 from router.answering import Admitted, Completed, Piece, RelayEvent, RoutedRequest
 from router.resuming.replay_window import WindowLimits
@@ -343,6 +344,36 @@ async def test_a_thousand_abandoned_generations_leave_nothing() -> None:
     assert (resumables.kept_count, resumables.used_bytes, resumables._by_id) == (0, 0, {})
     assert all(script.is_closed for script in scripts)
     assert len(asyncio.all_tasks()) == 1
+
+
+@in_virtual_time
+async def test_a_reader_whose_time_is_over_hears_in_which_phase_it_went_by() -> None:
+    flights = {"prefilling": Phase.PREFILL, "ended": Phase.PREFILL}
+    resumables = Resumables(phase_of=flights.get)
+    scripts = {"waiting": Scripted(admitted_after_s=60.0), "prefilling": Scripted(), "running": Scripted(100)}
+    until = asyncio.get_running_loop().time() + 0.55
+    for name, script in scripts.items():
+        resumable = opened(resumables, script, generation_id=name)
+        told = await failed(read(resumable, until=until if name != "running" else until + STEP_S))
+        assert told.reason is Reason.DEADLINE_EXCEEDED
+        assert told.metadata["phase"] == {"waiting": "queue", "prefilling": "prefill", "running": "decode"}[name]
+    await resumables.close()
+
+
+@in_virtual_time
+async def test_the_phase_of_a_reader_whose_time_is_over_is_its_flights() -> None:
+    async with virtual_cluster(1, 1) as cluster:
+        resumables = Resumables(phase_of=cluster.relay.phase_of)
+        request = cluster.request(40, 800)
+        resumable = await abandoned(cluster, resumables, request, after=1)
+        told = await failed(read(resumable, 1, until=asyncio.get_running_loop().time()))
+        assert told.metadata["phase"] == "handoff_wait", "the first token was the prefill's"
+        assert await read(resumable, 1, until_count=3)
+        told = await failed(read(resumable, 4, until=asyncio.get_running_loop().time()))
+        assert told.metadata["phase"] == "decode"
+        resumable.forget()
+        await cluster.assert_balanced()
+        assert cluster.relay.phase_of(request.generation_id) is None
 
 
 # With the real relay and workers behind it

@@ -126,9 +126,9 @@ class RouterConfig:
     max_resumable_count: int = 1024
     """Resumable generations kept at once, ended ones in their grace included; beyond it TOO_MANY_RESUMABLE."""
     resume_window_bytes: int = 1024 * 1024
-    """Of one generation's answer, as much of its end is kept to be read again."""
+    """Of one generation's answer, as much of its end is kept to be read again; its newest 64 tokens in any case."""
     resume_window_token_count: int = 16_384
-    """And no more tokens than this."""
+    """And no more tokens than this, at least 64."""
     resume_total_bytes: int = 256 * 1024 * 1024
     """Of all these windows together; beyond it each keeps less."""
     enable_reflection: bool = True
@@ -171,7 +171,7 @@ class RouterConfig:
         self._check_range("max_resume_grace_s", 0.01, 86_400)
         self._check_range("max_resumable_count", 0, 1_000_000)
         self._check_range("resume_window_bytes", 1024, 1024**3)
-        self._check_range("resume_window_token_count", 1, 10_000_000)
+        self._check_range("resume_window_token_count", 64, 10_000_000)  # what each window keeps in any case
         self._check_range("resume_total_bytes", 1024, 1024**4)
         if self.resume_grace_s > self.max_resume_grace_s:
             raise ConfigError(

@@ -36,10 +36,11 @@ GUARANTEED_TOKEN_COUNT = 64
 
 @dataclass(frozen=True, slots=True)
 class WindowLimits:
-    """Of one generation. The newest piece is kept whatever its size."""
+    """Of one generation. The newest piece is kept whatever its size, and the newest tokens whatever theirs."""
 
     max_bytes: int
     max_token_count: int
+    guaranteed_token_count: int = GUARANTEED_TOKEN_COUNT
 
 
 @dataclass(slots=True)
@@ -191,7 +192,8 @@ class ReplayWindow:
 
     @property
     def has_more_than_guaranteed(self) -> bool:
-        return len(self._pieces) > 1 and self.token_count - self._pieces[0][0].token_count >= GUARANTEED_TOKEN_COUNT
+        least = self.limits.guaranteed_token_count
+        return len(self._pieces) > 1 and self.token_count - self._pieces[0][0].token_count >= least
 
     def token_count_before(self, cursor: Cursor) -> int:
         """What this reader has, of all samples: a tail has an index, and is no token."""
@@ -213,13 +215,12 @@ class ReplayWindow:
         self.used_bytes += size
         self.token_count += piece.token_count
         self.shared.take(size)
-        while len(self._pieces) > 1 and self._is_over():
-            self._drop_oldest()
-        while self.shared.used_bytes > self.shared.max_bytes and self.has_more_than_guaranteed:
+        while self._is_over() and self.has_more_than_guaranteed:
             self._drop_oldest()
 
     def _is_over(self) -> bool:
-        return self.used_bytes > self.limits.max_bytes or self.token_count > self.limits.max_token_count
+        is_over = self.used_bytes > self.limits.max_bytes or self.token_count > self.limits.max_token_count
+        return is_over or self.shared.used_bytes > self.shared.max_bytes
 
     def _drop_oldest(self) -> None:
         piece, size = self._pieces.popleft()

@@ -280,9 +280,9 @@ async def resume_denied(directory: Path) -> Outcome:
 
 
 async def resume_too_late(directory: Path) -> Outcome:
-    async with served(directory, resume_window_token_count=16) as (_, channel):
-        whole = await generate(channel, resumable(60))
-        assert whole.finished.usage.output_token_count == 60
+    async with served(directory, resume_window_token_count=64) as (_, channel):
+        whole = await generate(channel, resumable(108))
+        assert whole.finished.usage.output_token_count == 108
         request = pb.ResumeGenerateRequest(resume_token=whole.started.resume_token, next_token_index=2)
         outcome = await ask(channel, f"/{GENERATION}/ResumeGenerate", request)
         assert outcome.metadata["next_token_index"] == "2"
@@ -454,7 +454,7 @@ METADATA: dict[Callable[[Path], Awaitable[Outcome]], dict[str, Value]] = {
     too_many_resumable: {"kept_count": "1", "limit": "1"},
     resume_unknown: {},
     resume_denied: {},
-    resume_too_late: {"next_token_index": "2", "first_token_index": "44"},  # of 60, the window keeps 16
+    resume_too_late: {"next_token_index": "2", "first_token_index": "44"},  # of 108, the window keeps 64
     attached_elsewhere: {},
     reader_too_slow: {
         "unread_bytes": at_least(1),

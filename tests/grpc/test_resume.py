@@ -323,11 +323,11 @@ async def test_an_index_that_cannot_be_is_refused_and_disturbs_nobody(
 async def test_what_left_the_window_is_too_late_without_a_continuation_and_made_again_with_one(
     tmp_path: Path,
 ) -> None:
-    async with sim_cluster(tmp_path, sim=SLOW, resume_window_token_count=8) as cluster:
-        whole = await uncut(cluster, resumable(60))
+    async with sim_cluster(tmp_path, sim=SLOW, resume_window_token_count=64) as cluster:
+        whole = await uncut(cluster, resumable(120))
         async with channel_to(cluster.endpoint.address) as channel:
             stub = stub_of(channel)
-            heard, call = await begin(stub, resumable(60), until_index=3)
+            heard, call = await begin(stub, resumable(120), until_index=3)
             call.cancel()
             await cluster.until(lambda: cluster.server.resumables.running_count == 0, "ended by itself")
             error = await refusal(stub.ResumeGenerate(heard.resume_request(has_continuation=False), timeout=60))

@@ -35,9 +35,15 @@ def piece(first: int, count: int, text: str = "", **more: Any) -> Piece:
 
 
 def window(
-    *, max_tokens: int = 10_000, max_bytes: int = 1 << 20, total: int = 1 << 30, chunk: int = 64, **more: Any
+    *,
+    max_tokens: int = 10_000,
+    max_bytes: int = 1 << 20,
+    total: int = 1 << 30,
+    chunk: int = 64,
+    guaranteed: int = 0,
+    **more: Any,
 ) -> ReplayWindow:
-    return ReplayWindow(WindowLimits(max_bytes, max_tokens), SharedBytes(total), chunk, **more)
+    return ReplayWindow(WindowLimits(max_bytes, max_tokens, guaranteed), SharedBytes(total), chunk, **more)
 
 
 def read(replay: ReplayWindow, cursor: Cursor) -> list[Piece]:
@@ -169,6 +175,16 @@ def test_a_reader_who_keeps_up_is_never_too_late_however_full_the_house_is() -> 
             got += sum(each.token_count for each in read(replay, cursor))
             assert got == first + 3
         assert replay.token_count <= GUARANTEED_TOKEN_COUNT
+
+
+@pytest.mark.parametrize("limits", [{"max_bytes": 1024}, {"max_tokens": 64}, {"total": 1024}])
+@pytest.mark.parametrize("size", [1, 3, 40, 64, 100])
+def test_the_newest_tokens_are_kept_whatever_bounds_the_window(limits: dict[str, int], size: int) -> None:
+    replay = window(**limits, guaranteed=GUARANTEED_TOKEN_COUNT)
+    for first in range(0, 100 * size, size):
+        replay.put(piece(first, size))
+        wanted = min(first + size, GUARANTEED_TOKEN_COUNT)
+        assert wanted <= replay.token_count < GUARANTEED_TOKEN_COUNT + size
 
 
 def test_room_is_asked_for_where_there_is_none_and_not_for_every_token() -> None:

@@ -324,14 +324,22 @@ def test_the_time_allowed_is_the_callers_less_a_margin_and_at_most_the_servers(t
             context = Context(timeout=timeout)
             await cluster.generate(request(), context=context)
             assert seconds(context.written[0][1].started.time_allowed) == near(allowed_s)
-        begun = await cluster.generate(request(resume=pb.ResumeOptions()), timeout=50.0)
-        left_s = 49.95 - sum(phases(begun).values())
-        message = pb.ResumeGenerateRequest(resume_token=begun.started.resume_token)
-        for timeout, allowed_s in ((2.0, 1.95), (60.0, left_s)):
+        context = Context(timeout=50.0)
+        cut = asyncio.create_task(cluster.generate(request(resume=pb.ResumeOptions()), context=context))
+        await asyncio.sleep(1.0)
+        cut.cancel()
+        token = context.written[0][1].started.resume_token
+        for timeout, allowed_s in (
+            (60.0, 48.95),  # it runs, and has so much left
+            (60.0, 59.95),  # it has ended, and is only read
+            (2.0, 1.95),
+        ):
+            message = pb.ResumeGenerateRequest(resume_token=token)
             again = await cluster.call("ResumeGenerate", message, timeout=timeout)
-            assert seconds(again.started.time_allowed) == near(allowed_s), "what the generation has left, at most"
-            message.resume_token = again.started.resume_token
-        await cluster.call("CancelGeneration", pb.CancelGenerationRequest(resume_token=message.resume_token))
+            assert again.finished.usage.output_token_count == COUNT
+            assert seconds(again.started.time_allowed) == near(allowed_s)
+            token = again.started.resume_token
+        await cluster.call("CancelGeneration", pb.CancelGenerationRequest(resume_token=token))
 
     scripted(tmp_path, scenario, max_deadline_s=60.0, default_deadline_s=7.0)
 

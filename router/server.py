@@ -254,7 +254,7 @@ class RouterServer:
                 tool_parser=self.chat_abilities.tool_parser,
                 reasoning_parser=self.chat_abilities.reasoning_parser,
                 template_argument_names=tuple(self.chat_abilities.template_argument_names),
-                has_resume=True,
+                has_resume=self.config.max_resumable_count > 0,
             ),
         )
 

@@ -16,6 +16,7 @@ import grpc
 import pytest
 from sim_cluster import FAST, RULE, SECRET, SimCluster, sim_cluster
 
+from baton.client import BatonClient
 from baton.errors import BatonError, Reason
 from baton.status import from_rpc_error
 from baton.v1 import generation_pb2 as pb
@@ -367,6 +368,15 @@ async def test_whoever_reads_an_answer_after_its_deadline_has_all_the_time_of_th
         again = stub.ResumeGenerate(heard.resume_request(), timeout=60)
         assert 50 < (await again.read()).started.time_allowed.ToSeconds() <= 60
         again.cancel()
+
+
+async def test_a_router_that_keeps_none_does_not_say_that_it_does(tmp_path: Path) -> None:
+    for count in (0, 1):
+        async with (
+            sim_cluster(tmp_path, max_resumable_count=count) as cluster,
+            BatonClient(cluster.endpoint.address) as client,
+        ):
+            assert (await client.get_model(timeout=60)).capabilities.has_resume is (count > 0)
 
 
 async def test_there_is_a_limit_to_what_is_kept(tmp_path: Path) -> None:

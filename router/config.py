@@ -58,8 +58,9 @@ class RouterConfig:
     max_unread_bytes: int = 16 * 1024 * 1024
     """Kept for one call whose caller does not read; an answer that grows past it ends with READER_TOO_SLOW."""
     max_concurrent_call_count: int = 4096
-    """Calls that run at once; further ones get QUEUE_FULL. Beyond four times as many open ones, with those
-    whose caller does not read their end, gRPC itself refuses."""
+    """Generations that run at once; further ones get QUEUE_FULL. So many calls of ModelService, of WatchStatus and of
+    the health's Watch may run besides. Beyond seven times as many open ones, with those whose caller does not read
+    their end, gRPC itself refuses."""
     max_connection_call_count: int = 1024
     """Calls open at once on one connection; a client keeps further ones back until one of its own ends."""
     max_connection_age_s: float = 0.0

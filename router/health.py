@@ -8,20 +8,42 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
+from baton.errors import BatonError
+from baton.status import abort
+from router.call_places import CallPlaces
+
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class _Servicer(health_aio.HealthServicer):  # type: ignore[misc]
+    def __init__(self, max_watcher_count: int) -> None:
+        super().__init__()
+        self._places = CallPlaces(max_watcher_count)
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
+        try:
+            with self._places.one():
+                await super().Watch(request, context)
+        except BatonError as error:
+            await abort(context, error)
 
 
 class RouterHealth:
     """``run`` follows ``can_place`` until cancelled, woken by ``changed``; ``drain`` flips for good."""
 
-    def __init__(self, service_names: Sequence[str], can_place: Callable[[], bool]) -> None:
+    def __init__(
+        self, service_names: Sequence[str], can_place: Callable[[], bool], *, max_watcher_count: int = 4096
+    ) -> None:
+        """``max_watcher_count``: of each server; further ones get QUEUE_FULL."""
         self._names = ("", *service_names)
+        self._max_watcher_count = max_watcher_count
         self._can_place = can_place
         self._servicers: list[health_aio.HealthServicer] = []
         self._is_serving = False
@@ -38,7 +60,7 @@ class RouterHealth:
 
     async def attach(self, server: grpc.aio.Server) -> None:
         """Serves the health protocol on ``server``. NOT_SERVING until ``run`` says otherwise."""
-        servicer = health_aio.HealthServicer()
+        servicer = _Servicer(self._max_watcher_count)
         self._servicers.append(servicer)
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         for name in self._names:

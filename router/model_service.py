@@ -26,6 +26,7 @@ from baton.request import ChatPrompt, GenerateRequest, Prompt, TextPrompt, Token
 from baton.status import abort
 from baton.v1 import model_pb2 as pb
 from baton.v1 import model_pb2_grpc as pb_grpc
+from router.call_places import CallPlaces
 from router.model_card import ModelCard
 from router.prompt_encoder import PromptEncoder
 from router.service_lengths import check_chat_lengths
@@ -57,15 +58,18 @@ class ModelService(pb_grpc.ModelServiceServicer):
         encoder: PromptEncoder,
         card: Callable[[], ModelCard],
         authorise: Callable[[Any], None] = lambda context: None,
+        max_call_count: int = 4096,
     ) -> None:
         """``card``: asked for each call, since the workers' context may be smaller than the model's. ``authorise``:
-        given the call's context; raises UNAUTHENTICATED for a caller without a key where keys are asked for."""
+        given the call's context; raises UNAUTHENTICATED for a caller without a key where keys are asked for.
+        ``max_call_count``: that run here at once; further ones get QUEUE_FULL."""
         self._tokenizer = tokenizer
         self._encoder = encoder
         self._card = card
         self._authorise = authorise
         # The mutable state: calls that run, whether new ones may, and whose long text is at the tokenizer.
         self.call_count = 0
+        self._places = CallPlaces(max_call_count)
         self._is_draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -139,8 +143,9 @@ class ModelService(pb_grpc.ModelServiceServicer):
                 if self._is_draining:
                     raise draining()
                 self._authorise(context)
-                async with asyncio.timeout(_time_allowed_s(context)):
-                    return await answer()
+                with self._places.one():
+                    async with asyncio.timeout(_time_allowed_s(context)):
+                        return await answer()
             except BatonError:
                 raise
             except TimeoutError:

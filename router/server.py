@@ -76,6 +76,10 @@ OPEN_CALLS_PER_RUNNING = 4
 """gRPC counts a call until its caller has read its end or is gone, we until our part is over. So gRPC's own limit is
 this many times ours: callers who never read keep its places, and no place of those who do."""
 
+OTHER_KIND_COUNT = 3
+"""Kinds of calls beside generations, each with room for as many at once, which it bounds itself: ModelService's, who
+watches the status, who watches the health. So none of them takes a generation's place."""
+
 logger = logging.getLogger("baton.router")
 
 
@@ -214,9 +218,12 @@ class RouterServer:
             encoder=encoder,
             card=self.model_card,
             authorise=lambda context: service.check_key(callers, context),
+            max_call_count=config.max_concurrent_call_count,
         )
         names = [*PUBLIC_SERVICE_NAMES, admin_service.SERVICE_NAME]
-        self.health = RouterHealth(names, lambda: self.relay.could_serve)
+        self.health = RouterHealth(
+            names, lambda: self.relay.could_serve, max_watcher_count=config.max_concurrent_call_count
+        )
         self.roster.on_readiness(self.health.changed)
         self._admin = AdminService(roster=self.roster, window=self.window, counts=self.counts, secret=secret)
         self.status = StatusService(
@@ -224,6 +231,7 @@ class RouterServer:
             window=self.window,
             counts=self.counts,
             authorise=lambda context: service.check_key(callers, context),
+            max_watcher_count=config.max_concurrent_call_count,
         )
         # What runs: servers, the HTTP server of /metrics and its thread, background tasks.
         self._servers: list[grpc.aio.Server] = []
@@ -373,7 +381,7 @@ class RouterServer:
     def _server(self, *options: tuple[str, int]) -> grpc.aio.Server:
         config = self.config
         server = grpc.aio.server(
-            maximum_concurrent_rpcs=OPEN_CALLS_PER_RUNNING * config.max_concurrent_call_count,
+            maximum_concurrent_rpcs=(OPEN_CALLS_PER_RUNNING + OTHER_KIND_COUNT) * config.max_concurrent_call_count,
             options=[
                 # Without this a second router could bind the same port, and the kernel would deal calls to either.
                 ("grpc.so_reuseport", 0),

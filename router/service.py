@@ -26,6 +26,7 @@ from baton.status import PUSHBACK_KEY, to_rpc_status
 from baton.v1 import generation_pb2 as pb
 from baton.v1 import generation_pb2_grpc as pb_grpc
 from router.budgets import time_allowed_s
+from router.call_places import ROOM_S
 from router.callers import AUTHORIZATION_KEY, Caller, Callers
 from router.intake import Intake, Prepared
 from router.phase_window import PhaseWindow
@@ -42,9 +43,6 @@ SERVICE_NAME = "baton.v1.GenerationService"
 
 _GOODBYE_S = 0.5
 """How long the status of a refused call may wait for the caller to read what is before it."""
-
-_ROOM_S = 1.0
-"""When a caller may ask again who came while as many calls ran as may."""
 
 logger = logging.getLogger("baton.router")
 
@@ -130,7 +128,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         received_at = asyncio.get_running_loop().time()
         if self.call_count >= self._max_call_count and not makes_room:
             # Counted here, and not by gRPC: to it a call is open until its caller has read the end, if ever.
-            error = too_many_calls(self.call_count, self._max_call_count, _ROOM_S)
+            error = too_many_calls(self.call_count, self._max_call_count, ROOM_S)
             self._metrics.request_ended(outcome_of(error))
             await refuse(context, error)
             return False

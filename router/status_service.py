@@ -16,6 +16,7 @@ from baton.status import abort
 from baton.v1 import status_pb2 as pb
 from baton.v1 import status_pb2_grpc as pb_grpc
 from router.admin_service import Counts
+from router.call_places import CallPlaces
 from router.cluster_view import ClusterView, Health, WorkerView
 from router.phase_window import PhaseWindow, TransferStatistics
 
@@ -49,13 +50,15 @@ class StatusService(pb_grpc.StatusServiceServicer):
         window: PhaseWindow,
         counts: Callable[[], Counts],
         authorise: Callable[[Any], None],
+        max_watcher_count: int,
     ) -> None:
         """``authorise``: given the call's context; raises UNAUTHENTICATED for a caller without a key where keys are
-        asked for."""
+        asked for. ``max_watcher_count``: further ones get QUEUE_FULL."""
         self._roster = roster
         self._window = window
         self._counts = counts
         self._authorise = authorise
+        self._places = CallPlaces(max_watcher_count)
         self._made_at = -MIN_INTERVAL_S
         self._picture = pb.WatchStatusResponse()
 
@@ -63,11 +66,12 @@ class StatusService(pb_grpc.StatusServiceServicer):
         try:
             self._authorise(context)
             interval_s = _interval_s(request)
+            with self._places.one():
+                while True:  # until the caller leaves: then the write or the sleep raises
+                    await context.write(self._current(asyncio.get_running_loop().time()))
+                    await asyncio.sleep(interval_s)
         except BatonError as error:
             await abort(context, error)
-        while True:  # until the caller leaves: then the write or the sleep raises
-            await context.write(self._current(asyncio.get_running_loop().time()))
-            await asyncio.sleep(interval_s)
 
     def _current(self, now: float) -> pb.WatchStatusResponse:
         if not 0 <= now - self._made_at < MIN_INTERVAL_S:

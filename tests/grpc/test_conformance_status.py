@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,15 @@ import grpc
 import grpc.aio
 import pytest
 import pytest_asyncio
-from raw_calls import GENERATION, METHODS, ask, generate
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from raw_calls import GENERATION, METHODS, MODELS, ask, generate
 from sim_cluster import SimCluster, sim_cluster
 
 from baton.errors import BatonError, Reason
 from baton.status import from_rpc_error
 from baton.v1 import generation_pb2 as pb
+from baton.v1 import model_pb2 as models
+from baton.v1 import status_pb2, status_pb2_grpc
 from engine.sim_config import PhaseDelays
 
 UNREADABLE = {
@@ -113,9 +116,71 @@ async def test_more_calls_at_once_than_may_run_are_refused_with_a_reason_and_far
             return False
 
         monkeypatch.setattr(cluster.server.generation, "_counted", stuck)  # as calls are to gRPC that nobody reads
-        outcomes = await asyncio.gather(*(generate(channel, HELLO) for _ in range(12)))
+        outcomes = await asyncio.gather(*(generate(channel, HELLO) for _ in range(20)))
         texts = [outcome.text for outcome in outcomes]
-        assert texts.count("Concurrent RPC limit exceeded!") == 12 - 4 * 2
+        assert texts.count("Concurrent RPC limit exceeded!") == 20 - (4 + 3) * 2
+
+
+async def test_who_watches_takes_no_place_of_who_generates_and_is_refused_with_a_reason(tmp_path: Path) -> None:
+    async with (
+        sim_cluster(tmp_path, max_concurrent_call_count=2) as cluster,
+        grpc.aio.insecure_channel(cluster.endpoint.address) as channel,
+    ):
+        status = status_pb2_grpc.StatusServiceStub(channel)  # type: ignore[no-untyped-call]
+        health = health_pb2_grpc.HealthStub(channel)
+
+        def watching() -> int:
+            places = (cluster.server.status._places, cluster.server.health._servicers[0]._places)
+            return max(each.taken_count for each in places)
+
+        watches: list[Callable[[], Any]] = [
+            lambda: status.WatchStatus(status_pb2.WatchStatusRequest(), timeout=60),
+            lambda: health.Watch(health_pb2.HealthCheckRequest(), timeout=60),
+        ]
+        for watch in watches:
+            calls = [watch() for _ in range(2)]
+            for call in calls:
+                assert await call.read() is not grpc.aio.EOF
+            for _ in range(20):
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await watch().read()
+                error = from_rpc_error(refused.value)
+                assert (error.reason, error.status.value) == (Reason.QUEUE_FULL, "RESOURCE_EXHAUSTED")
+                assert error.metadata == {"queued_count": "2", "queue_limit": "2"}
+                assert error.retry_after_s == 1.0
+            assert (await generate(channel, HELLO)).code is grpc.StatusCode.OK
+            calls.pop().cancel()
+            await cluster.until(lambda: watching() < 2, "a place")
+            again = watch()
+            assert await again.read() is not grpc.aio.EOF
+            for call in (*calls, again):
+                call.cancel()
+            await cluster.until(lambda: watching() == 0, "nobody watches")
+
+
+async def test_more_calls_of_the_model_service_than_may_run_are_refused_with_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        sim_cluster(tmp_path, max_concurrent_call_count=2) as cluster,
+        grpc.aio.insecure_channel(cluster.endpoint.address) as channel,
+    ):
+        may_go_on = asyncio.Event()
+        encode = cluster.server.models._token_ids
+
+        async def slow(*arguments: Any, **options: Any) -> Any:
+            await may_go_on.wait()
+            return await encode(*arguments, **options)
+
+        monkeypatch.setattr(cluster.server.models, "_token_ids", slow)
+        request = models.CountTokensRequest(text="hello")
+        running = [asyncio.create_task(ask(channel, f"/{MODELS}/CountTokens", request)) for _ in range(2)]
+        await cluster.until(lambda: cluster.server.models.call_count == 2, "as many as may run")
+        outcome = await ask(channel, f"/{MODELS}/CountTokens", request)
+        assert (outcome.code, outcome.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+        assert (await generate(channel, HELLO)).code is grpc.StatusCode.OK
+        may_go_on.set()
+        assert [each.code for each in await asyncio.gather(*running)] == [grpc.StatusCode.OK] * 2
 
 
 @pytest.mark.parametrize("path", METHODS)

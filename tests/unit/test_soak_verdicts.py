@@ -5,25 +5,8 @@ from __future__ import annotations
 import pytest
 
 from bench.cancels_api import ApiCancel, judged, missing
-from bench.open_streams import itl_verdict
 from bench.soak_resume import judge_memory, lacking_resumes
 from bench.soak_structures import verdict_of
-
-
-@pytest.mark.parametrize(
-    ("moves", "noises", "verdict"),
-    [
-        ([0.01, 0.04, 0.3], [0.01, -0.02, 0.4], "kept"),
-        ([0.06, 0.07, 0.0], [0.01, -0.02, 0.0], "MISSED"),
-        ([0.0, 0.0, 0.0], [-0.2, 0.1, 0.3], "not decided: the machine's own noise is 20 %"),
-        ([0.1, 0.1, 0.1], [-0.08, 0.08, 0.08], "not decided: the machine's own noise is 8 %"),
-        ([0.2, 0.2, 0.2], [-0.08, 0.08, 0.08], "MISSED"),
-    ],
-)
-def test_a_noisy_machine_decides_nothing_unless_the_move_stands_out(
-    moves: list[float], noises: list[float], verdict: str
-) -> None:
-    assert itl_verdict(moves, noises) == verdict
 
 
 def test_a_leg_that_was_done_by_itself_is_no_abort() -> None:

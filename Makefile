@@ -17,6 +17,11 @@ TYPED := baton kvtransfer engine prefill_worker decode_worker router fleet bench
 SIDE_BY_SIDE = $(MAKE) --no-print-directory --jobs=2 --output-sync=target HAS_ENVIRONMENT=1
 ENVIRONMENT = $(if $(HAS_ENVIRONMENT),:,$(PYTHON) -m deploy.setup.environment --venv $(VENV))
 
+# Tests beside each other, a file's in one process, because its tests share what is dear to make. In the order of their
+# names, by which the longest (fleets, scenarios) come first.
+BESIDE = --dist loadfile --no-loadscope-reorder
+QUICK_WORKERS = 2
+
 .DEFAULT_GOAL := help
 ifndef HAS_ENVIRONMENT
 .NOTPARALLEL:
@@ -63,10 +68,11 @@ types: dev
 	@$(RUN) mypy $(TYPED)
 
 quick: dev buf
-	@$(RUN) pytest -q -m "not real" --ignore=tests/grpc --ignore=tests/fleet --ignore=tests/browser --ignore=tests/e2e
+	@$(RUN) pytest -q -n $(QUICK_WORKERS) $(BESIDE) -m "not real" --ignore=tests/grpc --ignore=tests/fleet --ignore=tests/browser --ignore=tests/e2e
 
+# They mostly wait: for processes to start, for what was killed to come back, for graces to be over.
 processes: dev examples
-	@$(RUN) pytest -q -m "not real" tests/grpc tests/fleet
+	@$(RUN) pytest -q -n 3 $(BESIDE) -m "not real" tests/fleet tests/grpc
 
 buf: dev ## prepare buf, which checks the .proto files (33 MB from the npm registry)
 	@$(RUN) deploy.setup.prepare_buf
@@ -86,7 +92,7 @@ real: dev model
 # The longest first. The real engines come last and alone: what they do in which order depends on having the cores.
 test: dev ## everything, the real engine included: about 25 minutes on two cores
 	@echo "lint, types and the tests without a real engine, two at a time: each speaks when it ends"
-	@$(SIDE_BY_SIDE) processes quick types model pages lint
+	@$(SIDE_BY_SIDE) QUICK_WORKERS=0 processes quick types model pages lint
 	@$(MAKE) --no-print-directory HAS_ENVIRONMENT=1 real
 
 soak: dev model ## the volumes behind docs/evidence; takes hours

@@ -103,7 +103,11 @@ async def answers(tmp_path_factory: Any) -> AsyncIterator[Answers]:
     ):
         found.local = await generate(channel, request())
     (write_tiny_model(directory / "chatless") / "chat_template.jinja").unlink()
-    chatless: dict[str, Any] = {"model_dir": str(directory / "chatless"), "max_context_token_count": 100}
+    chatless: dict[str, Any] = {
+        "model_dir": str(directory / "chatless"),
+        "max_context_token_count": 100,
+        "max_resumable_count": 0,
+    }
     async with (
         sim_cluster(directory / "short", local_prompt_token_count=len(IDS), **chatless) as cluster,
         grpc.aio.insecure_channel(cluster.endpoint.address) as channel,
@@ -444,7 +448,8 @@ SEEN: dict[str, Callable[[Answers], Any]] = {
         True, False],
     "Capabilities.max_sample_count": lambda a: a.model.model.capabilities.max_sample_count == 16,
     "Capabilities.max_top_logprob_count": lambda a: a.model.model.capabilities.max_top_logprob_count == 20,
-    "Capabilities.has_resume": lambda a: a.model.model.capabilities.has_resume,
+    "Capabilities.has_resume": lambda a: [
+        each.model.capabilities.has_resume for each in (a.model, a.chatless)] == [True, False],
     "CountTokensResponse.token_count": lambda a: a.counted.token_count == len(IDS),
     "CountTokensResponse.max_prompt_token_count": lambda a: a.counted.max_prompt_token_count == CONTEXT - 1,
     "TokenizeResponse.token_ids": lambda a: tuple(a.tokenized.token_ids) == IDS,

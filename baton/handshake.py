@@ -67,10 +67,12 @@ _HINTS = {
 def tls_failure(text: str, peer: str, security: Security | None) -> BatonError | None:
     """The error that a connection's failure is, where TLS has to do with it. ``text``: gRPC's; ``peer``: the address;
     ``security``: what this side speaks, None where it is not known."""
+    if _BEFORE_ANY_CALL not in text:
+        return None  # a call's answer, perhaps a gateway's about its own connections: nothing is said of this one
     cause = _cause(text)
     at = f" {peer}" if peer else ""
     metadata = {"worker_id": peer, "transport": StatusName.UNAVAILABLE.value}
-    for words, kind, advice in _PROOFS:
+    for words, kind, advice in _PROOFS if security is not Security.PLAINTEXT else ():
         if words in text:
             return HandshakeFailed(
                 Reason.ENGINE_FAILED,
@@ -78,7 +80,7 @@ def tls_failure(text: str, peer: str, security: Security | None) -> BatonError |
                 f"no TLS with the server{at}: {advice} ({cause})",
                 metadata={**metadata, TLS_KEY: kind},
             )
-    if security is None or _BEFORE_ANY_CALL not in text:
+    if security is None:
         return None
     if any(words in text for words in _HANGS_UP):
         hint = f"the server{at} hung up before any call; {_HINTS[security]}"

@@ -267,6 +267,14 @@ def test_what_proves_a_failed_handshake_is_one_error_with_advice_and_cause(text:
         assert (type(again), again.metadata, str(again)) == (HandshakeFailed, error.metadata, str(error))
 
 
+@pytest.mark.parametrize("words", ["CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER", "certificate has expired"])
+def test_a_gateways_words_about_another_connection_prove_nothing_of_this_one(words: str) -> None:
+    gateway = f"upstream connect error; transport failure reason: TLS_error:|1:SSL routines:{words}:TLS_error_end"
+    assert [tls_failure(gateway, FAR, security) for security in (None, *Security)] == [None] * 4
+    relayed = tls_failure(f"{TO}UNKNOWN: x: {OPENSSL}{words}", FAR, Security.PLAINTEXT)
+    assert not isinstance(relayed, HandshakeFailed), "who speaks no TLS makes no handshake"
+
+
 @pytest.mark.parametrize("cause", ["Socket closed", "recvmsg:Connection reset by peer"])
 def test_what_may_have_another_cause_is_a_lost_connection_with_a_hint(cause: str) -> None:
     hints = set()

@@ -22,6 +22,7 @@ CA_VARIABLE = "BATON_TLS_CA"
 CERTIFICATE_VARIABLE = "BATON_TLS_CERTIFICATE"
 KEY_VARIABLE = "BATON_TLS_KEY"
 SERVER_NAME_VARIABLE = "BATON_TLS_SERVER_NAME"
+_NAMING = (CA_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE, SERVER_NAME_VARIABLE)
 
 
 class TlsFilesError(ValueError):
@@ -48,13 +49,22 @@ class Tls:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Tls | None:
-        """None: no variable asks for TLS. ``BATON_TLS=1`` does, and so do those that name files."""
-        ca, certificate, key = (
-            environment.get(name) or None for name in (CA_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE)
-        )
-        if environment.get(TLS_VARIABLE, "0") in ("", "0") and not (ca or certificate or key):
+        """None: no variable asks for TLS. ``BATON_TLS=1`` does, and so does each that names a file or the server.
+
+        Raises ``ValueError`` for one of those that is set and empty, as a script makes it whose own variable is not
+        set: without TLS the prompt would go in clear. ``BATON_TLS=0`` says that it may."""
+        named = {name: environment.get(name) for name in _NAMING}
+        is_asked = environment.get(TLS_VARIABLE, "") not in ("", "0")
+        if environment.get(TLS_VARIABLE) != "0":
+            for name, value in named.items():
+                if value == "":
+                    raise ValueError(
+                        f"{name} is set and empty; give it a value, or unset it, or set {TLS_VARIABLE}=0"
+                    )
+        ca, certificate, key, server_name = (value or None for value in named.values())
+        if not is_asked and not any(named.values()):
             return None
-        return cls(ca, certificate, key, environment.get(SERVER_NAME_VARIABLE, ""))
+        return cls(ca, certificate, key, server_name or "")
 
     def credentials(self) -> grpc.ChannelCredentials:
         """Raises ``TlsFilesError``."""

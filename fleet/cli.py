@@ -182,12 +182,13 @@ async def _demo(config: FleetConfig, wait_s: float, prompt: str) -> int:
     loop = asyncio.get_running_loop()
     began_at = loop.time()
     is_started = False
+    tls = _tls_of(config)  # BEFORE anything is started: it may raise
     async with _interruptible():
         try:
             record = await commands.start(config, say, wait_s=wait_s, dies_with_us=True)
             is_started = True
             print(f"\n  up after {loop.time() - began_at:.1f} s, at {record.address}\n\n> {prompt}\n", flush=True)
-            await _one_answer(record.address, prompt, _tls_of(config))
+            await _one_answer(record.address, prompt, tls)
         finally:
             if is_started:
                 print(flush=True)
@@ -197,8 +198,13 @@ async def _demo(config: FleetConfig, wait_s: float, prompt: str) -> int:
 
 
 def _tls_of(config: FleetConfig) -> Tls | None:
-    """What it takes to call our own router; whom to trust is in the environment."""
-    return (Tls.from_environment() or Tls()) if config.router.tls_certificate_path else None
+    """What it takes to call our own router; whom to trust is in the environment. Raises ``ConfigError``."""
+    if not config.router.tls_certificate_path:
+        return None
+    try:
+        return Tls.from_environment() or Tls()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 async def _one_answer(address: str, prompt: str, tls: Tls | None) -> None:

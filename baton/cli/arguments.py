@@ -70,7 +70,7 @@ def _add_tls_arguments(group: argparse._ArgumentGroup) -> None:
         "--tls",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help=f"speak TLS; alone it trusts the public CAs (default: if a file is named, or {TLS_VARIABLE}=1)",
+        help=f"speak TLS; alone it trusts the public CAs (default: if a file or name is given, or {TLS_VARIABLE}=1)",
     )
     for option, variable, what in (
         ("--tls-ca", CA_VARIABLE, "the CA of the server's certificate"),
@@ -207,6 +207,9 @@ def api_key_of(arguments: argparse.Namespace) -> str | None:
     return os.environ.get(API_KEY_VARIABLE) or None
 
 
+_TLS_OPTIONS = ("--tls-ca", "--tls-certificate", "--tls-key", "--tls-server-name")
+
+
 class SecurityOptions(TypedDict):
     """As whom a client calls, and over what. Of every client of ours."""
 
@@ -217,6 +220,10 @@ class SecurityOptions(TypedDict):
 
 def security_of(arguments: argparse.Namespace) -> SecurityOptions:
     """What the command line says, and what the environment says besides. Raises ``ValueError``, or ``OSError``."""
+    for option in _TLS_OPTIONS:
+        # As of a script whose variable is not set: taken for none, it would send the prompt in clear.
+        if getattr(arguments, option.removeprefix("--").replace("-", "_")) == "":
+            raise UsageError(f"{option} is empty; give it a value, or leave it out")
     said = {
         CA_VARIABLE: arguments.tls_ca,
         CERTIFICATE_VARIABLE: arguments.tls_certificate,

@@ -82,8 +82,13 @@ function decoded(name, bytes) {
 const LOCAL = /^(localhost|127\.\d+\.\d+\.\d+|\[::1\]):\d+$/;
 
 // How to speak TLS, or null: { ca, certificate, key }, each PEM; without `ca` the public ones. From the variables that
-// every client of Baton has: BATON_TLS=1, or files in BATON_TLS_CA, BATON_TLS_CERTIFICATE and BATON_TLS_KEY.
+// every client of Baton has: BATON_TLS=1, or files in BATON_TLS_CA, BATON_TLS_CERTIFICATE and BATON_TLS_KEY. One that is
+// set and empty is a mistake, unless BATON_TLS=0: without TLS the prompt would go in clear.
 function tlsOf(env) {
+  for (const name of ["CA", "CERTIFICATE", "KEY", "SERVER_NAME"].map((each) => `BATON_TLS_${each}`)) {
+    if (env[name] === "" && env.BATON_TLS !== "0") throw new TypeError(`${name} is set and empty; unset it`);
+  }
+  if (env.BATON_TLS_SERVER_NAME) throw new TypeError("BATON_TLS_SERVER_NAME is not for this client; unset it");
   const [ca, certificate, key] = ["CA", "CERTIFICATE", "KEY"].map((name) => {
     const file = env[`BATON_TLS_${name}`];
     return file ? fs.readFileSync(file) : null;

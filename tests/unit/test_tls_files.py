@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import pickle
 import ssl
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 import trustme
 
-from baton.cli.exits import UNAVAILABLE, error_line, exit_code
+from baton.__main__ import main
+from baton.cli.arguments import UsageError, add_connection_arguments, security_of
+from baton.cli.exits import UNAVAILABLE, USAGE, error_line, exit_code
 from baton.client import BatonClient
 from baton.errors import HandshakeFailed, Unavailable
 from baton.handshake import Security, tls_failure
@@ -231,11 +234,56 @@ def test_a_clients_files_are_refused_when_it_is_made(files: Path) -> None:
         ({"BATON_TLS_CA": "ca"}, Tls("ca")),
         ({"BATON_TLS_CERTIFICATE": "c", "BATON_TLS_KEY": "k"}, Tls(None, "c", "k")),
         ({"BATON_TLS_CA": "ca", "BATON_TLS_SERVER_NAME": "n"}, Tls("ca", server_name="n")),
-        ({"BATON_TLS_SERVER_NAME": "n"}, None),
+        ({"BATON_TLS_SERVER_NAME": "n"}, Tls(server_name="n")),
+        ({"BATON_TLS": "0", "BATON_TLS_SERVER_NAME": "n"}, Tls(server_name="n")),
+        ({"BATON_TLS": "0", "BATON_TLS_CA": ""}, None),
     ],
 )
 def test_the_environment_says_whether_and_how(environment: dict[str, str], tls: Tls | None) -> None:
     assert Tls.from_environment(environment) == tls
+
+
+TLS_VARIABLES = ("BATON_TLS_CA", "BATON_TLS_CERTIFICATE", "BATON_TLS_KEY", "BATON_TLS_SERVER_NAME")
+
+
+@pytest.mark.parametrize("name", TLS_VARIABLES)
+@pytest.mark.parametrize("others", [{}, {"BATON_TLS": ""}, {"BATON_TLS": "1"}])
+def test_a_variable_that_is_set_and_empty_is_refused_and_is_no_plaintext(name: str, others: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=f"{name} is set and empty.*unset"):
+        Tls.from_environment({**others, name: ""})
+
+
+def security(*command_line: str) -> Tls | None:
+    parser = argparse.ArgumentParser()
+    add_connection_arguments(parser)
+    return security_of(parser.parse_args(command_line))["tls"]
+
+
+@pytest.mark.parametrize("option", ["--tls-ca", "--tls-certificate", "--tls-key", "--tls-server-name"])
+@pytest.mark.parametrize("others", [(), ("--tls",), ("--no-tls",)])
+def test_an_option_that_is_empty_is_a_wrong_command_line(
+    option: str, others: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (*TLS_VARIABLES, "BATON_TLS"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UsageError, match=f"{option} is empty"):
+        security(option, "", *others)
+    assert main(["models", "--address", FAR, option, "", *others]) == USAGE
+    assert f"{option} is empty" in capsys.readouterr().err
+
+
+def test_a_servers_name_asks_for_tls_and_what_the_command_line_says_stands_before_the_variables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in (*TLS_VARIABLES, "BATON_TLS"):
+        monkeypatch.delenv(name, raising=False)
+    assert security() is None
+    assert security("--tls-server-name", "n") == Tls(server_name="n")
+    monkeypatch.setenv("BATON_TLS_CA", "")
+    with pytest.raises(ValueError, match="BATON_TLS_CA is set and empty"):
+        security()
+    assert security("--tls-ca", "ca") == Tls("ca")
+    assert security("--no-tls") is None
 
 
 # What gRPC's words mean

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,24 @@ FAST = CostModel(
 )
 CONTEXT = 2048
 QUIET_S = 20.0
-"""Within this, whatever a storm left must be gone: less than the graces and leases that would clean up after us."""
+"""Within this, whatever a storm left must be gone: less than the graces, leases and timeouts that would see to it. An
+answer may be over in less: who shows that leaving ends one lets the engines stand meanwhile (``standing``)."""
+TOO_LATE_S = 3 * QUIET_S
 
 _numbers = itertools.count()
+
+
+class StandingEngine(SimEngine):
+    """Can be kept from beginning a step, all else going on: requests come and leave, KV is read and released."""
+
+    def __init__(self, config: SimConfig, network: SimNetwork) -> None:
+        super().__init__(config, network)
+        self.may_step = asyncio.Event()
+        self.may_step.set()
+
+    async def _finish_pulls(self) -> int:
+        await self.may_step.wait()  # AFTER requests are let in, BEFORE it is settled whose step it is
+        return await super()._finish_pulls()
 
 
 @dataclass
@@ -56,7 +71,7 @@ class SimWorker:
 
     worker_id: str
     role: Role
-    engine: SimEngine
+    engine: StandingEngine
     prefill: PrefillWorker
     decode: DecodeWorker
     board: LoadBoard
@@ -91,6 +106,17 @@ class SimCluster:
         """What the steps of all engines take from now on: slow until something is seen, then fast to be done."""
         for worker in self.workers.values():
             worker.engine.config = dataclasses.replace(worker.engine.config, cost=cost)
+
+    @contextmanager
+    def standing(self) -> Iterator[None]:
+        """No engine begins a step meanwhile: what nobody calls off stays, however long one waits for its end."""
+        for worker in self.workers.values():
+            worker.engine.may_step.clear()
+        try:
+            yield
+        finally:
+            for worker in self.workers.values():
+                worker.engine.may_step.set()
 
     def set_workers(self, *worker_ids: str) -> None:
         self.server.roster.set_workers([self.workers[worker_id].spec for worker_id in worker_ids])
@@ -136,7 +162,7 @@ async def sim_cluster(
             "admin_address": "127.0.0.1:0",
             "metrics_address": "127.0.0.1:0",
             "load_interval_s": 0.05,
-            "lease_s": 600.0,  # no timer may do what an explicit release must
+            "lease_s": 600.0,  # no timer may do what an explicit release must, within QUIET_S
             "parser_start_deadline_s": 500.0,  # a process of its own, and it imports the engine
             "parser_deadline_s": 120.0,
             **config,
@@ -148,10 +174,12 @@ async def sim_cluster(
     try:
         for role, count in ((Role.PREFILL, prefill_count), (Role.DECODE, decode_count)):
             for index in range(count):
-                worker = await make_worker(f"{role.value}-{index}", role, network, sim or {})
+                changes = {"pull_timeout_s": TOO_LATE_S, **(sim or {})}
+                worker = await make_worker(f"{role.value}-{index}", role, network, changes)
                 workers[worker.worker_id] = worker
                 tasks.append(asyncio.create_task(worker.prefill.run()))
         server = RouterServer(router_config, secret=SECRET, connect=lambda spec: workers[spec.worker_id].client())
+        server.relay._limits = dataclasses.replace(server.relay._limits, cleanup_timeout_s=TOO_LATE_S)
         cluster = SimCluster(router_config, server, workers)
         try:
             cluster.endpoint = await server.start()
@@ -182,7 +210,7 @@ async def make_worker(worker_id: str, role: Role, network: SimNetwork, changes: 
         cost=FAST,
         tokens=RULE,
     )
-    engine = SimEngine(dataclasses.replace(defaults, **changes), network)
+    engine = StandingEngine(dataclasses.replace(defaults, **changes), network)
     await engine.start()
     epoch = f"epoch-{next(_numbers)}"
     metrics = WorkerMetrics(CollectorRegistry(), worker_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 from pathlib import Path
 
 from sim_cluster import SimCluster, sim_cluster
@@ -39,15 +40,17 @@ async def left_at(cluster: SimCluster, client: BatonClient, point: int) -> bool:
         if count == point:
             assert caller is not None
             is_cancelled = True
+            stood.enter_context(cluster.standing())  # from here on nothing but the leave can end it
             caller.cancel()
 
-    caller = asyncio.Task(Watched(read(client), gave_way), loop=asyncio.get_running_loop())
-    await asyncio.wait((caller,))
-    if not is_cancelled:
-        assert caller.result() == TOKEN_COUNT
-        return False
-    assert caller.cancelled(), "a cancel was swallowed"
-    await cluster.until_balanced()
+    with ExitStack() as stood:
+        caller = asyncio.Task(Watched(read(client), gave_way), loop=asyncio.get_running_loop())
+        await asyncio.wait((caller,))
+        if not is_cancelled:
+            assert caller.result() == TOKEN_COUNT
+            return False
+        assert caller.cancelled(), "a cancel was swallowed"
+        await cluster.until_balanced()
     return True
 
 

@@ -164,10 +164,11 @@ async def test_who_leaves_ends_the_generation_long_before_its_grace(tmp_path: Pa
 
         task = asyncio.create_task(read())
         await has_chunk.wait()
-        if how == "cancel":
-            task.cancel()
-        await asyncio.wait([task])
-        await cluster.until_balanced()
+        with cluster.standing():
+            if how == "cancel":
+                task.cancel()
+            await asyncio.wait([task])
+            await cluster.until_balanced()
 
 
 async def test_a_thread_that_leaves_ends_the_generation_long_before_its_grace(tmp_path: Path) -> None:
@@ -182,20 +183,25 @@ async def test_a_thread_that_leaves_ends_the_generation_long_before_its_grace(tm
                 stream.close()
 
         await asyncio.to_thread(read)
-        await cluster.until_balanced()
+        with cluster.standing():
+            await cluster.until_balanced()
 
 
 async def test_a_generation_can_be_cancelled_by_its_token(tmp_path: Path) -> None:
-    async with sim_cluster(tmp_path, sim=SLOW) as cluster, BatonClient(cluster.endpoint.address) as client:
-        async with aclosing(client.generate(PROMPT, timeout=60, stop=tokens(1500), resume=ENOUGH)) as stream:
-            started = await anext(stream)
-            assert isinstance(started, Started)
-            assert started.resume_token not in repr(started)
+    async with (
+        sim_cluster(tmp_path, sim=SLOW) as cluster,
+        BatonClient(cluster.endpoint.address) as client,
+        aclosing(client.generate(PROMPT, timeout=60, stop=tokens(1500), resume=ENOUGH)) as stream,
+    ):
+        started = await anext(stream)
+        assert isinstance(started, Started)
+        assert started.resume_token not in repr(started)
+        with cluster.standing():
             assert await client.cancel_generation(started.resume_token, timeout=60)
             with pytest.raises(ResumeFailed):
                 [event async for event in stream]
-        assert not await client.cancel_generation(started.resume_token, timeout=60)
-        await cluster.until_balanced()
+            assert not await client.cancel_generation(started.resume_token, timeout=60)
+            await cluster.until_balanced()
 
 
 async def test_a_cancel_that_could_not_be_asked_everywhere_does_not_say_that_nothing_ran() -> None:

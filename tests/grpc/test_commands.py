@@ -181,7 +181,8 @@ async def test_an_interrupt_ends_generate_with_130_and_frees_everything(tmp_path
             await process.stdout.read(1)
             process.send_signal(signal.SIGINT)
             assert await process.wait() == 130
-        await cluster.until_balanced()
+        with cluster.standing():
+            await cluster.until_balanced()
 
 
 async def test_an_interrupt_in_a_chat_cancels_the_answer_and_not_the_program(tmp_path: Path) -> None:
@@ -195,7 +196,8 @@ async def test_an_interrupt_in_a_chat_cancels_the_answer_and_not_the_program(tmp
             process.send_signal(signal.SIGINT)
             while b"cancelled" not in await process.stderr.readline():
                 pass
-            await cluster.until_balanced()
+            with cluster.standing():
+                await cluster.until_balanced()
             process.stdin.write(b"second\n")
             await process.stdin.drain()
             await cluster.until(lambda: cluster.server.generation.call_count == 1, "a second answer")
@@ -326,7 +328,8 @@ async def test_a_reader_that_leaves_ends_the_answer_and_frees_everything(tmp_pat
             process.stdout._transport.close()  # type: ignore[attr-defined]  # what `| head -1` does
             assert await process.wait() == 141
             assert await process.stderr.read() == b""
-        await cluster.until_balanced()
+        with cluster.standing():
+            await cluster.until_balanced()
 
 
 async def test_an_interrupted_resumable_answer_does_not_wait_for_its_grace(tmp_path: Path) -> None:
@@ -336,7 +339,8 @@ async def test_an_interrupted_resumable_answer_does_not_wait_for_its_grace(tmp_p
             await process.stdout.read(1)
             process.send_signal(signal.SIGINT)
             assert await process.wait() == 130
-        await cluster.until_balanced()
+        with cluster.standing():
+            await cluster.until_balanced()
 
 
 async def test_every_verb_carries_the_api_key_and_says_when_it_is_missing(tmp_path: Path) -> None:

@@ -209,7 +209,8 @@ async def test_a_browser_that_leaves_ends_its_resumable_generation_at_once(tmp_p
         async with browser.stream("POST", "/chat", json={"messages": [{"role": "user", "content": "hi"}]}) as reply:
             async for _ in reply.aiter_text():
                 break
-        await cluster.until_balanced()  # long before the grace of a resumable generation is over
+        with cluster.standing():
+            await cluster.until_balanced()  # long before the grace of a resumable generation is over
 
 
 # Node.js
@@ -265,7 +266,8 @@ async def test_node_that_is_interrupted_frees_everything(tmp_path: Path, node: s
             await process.stdout.read(1)
             process.send_signal(signal.SIGINT)
             assert await process.wait() == 130
-        await cluster.until_balanced()
+        with cluster.standing():
+            await cluster.until_balanced()
 
 
 class CuttingProxy:

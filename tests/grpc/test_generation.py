@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -272,11 +272,12 @@ async def test_a_deadline_names_its_phase_and_leaves_nothing_behind(tmp_path: Pa
         assert passed.value.status is StatusName.DEADLINE_EXCEEDED
         assert passed.value.metadata["phase"] == "decode"
         assert int(passed.value.metadata["emitted_token_count"]) > 5
-        await cluster.until_balanced()
-        with pytest.raises(BatonError) as passed:
-            await collect(client, PROMPT, timeout=0.2)
-        assert passed.value.status is StatusName.DEADLINE_EXCEEDED
-        await cluster.until_balanced()
+        with cluster.standing():
+            await cluster.until_balanced()
+            with pytest.raises(BatonError) as passed:
+                await collect(client, PROMPT, timeout=0.2)
+            assert passed.value.status is StatusName.DEADLINE_EXCEEDED
+            await cluster.until_balanced()
 
 
 async def test_a_longer_deadline_than_allowed_is_cut_and_an_absent_one_is_filled_in(tmp_path: Path) -> None:
@@ -298,29 +299,36 @@ async def test_a_storm_of_cancels_leaves_the_books_balanced(tmp_path: Path) -> N
 
     async def one(client: BatonClient) -> None:
         leave_after = rng.randrange(0, 12)
-        async with aclosing(client.generate(PROMPT, timeout=60, stop=at_most(100))) as events:
+        async with aclosing(client.generate(PROMPT, timeout=60, stop=at_most(500))) as events:
             async for _ in events:
                 leave_after -= 1
                 if leave_after < 0:
                     return
 
     async def cut(client: BatonClient) -> None:
-        task = asyncio.create_task(collect(client, PROMPT, stop=at_most(100)))
-        await asyncio.sleep(rng.random() * 0.1)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(rng.random() * 0.1):
+                await collect(client, PROMPT, stop=at_most(500))
 
     async with sim_cluster(tmp_path) as cluster:
         async with BatonClient(cluster.endpoint.address) as client:
-            await asyncio.gather(*(one(client) if n % 2 else cut(client) for n in range(60)))
-            await cluster.until_balanced()
+            storm = [asyncio.create_task(one(client) if n % 2 else cut(client)) for n in range(60)]
+            await cluster.until(lambda: sum(task.done() for task in storm) >= 30, "half of them have left")
+            with cluster.standing():  # none of the others ends by itself
+                for task in storm:
+                    task.cancel()
+                await asyncio.wait(storm)
+                assert any(task.cancelled() for task in storm)
+                assert all(task.cancelled() or task.exception() is None for task in storm)
+                await cluster.until_balanced()
             assert said(await collect(client, PROMPT, stop=at_most(3), output=BOTH))[1] == answer_to(PROMPT, 3)
         async with BatonClient(cluster.endpoint.address) as client:
             tasks = [asyncio.create_task(collect(client, PROMPT, stop=at_most(500))) for _ in range(10)]
             await cluster.until(lambda: cluster.server.generation.call_count == 10, "ten calls")
-            await client.close()  # a disconnect of all at once
-            await asyncio.gather(*tasks, return_exceptions=True)
-        await cluster.until_balanced()
+            with cluster.standing():
+                await client.close()  # a disconnect of all at once
+                await asyncio.gather(*tasks, return_exceptions=True)
+                await cluster.until_balanced()
 
 
 async def test_phases_add_up_to_no_less_than_the_work_and_no_more_than_the_clients_clock_says(tmp_path: Path) -> None:

@@ -185,17 +185,21 @@ async def test_a_plain_request_ends_with_its_connection_at_once(tmp_path: Path) 
     async with sim_cluster(tmp_path, sim=SLOW) as cluster, channel_to(cluster.endpoint.address) as channel:
         heard, call = await begin(stub_of(channel), plain(resumable(1000)), until_index=3)
         assert heard.token == ""
-        call.cancel()
-        await cluster.until(lambda: cluster.server.relay.in_flight_count == 0, "nothing in flight")
+        with cluster.standing():
+            call.cancel()
+            await cluster.until_balanced()
+            assert cluster.server.relay.in_flight_count == 0
 
 
 async def test_what_nobody_comes_back_to_is_cancelled_after_its_grace_and_counted(tmp_path: Path) -> None:
     async with sim_cluster(tmp_path, sim=SLOW) as cluster, channel_to(cluster.endpoint.address) as channel:
         stub = stub_of(channel)
         heard, call = await begin(stub, resumable(1500, grace_s=1.0), until_index=3)
-        call.cancel()
-        await cluster.until(lambda: cluster.server.resumables.detached_count == 1, "detached, and running")
-        await cluster.until(lambda: cluster.server.resumables.kept_count == 0, "cancelled after the grace")
+        with cluster.standing():
+            call.cancel()
+            await cluster.until(lambda: cluster.server.resumables.detached_count == 1, "detached, and running")
+            await cluster.until(lambda: cluster.server.resumables.kept_count == 0, "cancelled after the grace")
+            await cluster.until_balanced()
         assert cluster.server.metrics.abandoned._value.get() == 1
         late = await refusal(stub.ResumeGenerate(heard.resume_request(has_continuation=False), timeout=60))
         assert (late.reason, late.status.value) == (Reason.RESUME_UNKNOWN, "NOT_FOUND")
@@ -207,10 +211,11 @@ async def test_a_generation_is_cancelled_at_once_when_its_caller_says_so(tmp_pat
         heard, call = await begin(stub, resumable(1500), until_index=3)
         message = pb.CancelGenerationRequest(resume_token=heard.token)
         ended = asyncio.create_task(refusal(call))
-        assert (await stub.CancelGeneration(message, timeout=60)).was_running
-        assert (await ended).reason is Reason.RESUME_UNKNOWN
-        assert not (await stub.CancelGeneration(message, timeout=60)).was_running, "idempotent"
-        await cluster.until_balanced()
+        with cluster.standing():
+            assert (await stub.CancelGeneration(message, timeout=60)).was_running
+            assert (await ended).reason is Reason.RESUME_UNKNOWN
+            assert not (await stub.CancelGeneration(message, timeout=60)).was_running, "idempotent"
+            await cluster.until_balanced()
 
 
 # Who may come back

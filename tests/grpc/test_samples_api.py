@@ -130,8 +130,9 @@ async def test_cancelling_many_samples_leaves_nothing(tmp_path: Path) -> None:
             call = stub.Generate(pb.GenerateRequest(text=TEXT, stop=stop, sampling=DRAWN, sample_count=8), timeout=60)
             for _ in range(taken):
                 await call.read()
-            call.cancel()
-            await cluster.until_balanced()
+            with cluster.standing():
+                call.cancel()
+                await cluster.until_balanced()
 
 
 # The prompt

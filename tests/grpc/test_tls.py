@@ -174,8 +174,8 @@ async def test_a_router_that_stops_hands_its_streams_to_another_over_tls(
             async with aclosing(client.generate(PROMPT, timeout=CALL_S, stop=tokens(80), resume=ENOUGH)) as stream:
                 async for event in stream:
                     text += event.text
-                    if isinstance(event, Chunk) and event.first_token_index == 10:
-                        await stack.aclose()
+                    if isinstance(event, Chunk) and event.first_token_index >= 10:
+                        await stack.aclose()  # once: then it is empty
                     if isinstance(event, Finished):
                         resume_count = event.resume_count
             assert (text, resume_count) == (

@@ -15,6 +15,8 @@ from pathlib import Path
 from router.callers import ApiKeys, ApiKeysError
 
 LOOK_EVERY_S = 1.0
+MAX_READ_COUNT = 10
+"""So often it is read at the start while it is being written."""
 
 logger = logging.getLogger(__name__)
 
@@ -27,26 +29,45 @@ class KeyFile:
     def __init__(self, path: Path) -> None:
         """Reads it. Raises ``ApiKeysError``."""
         self.path = path
-        self._read = self._seen = _stamp(
-            path
-        )  # BEFORE it is read: what is written meanwhile is then seen as a change
-        self.keys = ApiKeys.load(path)
+        for _ in range(MAX_READ_COUNT):
+            self._read = self._seen = _stamp(path)  # BEFORE it is read
+            keys = self._whole(self._read)
+            if keys is not None:
+                self.keys = keys
+                return
+        raise ApiKeysError(f"{path} is being written; start again when it is done")
 
     def __repr__(self) -> str:
         return f"<KeyFile {self.path} {self.keys!r}>"
 
     def look(self) -> ApiKeys | None:
-        """The keys, if the file changed since it was read and rests since the last look: half a file may be a good
-        one with fewer keys. Raises ``ApiKeysError`` once for each change; ``keys`` are then the old ones."""
+        """The keys, if the file changed since it was read, and rests since the last look and while it is read: half a
+        file may be a good one with fewer keys. Raises ``ApiKeysError`` once for each change; ``keys`` are then the old
+        ones."""
         seen, self._seen = _stamp(self.path), self._seen
         if seen != self._seen:
             self._seen = seen
             return None
         if seen == self._read:
             return None
-        self._read = seen
-        self.keys = ApiKeys.load(self.path)
-        return self.keys
+        before, self._read = self._read, seen  # BEFORE it is read: what cannot be used is told once
+        keys = self._whole(seen)
+        if keys is None:
+            self._read = before
+            return None
+        self.keys = keys
+        return keys
+
+    def _whole(self, stamp: _Stamp | None) -> ApiKeys | None:
+        """None: a writer came in between, and what was read, good or bad, may be half of it. Raises
+        ``ApiKeysError``."""
+        try:
+            keys = ApiKeys.load(self.path)
+        except ApiKeysError:
+            if _stamp(self.path) == stamp:
+                raise
+            return None
+        return keys if _stamp(self.path) == stamp else None
 
     async def follow(self, take: Callable[[ApiKeys], None]) -> None:
         """Looks until cancelled, and has every new set taken, on this loop."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from router import key_file
 from router.callers import ApiKeys, ApiKeysError
 from router.key_file import KeyFile
 
@@ -65,6 +67,63 @@ def test_another_file_put_in_its_place_with_the_same_size_and_time_is_seen(tmp_p
     keys = looked_twice(file)
     assert keys is not None
     assert keys.find("two")
+
+
+Writing = Callable[[Path, int, str], None]
+
+
+@pytest.fixture
+def writing(monkeypatch: pytest.MonkeyPatch) -> Writing:
+    """Of the next ``count`` reads, each finds what a writer, who began after it was looked at, has written by then; what
+    he writes last is whole."""
+    load = ApiKeys.load
+
+    def begin(path: Path, count: int, half: str) -> None:
+        def raced(read: Path) -> ApiKeys:
+            nonlocal count
+            if not count:
+                return load(read)
+            count -= 1
+            path.write_text(half)
+            try:
+                return load(read)
+            finally:
+                path.write_text(table("one", "two") + "\n" * count)  # of another size each time: clocks tick slowly
+
+        monkeypatch.setattr(ApiKeys, "load", raced)
+
+    return begin
+
+
+@pytest.mark.parametrize("half", [table("two"), "[two", ""])
+def test_a_writer_who_begins_between_the_look_and_the_read_is_waited_for(
+    tmp_path: Path, half: str, writing: Writing
+) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(table("one"))
+    file = KeyFile(path)
+    path.write_text(table("one", "changed"))
+    assert file.look() is None
+    writing(path, 1, half)
+    assert file.look() is None, "half a file is neither taken nor told"
+    assert file.keys.find("one")
+    keys = looked_twice(file)
+    assert keys is not None
+    assert [bool(keys.find(key)) for key in ("one", "two", "changed")] == [True, True, False]
+    assert file.look() is None
+
+
+@pytest.mark.parametrize("half", [table("two"), "[two"])
+def test_at_the_start_too_a_file_that_is_written_meanwhile_is_read_again(
+    tmp_path: Path, half: str, writing: Writing
+) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(table("one"))
+    writing(path, key_file.MAX_READ_COUNT - 1, half)
+    assert KeyFile(path).keys.find("one")
+    writing(path, key_file.MAX_READ_COUNT, half)
+    with pytest.raises(ApiKeysError, match="is being written.*again"):
+        KeyFile(path)
 
 
 @pytest.mark.parametrize("text", ["", "[one", "[" * 50_000, '[one]\nsha256 = "short"\n', None])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,12 +76,15 @@ class KeyFile:
             await asyncio.sleep(LOOK_EVERY_S)
             try:
                 keys = await asyncio.to_thread(self.look)
+                if keys is not None:
+                    take(keys)
+                    logger.info("API keys read again: %r", keys)
             except ApiKeysError as error:
                 logger.warning("the API keys stay as they were (%r): %s", self.keys, error)
-                continue
-            if keys is not None:
-                take(keys)
-                logger.info("API keys read again: %r", keys)
+            except Exception as error:
+                # A key that is taken out must count tomorrow, too. Where it came from, not its text: that may quote.
+                where = "".join(traceback.format_tb(error.__traceback__))
+                logger.error("the API keys were not followed this time: %s at\n%s", type(error).__name__, where)
 
 
 def _stamp(path: Path) -> _Stamp | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -124,6 +127,44 @@ def test_at_the_start_too_a_file_that_is_written_meanwhile_is_read_again(
     writing(path, key_file.MAX_READ_COUNT, half)
     with pytest.raises(ApiKeysError, match="is being written.*again"):
         KeyFile(path)
+
+
+async def test_what_nobody_expected_is_told_without_its_words_and_the_file_is_still_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(key_file, "LOOK_EVERY_S", 0)
+    path = tmp_path / "keys.toml"
+    path.write_text(table("one"))
+    file = KeyFile(path)
+    answers: list[BaseException | ApiKeys | None] = [OSError("a-secret"), RuntimeError("a-secret"), None, file.keys]
+
+    def look() -> ApiKeys | None:
+        answer = answers.pop(0) if answers else None
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(file, "look", look)
+    taken: list[ApiKeys] = []
+    took = asyncio.Event()
+
+    def take(keys: ApiKeys) -> None:
+        taken.append(keys)
+        took.set()
+
+    following = asyncio.create_task(file.follow(take))
+    with caplog.at_level(logging.WARNING, logger=key_file.__name__):
+        waiting = asyncio.create_task(took.wait())
+        await asyncio.wait((waiting, following), return_when=asyncio.FIRST_COMPLETED)
+    assert not following.done()
+    assert taken == [file.keys]
+    told = [record.getMessage() for record in caplog.records]
+    assert [("OSError" in each, "RuntimeError" in each) for each in told] == [(True, False), (False, True)]
+    assert "a-secret" not in caplog.text
+    following.cancel()
+    with suppress(asyncio.CancelledError):
+        await following
+    assert following.cancelled()
 
 
 @pytest.mark.parametrize("text", ["", "[one", "[" * 50_000, '[one]\nsha256 = "short"\n', None])

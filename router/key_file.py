@@ -43,8 +43,8 @@ class KeyFile:
 
     def look(self) -> ApiKeys | None:
         """The keys, if the file changed since it was read, and rests since the last look and while it is read: half a
-        file may be a good one with fewer keys. Raises ``ApiKeysError`` once for each change; ``keys`` are then the old
-        ones."""
+        file may be a good one with fewer keys. Raises ``ApiKeysError`` once for each change; ``keys`` are then the
+        old ones."""
         seen, self._seen = _stamp(self.path), self._seen
         if seen != self._seen:
             self._seen = seen

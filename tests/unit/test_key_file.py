@@ -77,8 +77,8 @@ Writing = Callable[[Path, int, str], None]
 
 @pytest.fixture
 def writing(monkeypatch: pytest.MonkeyPatch) -> Writing:
-    """Of the next ``count`` reads, each finds what a writer, who began after it was looked at, has written by then; what
-    he writes last is whole."""
+    """Of the next ``count`` reads, each finds what a writer has written by then who began after the look; what he
+    writes last is whole."""
     load = ApiKeys.load
 
     def begin(path: Path, count: int, half: str) -> None:
@@ -125,7 +125,7 @@ def test_at_the_start_too_a_file_that_is_written_meanwhile_is_read_again(
     writing(path, key_file.MAX_READ_COUNT - 1, half)
     assert KeyFile(path).keys.find("one")
     writing(path, key_file.MAX_READ_COUNT, half)
-    with pytest.raises(ApiKeysError, match="is being written.*again"):
+    with pytest.raises(ApiKeysError, match="is being written; start again"):
         KeyFile(path)
 
 

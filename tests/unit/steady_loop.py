@@ -14,7 +14,10 @@ from collections.abc import Mapping
 from typing import Any
 
 LONGEST_TURN_S = 0.05
-"""What a turn of the loop, or being late for a timer, counts at most."""
+"""What a turn of the loop, or being late from a wait, counts at most."""
+LONGEST_WAIT_S = 0.1
+"""A longer wait is one of several such: a stop of the process shows by the one that it makes late, and counts no more
+than that one. Of a single wait for a timer 10 s off, a stop of 5 s would be half."""
 
 
 class _WatchingSelector(selectors.BaseSelector):
@@ -27,17 +30,26 @@ class _WatchingSelector(selectors.BaseSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         self._take_away(0.0)
-        ready = self._selector.select(timeout)
         if timeout is None:
+            ready = self._selector.select(None)
             self._back_at = time.monotonic()  # no timer is set that could be missed
-        else:
-            self._take_away(max(timeout, 0.0))
-        return ready
+            return ready
+        left_s = max(timeout, 0.0)
+        while True:
+            wait_s = min(left_s, LONGEST_WAIT_S)
+            ready = self._selector.select(wait_s)
+            left_s -= self._take_away(wait_s)
+            if ready or left_s <= 0:
+                return ready
 
-    def _take_away(self, waited_s: float) -> None:
+    def _take_away(self, waited_s: float) -> float:
+        """Returns what is left of the time since the last: what our clock has moved by."""
         now = time.monotonic()
-        self.lost_s += max(0.0, now - self._back_at - waited_s - LONGEST_TURN_S)
+        passed_s = now - self._back_at
+        lost_s = max(0.0, passed_s - waited_s - LONGEST_TURN_S)
+        self.lost_s += lost_s
         self._back_at = now
+        return passed_s - lost_s
 
     def now(self) -> float:
         """Between two turns, too, no more than ``LONGEST_TURN_S`` pass."""

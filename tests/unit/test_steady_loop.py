@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
-from steady_loop import LONGEST_TURN_S, SteadyLoop
+from steady_loop import LONGEST_TURN_S, LONGEST_WAIT_S, SteadyLoop
 
 ROUNDING_S = 1e-6
 
@@ -39,6 +39,45 @@ def test_a_limit_is_not_over_because_the_machine_stopped_what_was_about_to_keep_
         async with asyncio.timeout(0.25):
             time.sleep(0.5)  # noqa: ASYNC251
             await asyncio.sleep(0.01)
+
+    run(scenario())
+
+
+def test_a_stop_in_the_middle_of_a_long_wait_is_not_lived_through() -> None:
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        selector: Any = loop._watching._selector  # type: ignore[attr-defined]
+        select = selector.select
+        here, there = socket.socketpair()
+        with here, there:
+            there.setblocking(False)
+
+            def stopped(timeout: float) -> Any:
+                if timeout > 0:
+                    selector.select = select
+                    time.sleep(0.5)  # as if the machine had taken the processor
+                    here.send(b"x")  # what wakes the wait long before its timer
+                return select(timeout)
+
+            began_at = now()
+            selector.select = stopped
+            async with asyncio.timeout(10):
+                assert await loop.sock_recv(there, 1) == b"x"
+            assert selector.select == select, "no wait was stopped: the test shows nothing"
+            # The turn before the wait, the wait, and the turn behind it.
+            assert now() - began_at <= LONGEST_WAIT_S + 3 * LONGEST_TURN_S + ROUNDING_S
+
+    run(scenario())
+
+
+def test_a_wait_of_several_pieces_is_as_long_as_it_was_asked_for() -> None:
+    async def scenario() -> None:
+        wait_s = 3.5 * LONGEST_WAIT_S
+        began_at, really_began_at = now(), time.monotonic()
+        await asyncio.sleep(wait_s)
+        resolution_s = asyncio.get_running_loop()._clock_resolution  # type: ignore[attr-defined]
+        assert now() - began_at >= wait_s - resolution_s - ROUNDING_S
+        assert time.monotonic() - really_began_at >= wait_s - resolution_s - ROUNDING_S
 
     run(scenario())
 

@@ -123,6 +123,8 @@ def read_cas(path: str | Path, option: str) -> bytes:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=file)
     except (OSError, ValueError):
         raise TlsFilesError(f"{option}: there is no certificate in PEM in {file}; give the CA's") from None
+    if _read(file, option) != data:
+        raise TlsFilesError(f"{option}: {file} was written while it was read; try again")
     return data
 
 

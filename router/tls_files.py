@@ -14,6 +14,9 @@ from router.config import RouterConfig
 
 logger = logging.getLogger("baton.router")
 
+MAX_READ_COUNT = 10
+"""So often they are read at the start while they are being written."""
+
 _Stamps = tuple[tuple[int, int, int] | None, ...]
 
 
@@ -28,9 +31,15 @@ class TlsFiles:
         )
         self._asks_for_client = bool(client_ca_path)
         self._lock = threading.Lock()
-        # Stamps come BEFORE what is read: what is written in between is then read once more, and not missed.
-        self._stamps = self._stamps_now()
-        self._first = self._read()
+        for _ in range(MAX_READ_COUNT):
+            self._stamps = self._stamps_now()  # BEFORE they are read
+            first = self._whole(self._stamps)
+            if first is not None:
+                self._first = first
+                return
+        raise TlsFilesError(
+            f"tls_certificate_path: {self._certificate}, its key or the CAs are being written; start again after that"
+        )
 
     @classmethod
     def of(cls, config: RouterConfig) -> TlsFiles | None:
@@ -52,16 +61,30 @@ class TlsFiles:
             stamps = self._stamps_now()
             if stamps == self._stamps:
                 return None
-            self._stamps = stamps
+            before, self._stamps = self._stamps, stamps
             try:
-                fresh = self._read()
+                fresh = self._whole(stamps)
             except TlsFilesError as error:
                 logger.warning(
                     "the changed certificate is not used, connections go on with the one before: %s", error
                 )
                 return None
+            if fresh is None:
+                self._stamps = before  # the next handshake looks again
+                return None
             logger.info("the changed certificate in %s is used from now on", self._certificate)
             return fresh
+
+    def _whole(self, stamps: _Stamps) -> grpc.ServerCertificateConfiguration | None:
+        """None: a writer came in between, and what was read, good or bad, may be of two renewals, or half of one.
+        Raises ``TlsFilesError``."""
+        try:
+            read = self._read()
+        except TlsFilesError:
+            if self._stamps_now() == stamps:
+                raise
+            return None
+        return read if self._stamps_now() == stamps else None
 
     def _read(self) -> grpc.ServerCertificateConfiguration:
         pair = read_pair(self._certificate, self._key, ("tls_certificate_path", "tls_key_path"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import pickle
 import ssl
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from baton.client import BatonClient
 from baton.errors import HandshakeFailed, Unavailable
 from baton.handshake import Security, tls_failure
 from baton.sync_client import BatonClientSync
-from baton.tls import Tls, TlsFilesError
+from baton.tls import Tls, TlsFilesError, read_cas
 from router.config import ConfigError, RouterConfig
 from router.tls_files import TlsFiles, refuse_readable_by_others
 
@@ -207,6 +208,60 @@ def test_what_did_not_change_is_not_read_again_and_what_did_is_once(
     monkeypatch.setattr(ssl.SSLContext, "load_cert_chain", lambda *args, **_: loads.append(args))
     assert read.changed() is None
     assert loads == []
+
+
+def written_meanwhile(monkeypatch: pytest.MonkeyPatch, read: Path, written: Path, text: bytes) -> None:
+    """When OpenSSL has read ``read`` for the first time, ``written`` gets another text."""
+    load, texts = ssl.SSLContext.load_verify_locations, [text]
+
+    def loaded(self: ssl.SSLContext, cafile: Path) -> None:
+        load(self, cafile=cafile)
+        if cafile == read and texts:
+            written.write_bytes(texts.pop())
+
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", loaded)
+
+
+def test_cas_that_are_written_while_they_are_read_are_refused(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cas = files / "ca.pem"
+    two = cas.read_bytes() * 2
+    written_meanwhile(monkeypatch, cas, cas, two)
+    with pytest.raises(TlsFilesError, match=r"ca_path: .*ca.pem was written while it was read; try again"):
+        read_cas(cas, "ca_path")
+    assert read_cas(cas, "ca_path") == two
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_no_handshake_is_made_with_files_of_which_one_is_written_meanwhile(
+    files: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, *, half: bool
+) -> None:
+    """The certificate is read before the CAs."""
+    read, certificate, cas = tls_files(files), files / "certificate.pem", files / "ca.pem"
+    whole = cas.read_bytes()
+    cas.write_bytes(whole[:40] if half else whole * 2)
+    other = (cas, whole) if half else (certificate, certificate.read_bytes() + b"\n")
+    written_meanwhile(monkeypatch, certificate if half else cas, *other)
+    assert read.changed() is None
+    assert caplog.records == []
+    assert read.changed() is not None, "they rest, and are used"
+    assert read.changed() is None
+
+
+def test_at_the_start_files_that_are_written_meanwhile_are_read_again(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, cas = files / "certificate.pem", files / "ca.pem"
+    written_meanwhile(monkeypatch, cas, certificate, certificate.read_bytes() + b"\n")
+    assert tls_files(files).changed() is None
+    load, count = ssl.SSLContext.load_verify_locations, itertools.count(1)
+
+    def loaded(self: ssl.SSLContext, cafile: Path) -> None:
+        load(self, cafile=cafile)
+        certificate.write_bytes(certificate.read_bytes() + b"\n" * next(count))
+
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", loaded)
+    with pytest.raises(TlsFilesError, match="are being written; start again"):
+        tls_files(files)
 
 
 def test_a_clients_files_are_refused_when_it_is_made(files: Path) -> None:

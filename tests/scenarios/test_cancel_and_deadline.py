@@ -46,6 +46,31 @@ def test_a_caller_that_leaves_at_any_step_leaves_nothing_behind(mode: str) -> No
     assert scenario() > 30
 
 
+@in_virtual_time
+async def test_a_flight_that_is_itself_cancelled_says_so_to_who_still_reads_and_leaves_nothing() -> None:
+    """Not by its caller: by whoever ends every task of a process. Without an end the caller would wait on."""
+    async with virtual_cluster() as cluster:
+        now = asyncio.get_running_loop().time()
+        run = cluster.relay.run(cluster.request(40, 8), TokenAnswer(), now + 60, received_at=now)
+        async with aclosing(run) as events:
+            count = 0
+            while count < 3:
+                event = await anext(events)
+                count += event.token_count if isinstance(event, Piece) else 0
+            ((flight, task),) = cluster.relay._flights.items()
+            task.cancel()
+
+            async def the_rest() -> None:
+                while True:
+                    await flight.outbox.take()
+
+            with pytest.raises(BatonError) as stopped:
+                await asyncio.wait_for(the_rest(), 1.0)
+            assert stopped.value.reason is Reason.DRAINING
+            assert 3 <= int(stopped.value.metadata["emitted_token_count"]) < 8
+        await cluster.assert_balanced(within_s=0.2)
+
+
 @pytest.mark.parametrize("at_ms", [*range(0, 80, 3), *range(80, 200, 20)])
 def test_a_caller_that_leaves_at_any_time_leaves_nothing_behind(at_ms: int) -> None:
     @in_virtual_time

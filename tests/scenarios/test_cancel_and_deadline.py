@@ -68,6 +68,7 @@ async def test_a_flight_that_is_itself_cancelled_says_so_to_who_still_reads_and_
                 await asyncio.wait_for(the_rest(), 1.0)
             assert stopped.value.reason is Reason.DRAINING
             assert 3 <= int(stopped.value.metadata["emitted_token_count"]) < 8
+            await asyncio.wait((task,))
         await cluster.assert_balanced(within_s=0.2)
 
 

@@ -206,7 +206,7 @@ async def _end_supervisor(pid: int, config: FleetConfig, say: Say) -> None:
     state = StateDir(config.state_path)
     family = process_tree.descendants(pid)
     start_time = process_start(pid)
-    timeout_s = 2 * config.cluster.stop_deadline_s + config.router.drain_grace_s + STOP_MARGIN_S
+    timeout_s = 2 * config.cluster.stop_deadline_s + config.router.stop_grace_s + STOP_MARGIN_S
     record = state.read_record()
     said_count = len(record.said) if record else 0
     with contextlib.suppress(ProcessLookupError):

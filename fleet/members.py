@@ -56,7 +56,7 @@ def members_of(config: FleetConfig, secret: bytes) -> tuple[Member, ...]:
             cpu_count=0,
             gpu_count=0,
             resources={},
-            stop_grace_s=config.router.drain_grace_s,
+            stop_grace_s=config.router.stop_grace_s,
         )
         for index, router in enumerate(router_configs(config))
     ]

@@ -17,6 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from baton.channels import is_loopback
 from router.chats.chat_abilities import MAX_ARGUMENT_NAMES, argument_name_problem
+from router.goodbyes import longest_goodbyes_s
 
 
 class ConfigError(ValueError):
@@ -135,6 +136,11 @@ class RouterConfig:
     enable_reflection: bool = True
     """Serve gRPC reflection, so that grpcurl works without the protos."""
     log_level: str = "INFO"
+
+    @property
+    def stop_grace_s(self) -> float:
+        """From SIGTERM to the end of the last call, at most: the drain, and the goodbyes after it."""
+        return self.drain_grace_s + longest_goodbyes_s(self.max_concurrent_call_count)
 
     def __post_init__(self) -> None:
         for name in ("model_name", "model_dir"):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
@@ -183,17 +183,17 @@ class Relay:
                 self._ended(flight, outcome, None, failure)
             await self._land(flight)
 
-    def give_up(self) -> None:
-        """Takes nothing new and ends every request: callers that still listen hear DRAINING, after the tokens that
-        are there. Idempotent."""
+    def goodbyes(self) -> list[Callable[[], None]]:
+        """Takes nothing new. Returns what ends each request, in no hurry: callers that still listen hear DRAINING,
+        after the tokens that are there. Idempotent."""
         self._is_closed = True
         self.admission.close()
-        for flight in self._flights:
-            flight.client_gone()
+        return [flight.client_gone for flight in self._flights]
 
     async def close(self) -> None:
         """Ends everything and waits. Idempotent."""
-        self.give_up()
+        for end in self.goodbyes():
+            end()
         while running := [task for task in (*self._flights.values(), *self._releases) if not task.done()]:
             await asyncio.wait(running)
 

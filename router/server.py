@@ -37,6 +37,7 @@ from router.chats.chat_template import ChatTemplate
 from router.chats.parser_child import ParserStartError, parsers_of
 from router.config import RouterConfig
 from router.flight import FlightLimits
+from router.goodbyes import say_goodbyes
 from router.grpc_worker_client import GrpcWorkerClient
 from router.health import RouterHealth
 from router.intake import Intake
@@ -65,12 +66,10 @@ from router.worker_client import Connect
 PUBLIC_SERVICE_NAMES = (service.SERVICE_NAME, model_service.SERVICE_NAME, status_service.SERVICE_NAME)
 HEALTH_SERVICE_NAME = "grpc.health.v1.Health"
 
-GOODBYE_S = 1.0
-"""How long calls that are still running after draining may take to notice that they were cancelled."""
 FAREWELL_S = 0.25
-"""How long connections on which nothing runs may take to hear that they are over (one round trip; then this is over,
-too). Cut without it, gRPC tells them of an error, and a Python client prints that to its user's terminal. Who watches
-only (status, health) is cut after it."""
+"""How long connections to which all was said may take to hear that they are over (one round trip; then this is
+over, too). Cut without it, gRPC tells them of an error, and a Python client prints that to its user's terminal. Who
+watches only (status, health) is cut after it."""
 
 OPEN_CALLS_PER_RUNNING = 4
 """gRPC counts a call until its caller has read its end or is gone, we until our part is over. So gRPC's own limit is
@@ -286,8 +285,9 @@ class RouterServer:
             except ParserStartError as error:
                 raise ServerError(str(error)) from error
         public = self._public = self._server(*public_options(config))
+        counted = RefusesUnreadable(public, self.generation.refuse_unread)
         readable = RefusesUnreadable(public, service.refuse)
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(self.generation, readable)  # type: ignore[no-untyped-call]
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(self.generation, counted)  # type: ignore[no-untyped-call]
         model_pb2_grpc.add_ModelServiceServicer_to_server(self.models, readable)  # type: ignore[no-untyped-call]
         status_pb2_grpc.add_StatusServiceServicer_to_server(self.status, readable)  # type: ignore[no-untyped-call]
         await self.health.attach(public)
@@ -330,11 +330,11 @@ class RouterServer:
         self.models.begin_drain()
         if self._public is not None:
             # LATER than what is left is ended here, so that its callers hear why.
-            goodbye = self._public.stop(config.drain_grace_s + GOODBYE_S)
+            goodbye = self._public.stop(config.stop_grace_s)
             self._tasks.append(asyncio.create_task(goodbye, name="clients are told to go"))
         await self._until_idle(hurry, ends_at - asyncio.get_running_loop().time())
         if count := self._call_count:
-            logger.warning("%d calls were still running after draining and are cancelled", count)
+            logger.warning("%d calls were still open after draining and are ended", count)
 
     async def _until_idle(self, hurry: asyncio.Event, limit_s: float) -> None:
         waits = [asyncio.create_task(self._wait_idle()), asyncio.create_task(hurry.wait())]
@@ -348,10 +348,11 @@ class RouterServer:
     async def close(self) -> None:
         """Ends everything. Idempotent."""
         # BEFORE calls are cancelled, which tells their callers nothing; who can go on elsewhere hears that first.
-        self.resumables.give_up()
-        self.relay.give_up()
+        self.generation.begin_drain()
+        self.models.begin_drain()
+        await say_goodbyes([*self.resumables.goodbyes(), *self.relay.goodbyes()], lambda: self._call_count)
         servers, self._servers = self._servers, []
-        await asyncio.gather(*(server.stop(GOODBYE_S if self._call_count else FAREWELL_S) for server in servers))
+        await asyncio.gather(*(server.stop(FAREWELL_S) for server in servers))
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
@@ -372,7 +373,8 @@ class RouterServer:
 
     @property
     def _call_count(self) -> int:
-        return self.generation.call_count + self.models.call_count
+        """Of whom there is one until its status is sent."""
+        return self.generation.open_count + self.models.call_count
 
     async def _wait_idle(self) -> None:
         await self.generation.wait_idle()

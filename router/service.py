@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -76,8 +77,9 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self._default_deadline_s = default_deadline_s
         self._max_deadline_s = max_deadline_s
         self._max_call_count = max_call_count
-        # The mutable state: calls that run, and whether new ones may.
+        # The mutable state: calls that run, those whose status is not sent besides, and whether new ones may.
         self.call_count = 0
+        self.open_count = 0
         self.ended_count = 0
         self.failed_count = 0
         self._is_draining = False
@@ -113,8 +115,14 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         self._is_draining = True
 
     async def wait_idle(self) -> None:
-        """Returns when no call runs. Bound it with a timeout."""
+        """Returns when no call runs and each has its status. Bound it with a timeout."""
         await self._idle.wait()
+
+    async def refuse_unread(self, context: Any, error: BatonError) -> None:
+        """Ends a call that came as no message."""
+        with self._until_status():
+            self._ended(is_ok=False)
+            await refuse(context, error)
 
     async def _counted(
         self,
@@ -125,16 +133,25 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
         makes_room: bool = False,
     ) -> bool:
         """Runs one call and ends it with its status, whatever happens. Whether it went well."""
+        with self._until_status():
+            failure = await self._failure_of(serve, request, context, makes_room)
+            if failure is not None:
+                await refuse(context, _named(failure))
+            return failure is None
+
+    async def _failure_of(
+        self, serve: Callable[[Any, Any, float], Awaitable[None]], request: Any, context: Any, makes_room: bool
+    ) -> BatonError | None:
+        """Runs one call."""
         received_at = asyncio.get_running_loop().time()
+        _generation_id.set("")
         if self.call_count >= self._max_call_count and not makes_room:
             # Counted here, and not by gRPC: to it a call is open until its caller has read the end, if ever.
             error = too_many_calls(self.call_count, self._max_call_count, ROOM_S)
             self._metrics.request_ended(outcome_of(error))
-            await refuse(context, error)
-            return False
+            self._ended(is_ok=False)
+            return error
         self.call_count += 1
-        self._idle.clear()
-        _generation_id.set("")
         failure: BatonError | None = None
         is_ok = False
         try:
@@ -149,13 +166,24 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             failure = internal(type(error).__name__)
         finally:
             self.call_count -= 1
-            self.ended_count += 1
-            self.failed_count += not is_ok
-            if self.call_count == 0:
+            self._ended(is_ok=is_ok)
+        return failure
+
+    @contextmanager
+    def _until_status(self) -> Iterator[None]:
+        """A call, until its status is sent: a router that stops waits for no less."""
+        self.open_count += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.open_count -= 1
+            if self.open_count == 0:
                 self._idle.set()
-        if failure is not None:
-            await refuse(context, _named(failure))
-        return failure is None
+
+    def _ended(self, *, is_ok: bool) -> None:
+        self.ended_count += 1
+        self.failed_count += not is_ok
 
     async def _generate(self, message: pb.GenerateRequest, context: Any, received_at: float) -> None:
         deadline_at = received_at + self._time_allowed_s(context)

@@ -389,10 +389,9 @@ class Resumables:
         resumable.forget()
         return was_running
 
-    def give_up(self) -> None:
-        """Tells every reader of a running one to go on elsewhere (DRAINING)."""
-        for resumable in [*self._kept]:
-            resumable.give_up()
+    def goodbyes(self) -> list[Callable[[], None]]:
+        """What tells the readers of each running one to go on elsewhere (DRAINING)."""
+        return [resumable.give_up for resumable in self._kept]
 
     async def close(self) -> None:
         """Ends everything and waits. Idempotent."""

@@ -321,7 +321,8 @@ async def test_giving_up_sends_readers_elsewhere_but_lets_an_answer_that_ended_b
     reader = asyncio.create_task(failed(read(running)))
     await read(ended, until_count=1)
     await asyncio.sleep(1.0)
-    resumables.give_up()
+    for tell in resumables.goodbyes():
+        tell()
     told = await reader
     assert (told.reason, told.status) == (Reason.DRAINING, StatusName.ABORTED), "tokens were sent"
     assert told.metadata["emitted_token_count"] == "10", "one each 0.1 s"

@@ -53,7 +53,7 @@ class StatusService(pb_grpc.StatusServiceServicer):
         max_watcher_count: int,
     ) -> None:
         """``authorise``: given the call's context; raises UNAUTHENTICATED for a caller without a key where keys are
-        asked for. ``max_watcher_count``: further ones get QUEUE_FULL."""
+        asked for; asked again before each picture. ``max_watcher_count``: further ones get QUEUE_FULL."""
         self._roster = roster
         self._window = window
         self._counts = counts
@@ -70,6 +70,7 @@ class StatusService(pb_grpc.StatusServiceServicer):
                 while True:  # until the caller leaves: then the write or the sleep raises
                     await context.write(self._current(asyncio.get_running_loop().time()))
                     await asyncio.sleep(interval_s)
+                    self._authorise(context)  # a key may be taken out while it watches, and watching has no end
         except BatonError as error:
             await abort(context, error)
 

@@ -47,8 +47,8 @@ class StatusServiceServicer(object):
     """
 
     def WatchStatus(self, request, context):
-        """Streams the status every interval, the first at once, until the caller leaves
-        or its deadline passes.
+        """Streams the status every interval, the first at once, until the caller leaves,
+        its deadline passes or its API key is taken out (UNAUTHENTICATED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -14,6 +14,7 @@ from baton.client import BatonClient
 from baton.errors import Unauthenticated
 from baton.events import Chunk, Started
 from baton.request import StopConditions
+from baton.status_client import StatusClient
 from engine.cost import CostModel, DecodeCost
 from router import key_file
 
@@ -70,3 +71,29 @@ async def test_keys_change_for_the_calls_that_come_and_not_for_those_that_run(
         keys.write_text(table(batch="key-four"))
         await until_read_again(before)
         assert [await is_let_in(cluster, f"key-{each}") for each in ("three", "four")] == [False, True]
+
+
+async def test_who_watches_with_a_key_that_is_taken_out_watches_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(key_file, "LOOK_EVERY_S", 0.02)
+    keys = tmp_path / "keys.toml"
+    keys.write_text(table(ops="key-one", other="key-two"))
+    async with (
+        sim_cluster(tmp_path / "model", api_keys_path=str(keys)) as cluster,
+        StatusClient(cluster.endpoint.address, api_key="key-one") as ours,
+        StatusClient(cluster.endpoint.address, api_key="key-two") as theirs,
+        aclosing(ours.watch(interval_s=0.1)) as our_watch,
+        aclosing(theirs.watch(interval_s=0.1)) as their_watch,
+    ):
+        callers = cluster.server._callers
+        before = callers._keys
+        assert (await anext(our_watch)).is_serving
+        assert (await anext(their_watch)).is_serving
+        keys.write_text(table(other="key-two"))
+        await cluster.until(lambda: callers._keys is not before, "the file was read again")
+        with pytest.raises(Unauthenticated):
+            for _ in range(50):  # those that were under way
+                await anext(our_watch)
+        for _ in range(3):
+            assert (await anext(their_watch)).is_serving, "a key that stays watches on"

@@ -175,13 +175,16 @@ async def test_errors_are_one_line_with_the_exit_code_of_their_kind(tmp_path: Pa
 
 
 async def test_an_interrupt_ends_generate_with_130_and_frees_everything(tmp_path: Path) -> None:
-    async with sim_cluster(tmp_path, sim={"cost": SLOW}) as cluster:
-        async with command("generate", "hi", *at(cluster)) as process, asyncio.timeout(60):
-            assert process.stdout is not None
-            await process.stdout.read(1)
+    async with (
+        sim_cluster(tmp_path, sim={"cost": SLOW}) as cluster,
+        command("generate", "hi", *at(cluster)) as process,
+        asyncio.timeout(60),
+    ):
+        assert process.stdout is not None
+        await process.stdout.read(1)
+        with cluster.standing():
             process.send_signal(signal.SIGINT)
             assert await process.wait() == 130
-        with cluster.standing():
             await cluster.until_balanced()
 
 
@@ -193,10 +196,10 @@ async def test_an_interrupt_in_a_chat_cancels_the_answer_and_not_the_program(tmp
             assert process.stderr is not None
             process.stdin.write(b"first\n")
             await process.stdout.read(1)
-            process.send_signal(signal.SIGINT)
-            while b"cancelled" not in await process.stderr.readline():
-                pass
             with cluster.standing():
+                process.send_signal(signal.SIGINT)
+                while b"cancelled" not in await process.stderr.readline():
+                    pass
                 await cluster.until_balanced()
             process.stdin.write(b"second\n")
             await process.stdin.drain()
@@ -326,20 +329,23 @@ async def test_a_reader_that_leaves_ends_the_answer_and_frees_everything(tmp_pat
             assert process.stderr is not None
             await process.stdout.read(1)
             process.stdout._transport.close()  # type: ignore[attr-defined]  # what `| head -1` does
-            assert await process.wait() == 141
+            assert await process.wait() == 141  # once there is more to write
             assert await process.stderr.read() == b""
         with cluster.standing():
             await cluster.until_balanced()
 
 
 async def test_an_interrupted_resumable_answer_does_not_wait_for_its_grace(tmp_path: Path) -> None:
-    async with sim_cluster(tmp_path, sim={"cost": SLOW}) as cluster:
-        async with command("generate", "hi", "--resume", *at(cluster)) as process, asyncio.timeout(60):
-            assert process.stdout is not None
-            await process.stdout.read(1)
+    async with (
+        sim_cluster(tmp_path, sim={"cost": SLOW}) as cluster,
+        command("generate", "hi", "--resume", *at(cluster)) as process,
+        asyncio.timeout(60),
+    ):
+        assert process.stdout is not None
+        await process.stdout.read(1)
+        with cluster.standing():
             process.send_signal(signal.SIGINT)
             assert await process.wait() == 130
-        with cluster.standing():
             await cluster.until_balanced()
 
 

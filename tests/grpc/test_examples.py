@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,8 @@ async def test_a_caller_of_the_service_that_hangs_up_frees_everything(tmp_path: 
     async with sim_cluster(tmp_path, sim={"cost": forever}) as cluster, summary_service(cluster) as port:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b'{"text": "a long text", "timeout_s": 60}\n')
-        await cluster.until(lambda: cluster.server.generation.call_count == 1, "the call")
+        decoding = cluster.workers["decode-0"].engine
+        await cluster.until(lambda: decoding.load().running_count == 1, "a decode of the call")
         writer.close()
         await cluster.until_balanced()
 
@@ -205,11 +206,13 @@ async def test_the_bridge_streams_the_answer_as_events_and_serves_its_page(tmp_p
 
 
 async def test_a_browser_that_leaves_ends_its_resumable_generation_at_once(tmp_path: Path) -> None:
+    said = {"messages": [{"role": "user", "content": "hi"}]}
     async with sim_cluster(tmp_path, sim={"cost": SLOW}) as cluster, chat_ui(cluster) as browser:
-        async with browser.stream("POST", "/chat", json={"messages": [{"role": "user", "content": "hi"}]}) as reply:
-            async for _ in reply.aiter_text():
-                break
-        with cluster.standing():
+        with ExitStack() as stood:
+            async with browser.stream("POST", "/chat", json=said) as reply:
+                async for _ in reply.aiter_text():
+                    break
+                stood.enter_context(cluster.standing())
             await cluster.until_balanced()  # long before the grace of a resumable generation is over
 
 
@@ -264,10 +267,10 @@ async def test_node_that_is_interrupted_frees_everything(tmp_path: Path, node: s
         async with started(*command) as process, asyncio.timeout(60):
             assert process.stdout is not None
             await process.stdout.read(1)
-            process.send_signal(signal.SIGINT)
-            assert await process.wait() == 130
-        with cluster.standing():
-            await cluster.until_balanced()
+            with cluster.standing():
+                process.send_signal(signal.SIGINT)
+                assert await process.wait() == 130
+                await cluster.until_balanced()
 
 
 class CuttingProxy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 import signal
 import sys
@@ -166,18 +167,22 @@ async def test_an_end_at_the_first_token_crosses_without_a_ticket() -> None:
 
 async def test_closing_a_decode_aborts_it_on_the_worker() -> None:
     async with hosted("d") as [(worker, client)]:
-        async with aclosing(told(client, decode_order(count=5000), 60)) as stream:
+        async with aclosing(told(client, decode_order(count=5000), 600)) as stream:
             async for event in stream:
                 if isinstance(event, Stepped):
                     break
             assert worker.decode.running_count == 1
+            forever = CostModel(decode=DecodeCost(base_s=600.0))  # it does not end by itself
+            worker.engine.config = dataclasses.replace(worker.engine.config, cost=forever)
         await eventually(lambda: worker.decode.running_count == 0)
 
 
 async def test_cancelling_a_prefill_at_any_moment_leaves_nothing_held() -> None:
     async with hosted("p") as [(worker, client)]:
         for delay_ms in range(12):
-            call = asyncio.create_task(client.prefill(prefill_order(leg_id=f"g.{delay_ms}"), timeout_s=60))
+            call = asyncio.create_task(
+                client.prefill(prefill_order(leg_id=f"g.{delay_ms}", lease_s=600.0), timeout_s=60)
+            )
             await asyncio.sleep(delay_ms / 1000)
             if call.cancel():
                 with pytest.raises(asyncio.CancelledError):

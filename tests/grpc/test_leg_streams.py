@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,8 @@ COST = CostModel(
     prefill=PrefillCost(base_s=0.002, per_token_s=1e-6, per_token_squared_s=0.0),
     decode=DecodeCost(base_s=0.004, per_context_token_s=0.0, per_sequence_s=0.0),
 )
+FOREVER = CostModel(decode=DecodeCost(base_s=600.0))
+"""Of what is not to end by itself."""
 
 
 @dataclass
@@ -181,13 +183,14 @@ async def test_a_reader_that_does_not_tell_gets_few_messages_and_then_all_the_re
 async def test_a_leg_that_is_called_off_ends_in_the_engine_and_the_others_go_on() -> None:
     async with hosted() as worker:
         others = [asyncio.create_task(tokens_of(worker.client, number, 300)) for number in (1, 2)]
-        async with aclosing(told(worker.client, order(3, 5000), 60)) as events:
+        async with aclosing(told(worker.client, order(3, 5000), 600)) as events:
             async for event in events:
                 if isinstance(event, Stepped):
                     break
             assert worker.decode.running_count == 3
-        await eventually(lambda: worker.decode.running_count <= 2)
         assert await asyncio.gather(*others) == [answer(1, 300), answer(2, 300)]
+        worker.engine.config = replace(worker.engine.config, cost=FOREVER)
+        await eventually(lambda: worker.decode.running_count == 0)
 
 
 async def test_a_leg_called_off_in_the_message_that_starts_it_says_nothing() -> None:
@@ -284,6 +287,7 @@ async def test_large_orders_go_out_in_several_messages_and_a_huge_one_in_its_own
 
 async def test_a_stream_that_its_caller_ends_aborts_every_leg() -> None:
     async with hosted() as worker:
+        worker.engine.config = replace(worker.engine.config, cost=FOREVER)
         for end in ("cancel", "half-close"):
             reader = Reader(worker.stub)
             await reader.call.write(begin(1, 2, 3, count=5000))

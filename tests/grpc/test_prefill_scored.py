@@ -52,7 +52,7 @@ async def test_a_prefill_without_scores_brings_none() -> None:
 @pytest.mark.parametrize("after_s", [0.0, 0.01, 0.06, 0.08, 0.1, 0.15])
 async def test_a_router_that_gives_up_in_the_middle_leaves_nothing_held(after_s: float) -> None:
     async with hosted("p") as [(worker, client)]:
-        task = asyncio.create_task(client.prefill(order(20), timeout_s=60))
+        task = asyncio.create_task(client.prefill(order(20, lease_s=600.0), timeout_s=60))
         await asyncio.sleep(after_s)
         task.cancel()
         (reply,) = await asyncio.gather(task, return_exceptions=True)

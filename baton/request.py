@@ -223,7 +223,7 @@ class OutputOptions:
     wants_text: bool = True
     wants_token_ids: bool = False
     max_chunk_token_count: int = 64
-    """At most ``MAX_CHUNK_TOKEN_COUNT``."""
+    """More than ``MAX_CHUNK_TOKEN_COUNT`` mean as many."""
     top_logprob_count: int | None = None
     """None: no logprobs. 0: of the tokens drawn. More: also of so many likeliest."""
     echo_prompt: bool = False

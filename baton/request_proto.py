@@ -1,6 +1,7 @@
 """Requests as messages of the public API, both ways: for clients, for the router, and for fakes of it.
 
-Mechanical: defaults are filled in, presence becomes None; ranges are the server's to check.
+Mechanical: defaults are filled in, presence becomes None; ranges are the server's to check, but for one end
+that is no error.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from baton.errors import FieldViolation
 from baton.request import (
+    MAX_CHUNK_TOKEN_COUNT,
     ChatMessage,
     ChatPrompt,
     GenerateRequest,
@@ -216,8 +218,10 @@ def request_from_proto(message: pb.GenerateRequest) -> tuple[GenerateRequest, li
         output=OutputOptions(
             wants_text=wants_text,
             wants_token_ids=wants_token_ids,
+            # More is no mistake, the field once had no end; but nothing on the way may hold more for one chunk. The
+            # message stays as it was sent: continuations are sealed over it.
             max_chunk_token_count=(
-                message.output.max_chunk_token_count
+                min(message.output.max_chunk_token_count, MAX_CHUNK_TOKEN_COUNT)
                 if message.output.HasField("max_chunk_token_count")
                 else default.max_chunk_token_count
             ),

@@ -287,10 +287,11 @@ def _stop(stop: StopConditions, limits: ModelLimits) -> Iterator[FieldViolation]
 
 
 def _output(output: OutputOptions) -> Iterator[FieldViolation]:
-    if not 1 <= output.max_chunk_token_count <= MAX_CHUNK_TOKEN_COUNT:
+    if output.max_chunk_token_count < 1:
         yield FieldViolation(
             "output.max_chunk_token_count",
-            f"is {output.max_chunk_token_count}; must be 1 to {MAX_CHUNK_TOKEN_COUNT}, or absent for the default",
+            f"is {output.max_chunk_token_count}; must be 1 or more (above {MAX_CHUNK_TOKEN_COUNT} means "
+            f"{MAX_CHUNK_TOKEN_COUNT}), or absent for the default",
         )
     if output.top_logprob_count is not None and not 0 <= output.top_logprob_count <= MAX_TOP_LOGPROB_COUNT:
         yield FieldViolation(

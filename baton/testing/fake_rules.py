@@ -131,10 +131,11 @@ def _stop(request: GenerateRequest) -> Iterator[FieldViolation]:
 
 def _output(request: GenerateRequest) -> Iterator[FieldViolation]:
     output = request.output
-    if not 1 <= output.max_chunk_token_count <= MAX_CHUNK_TOKEN_COUNT:
+    if output.max_chunk_token_count < 1:
         yield FieldViolation(
             "output.max_chunk_token_count",
-            f"is {output.max_chunk_token_count}; must be 1 to {MAX_CHUNK_TOKEN_COUNT}, or absent",
+            f"is {output.max_chunk_token_count}; must be 1 or more (above {MAX_CHUNK_TOKEN_COUNT} means "
+            f"{MAX_CHUNK_TOKEN_COUNT}), or absent",
         )
     for name in ("top_logprob_count", "prompt_logprob_count"):
         value = getattr(output, name)

@@ -432,6 +432,22 @@ def test_tokens_that_waited_share_a_chunk_up_to_the_most_asked_for(tmp_path: Pat
     scripted(tmp_path, scenario)
 
 
+@register.shows("OutputOptions.max_chunk_token_count")
+@pytest.mark.parametrize("has_window", [False, True])
+def test_more_than_1024_tokens_asked_for_in_a_chunk_mean_1024(tmp_path: Path, *, has_window: bool) -> None:
+    async def scenario(cluster: VirtualCluster) -> None:
+        pauses = iter((0.0, IN_PLACE_S + 1250 * STEP_S))
+        context = Context(timeout=1000, on_write=lambda _: next(pauses, 0.0))
+        asked = request(1200, output=pb.OutputOptions(max_chunk_token_count=2**31 - 1))
+        if has_window:
+            asked.resume.SetInParent()
+        outcome = await cluster.generate(asked, context=context)
+        counts = [chunk.token_count for chunk in outcome.chunks]
+        assert (max(counts), sum(counts)) == (1024, 1200)
+
+    scripted(tmp_path, scenario)
+
+
 @register.shows("GenerateRequest.priority")
 def test_the_larger_priority_is_served_first_and_among_equals_who_came_first(tmp_path: Path) -> None:
     async def scenario(cluster: VirtualCluster) -> None:

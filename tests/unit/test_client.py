@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import random
 import subprocess
@@ -60,6 +61,7 @@ from baton.timeline import PHASES, Phase, PhaseDurations
 from baton.transfer_report import TransferReport
 from baton.v1 import generation_pb2 as pb
 from router.answering import Completed, PhaseReport, Piece
+from router.resuming.service_resuming import continuation_from_proto, request_digest
 from router.service_events import chunk_to_proto, finished_to_proto, started_to_proto
 from router.service_messages import request_from_proto
 
@@ -247,6 +249,22 @@ def test_a_request_arrives_as_it_was_meant(
 def test_a_bare_request_means_greedy_text_until_the_model_stops() -> None:
     received, _ = request_from_proto(pb.GenerateRequest(text="hi"))
     assert received == GenerateRequest(TextPrompt("hi"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"), [(-1, -1), (0, 0), (1, 1), (1024, 1024), (1025, 1024), (2**31 - 1, 1024)]
+)
+def test_more_than_1024_tokens_in_a_chunk_mean_1024_and_what_is_sealed_is_what_was_sent(
+    asked: int, meant: int
+) -> None:
+    message = pb.GenerateRequest(text="hi", output=pb.OutputOptions(max_chunk_token_count=asked))
+    sent = message.SerializeToString(deterministic=True)
+    received, violations = request_from_proto(message)
+    assert (received.output.max_chunk_token_count, violations) == (meant, [])
+    resumed = continuation_from_proto(pb.ResumeGenerateRequest(continuation=pb.Continuation(request=message)))
+    assert resumed is not None
+    assert resumed.request == received
+    assert resumed.digest == hashlib.sha256(sent).hexdigest() == request_digest(message)
 
 
 def test_a_list_that_is_there_and_empty_and_a_structure_of_no_kind_are_violations() -> None:

@@ -38,6 +38,7 @@ GOOD = [
     GenerateRequest(TokenPrompt((1, 2))),
     replace(PLAIN, sampling=Sampling(2.0, 1.0, 5, 1.0, 0, -2.0, 2.0, 0.01, ((1, 100.0),))),
     replace(PLAIN, stop=StopConditions(5, ("x" * 256,) * 16, (1,), True, 5)),
+    replace(PLAIN, output=OutputOptions(max_chunk_token_count=2**31 - 1)),
     replace(PLAIN, output=OutputOptions(top_logprob_count=20, echo_prompt=True, prompt_logprob_count=0)),
     replace(PLAIN, priority=-100, session_id="s" * 128, correlation_id="c" * 128, tenant="a.b-c_1"),
     replace(PLAIN, sample_count=16, sampling=DRAWN),
@@ -68,7 +69,6 @@ BAD = [
         replace(PLAIN, output=OutputOptions(**{name: value}))  # type: ignore[arg-type]
         for name, value in {"max_chunk_token_count": 0, "top_logprob_count": 21, "prompt_logprob_count": -1}.items()
     ),
-    replace(PLAIN, output=OutputOptions(max_chunk_token_count=1025)),
     replace(PLAIN, priority=101),
     replace(PLAIN, session_id="s" * 129),
     replace(PLAIN, correlation_id="c" * 129),

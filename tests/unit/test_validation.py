@@ -101,7 +101,7 @@ def test_a_plain_request_breaks_no_rule() -> None:
         (GenerateRequest(GOOD, stop=StopConditions(stop_token_ids=(300,))), "stop.stop_token_ids[0]"),
         (GenerateRequest(GOOD, stop=StopConditions(stop_token_ids=(1,) * 65)), "stop.stop_token_ids"),
         (GenerateRequest(GOOD, output=OutputOptions(max_chunk_token_count=0)), "output.max_chunk_token_count"),
-        (GenerateRequest(GOOD, output=OutputOptions(max_chunk_token_count=1025)), "output.max_chunk_token_count"),
+        (GenerateRequest(GOOD, output=OutputOptions(max_chunk_token_count=-1)), "output.max_chunk_token_count"),
         (GenerateRequest(GOOD, sampling=Sampling(presence_penalty=2.01)), "sampling.presence_penalty"),
         (GenerateRequest(GOOD, sampling=Sampling(presence_penalty=math.nan)), "sampling.presence_penalty"),
         (GenerateRequest(GOOD, sampling=Sampling(frequency_penalty=-2.01)), "sampling.frequency_penalty"),

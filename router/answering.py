@@ -1,13 +1,14 @@
 """The words between the relay and whoever answers a caller: what is asked, what comes back, piece by piece.
 
-Values and one Protocol; no behaviour. The relay yields ``Admitted PromptPart* Piece* Completed``; a failure is a
-raised ``BatonError``, never an event. Text is made by an ``Answer``, which the caller of the relay brings. The stages
-between relay and caller (samples put together, thinking and tool calls parsed, a window to resume from) take and give
-the same.
+Values and one Protocol; no behaviour but that a reader is told. The relay yields ``Admitted PromptPart* Piece*
+Completed``; a failure is a raised ``BatonError``, never an event. Text is made by an ``Answer``, which the caller of
+the relay brings. The stages between relay and caller (samples put together, thinking and tool calls parsed, a window
+to resume from) take and give the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,6 +26,21 @@ from baton.timeline import PhaseDurations
 from baton.transfer_report import TransferReport
 
 DEFAULT_CHUNK_TOKEN_COUNT = 64
+
+
+class Reader:
+    """Where whoever writes an answer hears that its reader is too slow: more is kept than may be, and nothing is
+    computed any more."""
+
+    __slots__ = ("on_too_slow",)
+
+    def __init__(self) -> None:
+        self.on_too_slow: Callable[[int, int], None] | None = None
+        """Takes the bytes kept and the bytes that may be; raises nothing."""
+
+    def too_slow(self, unread_bytes: int, limit_bytes: int) -> None:
+        if self.on_too_slow is not None:
+            self.on_too_slow(unread_bytes, limit_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +77,8 @@ class RoutedRequest:
     (``max_output_token_count``, indices) is of the whole. ``Answer`` must have seen them."""
     prompt_logprob_count: int | None = None
     """See ``baton.request.OutputOptions``; the relay then yields ``PromptPart``s."""
+    reader: Reader = field(default_factory=Reader, compare=False, repr=False)
+    """The same of all samples."""
 
     @property
     def end_token_ids(self) -> frozenset[int]:

@@ -124,7 +124,9 @@ class Flight:
         self.handoff = Handoff(request, max_attempt_count=limits.max_attempt_count, lease_s=limits.lease_s)
         self.account = PhaseAccount(received_at)
         sample_count = 1 if seat is None else seat.group.sample_count
-        self.outbox = Outbox(request.max_chunk_token_count, limits.max_unread_bytes // sample_count)
+        self.outbox = Outbox(
+            request.max_chunk_token_count, limits.max_unread_bytes // sample_count, request.reader.too_slow
+        )
         self._answer = answer
         self._deadline_at = deadline_at
         self._budgets = Budgets(deadline_at, SilenceLimits(limits.prefill_timeout_s, limits.gap_timeout_s))

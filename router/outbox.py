@@ -25,12 +25,19 @@ DEFAULT_MAX_BYTES = 16 * 1024 * 1024
 class Outbox:
     """One writer, one reader, one loop."""
 
-    def __init__(self, max_chunk_token_count: int, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
-        """``max_bytes``: of pieces, by ``piece_size``; one is kept whatever its size."""
+    def __init__(
+        self,
+        max_chunk_token_count: int,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        on_given_up: Callable[[int, int], None] = lambda unread_bytes, limit_bytes: None,
+    ) -> None:
+        """``max_bytes``: of pieces, by ``piece_size``; one is kept whatever its size. ``on_given_up``: raises
+        nothing."""
         self._max_chunk_token_count = max_chunk_token_count
         self._max_bytes = max_bytes
         self._sizes: deque[int] = deque()  # of each item, in their order
         self._used_bytes = 0
+        self._on_given_up = on_given_up
         self.is_given_up = False
         """Its reader is too slow: nothing more is kept, and whoever computes for it should stop."""
         self._items: deque[Admitted | PromptLogprobs | Piece] = deque()
@@ -75,9 +82,15 @@ class Outbox:
         if self._used_bytes and self._used_bytes + size > self._max_bytes:
             self.is_given_up = True
             self.end(reader_too_slow(self._used_bytes, self._max_bytes, piece.first_token_index))
+            self._on_given_up(self._used_bytes, self._max_bytes)
             return False
         self._used_bytes += size
         return True
+
+    @property
+    def failure(self) -> BatonError | None:
+        """The end, where it is one."""
+        return self._end if isinstance(self._end, BatonError) else None
 
     @property
     def has_end(self) -> bool:

@@ -179,6 +179,9 @@ class Relay:
             if completed is None:
                 if outcome is Outcome.CANCELLED and _now() >= deadline_at:
                     outcome = Outcome.DEADLINE  # the caller's own clock called it off first
+                elif outcome is Outcome.CANCELLED and flight.outbox.is_given_up and flight.outbox.failure:
+                    failure = flight.outbox.failure  # and the rest was not waited for
+                    outcome = outcome_of(failure)
                 flight.account.close(_now())
                 self._ended(flight, outcome, None, failure)
             await self._land(flight)

@@ -221,6 +221,7 @@ class GenerationService(pb_grpc.GenerationServiceServicer):
             output=request.output,
             window=self._window,
             deadline_at=deadline_at,
+            reader=prepared.routed.reader if request.resume is None else None,
         )
         await writer.write_all(events)
 

@@ -11,10 +11,10 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from baton.errors import deadline_exceeded
+from baton.errors import deadline_exceeded, reader_too_slow
 from baton.request import OutputOptions
 from baton.timeline import Phase
-from router.answering import Admitted, Completed, Piece, PromptPart, RelayEvent
+from router.answering import Admitted, Completed, Piece, PromptPart, Reader, RelayEvent
 from router.begun_write import BegunWrite
 from router.phase_window import PhaseWindow
 from router.relay_run import RelayRun
@@ -22,6 +22,13 @@ from router.service_events import chunk_to_proto, finished_to_proto, prompt_to_p
 
 WRITE_GRACE_S = 0.25
 """A write that is still waiting for a caller to read so long after the deadline is given up."""
+
+UNREAD_GRACE_S = 10.0
+"""Of a caller for whom more was kept than may be: each message that is left must be taken within so long, or the rest
+is dropped, with the call's place."""
+
+UNREAD_LOOK_COUNT = 4
+"""In that time: a write that hangs is given up a quarter of it late at most."""
 
 
 class StreamWriter:
@@ -36,8 +43,10 @@ class StreamWriter:
         output: OutputOptions,
         window: PhaseWindow,
         deadline_at: float,
+        reader: Reader | None = None,
     ) -> None:
-        """``response``: the class of this stream's messages. ``started``: the message that says it was admitted."""
+        """``reader``: of the answer, told when it is too slow. ``response``: the class of this stream's messages.
+        ``started``: the message that says it was admitted."""
         self._context = context
         self._response = response
         self._started = started
@@ -51,14 +60,20 @@ class StreamWriter:
         self._limit: asyncio.Timeout | None = None
         self._write_under_way = BegunWrite()
         self._is_grace_over = False
+        self._reader = reader or Reader()
+        self._begun_count = 0
+        self._too_slow: tuple[int, int] | None = None
+        self._is_dropped = False
+        self._unread_timer: asyncio.TimerHandle | None = None
         self._failure: Exception | None = None
 
     async def write_all(self, events: AsyncGenerator[RelayEvent, None]) -> None:
-        """Raises what ``events`` raises, DEADLINE_EXCEEDED for a caller that does not read, and whatever gRPC raises
-        for one that is gone. ``events`` is closed in any case."""
+        """Raises what ``events`` raises, DEADLINE_EXCEEDED and READER_TOO_SLOW for a caller that does not read, and
+        whatever gRPC raises for one that is gone. ``events`` is closed in any case."""
         loop = asyncio.get_running_loop()
         # One timer for all the writes: one for each would cost more than to make its message.
         timer = loop.call_at(self._deadline_at + WRITE_GRACE_S, self._grace_passed)
+        self._reader.on_too_slow = self._reader_too_slow
         try:
             # aclosing: leaving in any way, a failed write included, ends what makes the events before this call ends.
             async with asyncio.timeout(None) as self._limit, aclosing(events):
@@ -81,9 +96,14 @@ class StreamWriter:
         except TimeoutError:
             if self._limit is None or not self._limit.expired():
                 raise
+            if self._is_dropped and self._too_slow is not None:
+                raise reader_too_slow(*self._too_slow, self._written_token_count) from None
             raise deadline_exceeded(Phase.DECODE.value, self._written_token_count) from None
         finally:
             timer.cancel()
+            self._reader.on_too_slow = None
+            if self._unread_timer is not None:
+                self._unread_timer.cancel()
             self._write_under_way.close()
 
     def _tells_text(self, piece: Piece) -> bool:
@@ -96,6 +116,7 @@ class StreamWriter:
         if self._failure is not None:
             raise self._failure
         await self._write_under_way.settle()
+        self._begun_count += 1
         self._write_under_way.begin(self._context.write(message))
 
     def _take_piece(self, piece: Piece, now: float) -> bool:
@@ -116,6 +137,27 @@ class StreamWriter:
         self._is_grace_over = True
         if self._write_under_way.is_under_way:
             self._give_up()
+
+    def _reader_too_slow(self, unread_bytes: int, limit_bytes: int) -> None:
+        if self._too_slow is None:
+            self._too_slow = (unread_bytes, limit_bytes)
+            self._look_later(still_count=0)
+
+    def _look_later(self, still_count: int) -> None:
+        """``still_count``: looks in a row that found the same write under way."""
+        loop = asyncio.get_running_loop()
+        self._unread_timer = loop.call_later(
+            UNREAD_GRACE_S / UNREAD_LOOK_COUNT, self._look_at_progress, self._begun_count, still_count
+        )
+
+    def _look_at_progress(self, begun_count: int, still_count: int) -> None:
+        is_still = self._begun_count == begun_count and self._write_under_way.is_under_way
+        still_count = still_count + 1 if is_still else 0
+        if still_count < UNREAD_LOOK_COUNT:
+            self._look_later(still_count)
+            return
+        self._is_dropped = True
+        self._give_up()
 
     def _give_up(self) -> None:
         assert self._limit is not None

@@ -10,12 +10,13 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from baton.errors import BatonError, Reason
-from baton.metrics import RouterMetrics
+from baton.metrics import Outcome, RouterMetrics
 from baton.request import OutputOptions
 from baton.testing import in_virtual_time
 from baton.v1 import generation_pb2 as pb
 from bench.virtual_cluster import TokenAnswer, VirtualCluster, virtual_cluster
-from router.answering import Admitted, Piece, RelayEvent
+from router.answering import Admitted, Piece, Reader, RelayEvent
+from router.flight import FlightLimits
 from router.outbox import Outbox
 from router.phase_window import PhaseWindow
 from router.relay_run import RelayRun, TokenMeter
@@ -60,7 +61,7 @@ class Caller:
         return [each.chunk for each in said if each.HasField("chunk")]
 
 
-def writer_for(caller: Caller, deadline_at: float) -> StreamWriter:
+def writer_for(caller: Caller, deadline_at: float, reader: Reader | None = None) -> StreamWriter:
     return StreamWriter(
         caller,
         response=pb.GenerateResponse,
@@ -68,6 +69,7 @@ def writer_for(caller: Caller, deadline_at: float) -> StreamWriter:
         output=OutputOptions(),
         window=PhaseWindow(),
         deadline_at=deadline_at,
+        reader=reader,
     )
 
 
@@ -218,3 +220,34 @@ async def test_the_line_is_used_only_while_the_reader_waits_and_after_the_first_
     outbox.put(Piece(5, (1,), "a", None))
     assert taken == [2], "closed"
     assert (await waiting).first_token_index == 5  # type: ignore[union-attr]
+
+
+@in_virtual_time
+@pytest.mark.parametrize("write_s", [1.0, 1e6])
+async def test_a_caller_past_the_bound_gets_what_is_kept_while_it_takes_it_and_is_let_go_when_it_does_not(
+    write_s: float,
+) -> None:
+    async with virtual_cluster(flight=FlightLimits(max_unread_bytes=4 * 1024)) as cluster:
+        caller = Caller()
+        loop = asyncio.get_running_loop()
+        begun_at = loop.time()
+        request = cluster.request(50, 900)
+        writer = writer_for(caller, begun_at + 3600, request.reader)
+        run = cluster.relay.run(request, TokenAnswer(), begun_at + 3600, received_at=begun_at)
+        writing = asyncio.create_task(writer.write_all(run))
+        while len(caller.chunks) < 20:  # noqa: ASYNC110  # the fake caller tells nobody
+            await asyncio.sleep(0.01)
+        caller.write_s = write_s
+        with pytest.raises(BatonError) as failed:
+            await writing
+        assert failed.value.reason is Reason.READER_TOO_SLOW
+        took = indices(caller)
+        assert took == list(range(len(took)))
+        is_reading = write_s == 1.0
+        told = int(failed.value.metadata["emitted_token_count"])
+        assert len(took) == told if is_reading else len(took) < told, "the message under way may still come"
+        assert loop.time() - begun_at < 60
+        assert cluster.relay.in_flight_count == 0
+        value = cluster.registry.get_sample_value
+        ended = {each.value: value("baton_requests_total", {"outcome": each.value}) for each in Outcome}
+        assert ended.get("cancelled") in (None, 0.0)

@@ -88,12 +88,13 @@ function tlsOf(env) {
   for (const name of ["CA", "CERTIFICATE", "KEY", "SERVER_NAME"].map((each) => `BATON_TLS_${each}`)) {
     if (env[name] === "" && env.BATON_TLS !== "0") throw new TypeError(`${name} is set and empty; unset it`);
   }
-  if (env.BATON_TLS_SERVER_NAME) throw new TypeError("BATON_TLS_SERVER_NAME is not for this client; unset it");
   const [ca, certificate, key] = ["CA", "CERTIFICATE", "KEY"].map((name) => {
     const file = env[`BATON_TLS_${name}`];
     return file ? fs.readFileSync(file) : null;
   });
-  return ca || certificate || key || !["0", ""].includes(env.BATON_TLS ?? "") ? { ca, certificate, key } : null;
+  if (ca || certificate || key || !["0", ""].includes(env.BATON_TLS ?? "")) return { ca, certificate, key };
+  if (env.BATON_TLS_SERVER_NAME) throw new TypeError("BATON_TLS_SERVER_NAME alone is not for this client; add BATON_TLS=1");
+  return null;
 }
 
 // Owns one channel; reuse it, it carries many calls at once.

@@ -171,3 +171,35 @@ async def test_what_is_no_cut_ends_the_stream_and_another_reader_s_generation_is
     heard, service = await read(node, [[STARTED, chunk(0, "x", 7), failed]], tmp_path)
     assert heard == {"texts": {"0": "x"}, "error": reason.value}
     assert (service.resumes, service.cancel_count) == ([], cancel_count)
+
+
+SECURITY = """
+const { tlsOf } = require(process.argv[2]);
+const found = JSON.parse(process.argv[3]).map((env) => {
+  try {
+    return tlsOf(env) && "TLS";
+  } catch (error) {
+    return error.message;
+  }
+});
+console.log(JSON.stringify(found));
+"""
+
+
+async def test_an_empty_variable_or_one_that_it_does_not_know_is_no_plaintext(tmp_path: Path, node: str) -> None:  # noqa: F811
+    path = tmp_path / "security.js"
+    path.write_text(SECURITY, encoding="utf-8")
+    names = [f"BATON_TLS_{each}" for each in ("CA", "CERTIFICATE", "KEY", "SERVER_NAME")]
+    plain = [{}, {"BATON_TLS": ""}, {"BATON_TLS": "0"}, {"BATON_TLS": "0", "BATON_TLS_CA": ""}]
+    cases = [
+        *plain,
+        {"BATON_TLS": "1"},
+        *({name: ""} for name in names),
+        {names[-1]: "n"},
+        {names[-1]: "n", "BATON_TLS": "1"},
+    ]
+    code, out, err = await run(node, path, EXAMPLES / "node" / "baton.js", json.dumps(cases))
+    assert code == 0, err
+    empty = [f"{name} is set and empty; unset it" for name in names]
+    alone = f"{names[-1]} alone is not for this client; add BATON_TLS=1"
+    assert json.loads(out) == [*[None] * 4, "TLS", *empty, alone, "TLS"]

@@ -39,7 +39,8 @@ CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),
     # A worker that comes back is found at once, not after gRPC's backoff of up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
+    # The time a connection may take: a busy machine pauses for longer than 50 ms. A refused one fails at once.
+    ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     # Finds a connection that died without a word; no oftener than workers permit.
     ("grpc.keepalive_time_ms", 10_000),

@@ -45,8 +45,9 @@ LONGEST_TURN_S = 0.1
 """CPU time that one call may keep the event loop from all others."""
 AGAIN_COUNT = 3
 """Times that a slow case is asked again. One that is quick once was not slow of itself."""
-MOST_SLOW_COUNT = 200
-"""Of a part, that are asked again. More are no pauses of the machine."""
+MOST_SLOW_COUNT, CASES_PER_SLOW = 200, 100
+"""Of a part's cases so many are asked again, or one in so many, whichever is more: on a machine that others use whole
+bunches are late. More are no pauses of the machine."""
 HANG_LIMIT_S = 120.0
 """A call that has not ended by then, which is a multiple of any deadline, never will."""
 REST_LIMIT_S = 30.0
@@ -277,10 +278,11 @@ def trend_faults(rests: Sequence[_Rest], last_count: int) -> Iterator[str]:
 
 async def _ask_slow_again(target: FuzzTarget, seed: int, by_wire: bool, findings: Findings) -> None:
     """One after the other, with nothing beside: who is slow each time is slow of itself."""
-    if len(findings.slow) > MOST_SLOW_COUNT:
-        findings.fault(f"{len(findings.slow)} cases took long, more than the {MOST_SLOW_COUNT} that are asked again")
+    most = max(MOST_SLOW_COUNT, findings.count // CASES_PER_SLOW)
+    if len(findings.slow) > most:
+        findings.fault(f"{len(findings.slow)} cases took long, more than the {most} that are asked again")
     async with _channel(target) as channel:
-        for number, first in list(findings.slow.items())[:MOST_SLOW_COUNT]:
+        for number, first in list(findings.slow.items())[:most]:
             case = case_of(number, seed)
             for _ in range(AGAIN_COUNT):
                 delays = list(delays_of(case, await _ask(target, channel, case, by_wire, findings)))

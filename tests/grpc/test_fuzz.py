@@ -174,6 +174,14 @@ async def test_a_part_of_which_everything_is_slow_is_at_fault() -> None:
     ]
 
 
+async def test_of_many_cases_more_may_be_slow_at_first() -> None:
+    findings = Findings(count=100_000, slow=dict.fromkeys(range(1000), "late"))
+    target: Any = Slow(dict.fromkeys(range(1000), 0))
+    await _ask_slow_again(target, SEED, False, findings)
+    assert findings.faults == []
+    assert set(target.times.values()) == {-1}, "each was asked again, once"
+
+
 def test_a_case_that_never_ends_is_a_fault() -> None:
     class Hanging(Slow):
         async def run(self, case: Case) -> Ending:
